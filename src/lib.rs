@@ -1,0 +1,8 @@
+//! `pipe`: a declarative pipeline engine for studies that fine-tune language models in several stages.
+pub mod digest;
+pub mod files;
+pub mod manifest;
+pub mod plan;
+pub mod problem;
+pub mod random;
+pub mod stage;

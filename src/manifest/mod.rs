@@ -1,0 +1,2 @@
+//! TOML text to [`Manifest`]: spans kept, nothing resolved.
+pub mod spec;

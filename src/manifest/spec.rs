@@ -1,0 +1,142 @@
+//! How a kind of stage declares itself: its keys, their types, ranges and defaults, as data.
+//!
+//! One table drives validation, suggestions, defaults, the JSON Schema and the documentation. The
+//! tables themselves live in `src/stage/<kind>.rs`, beside the code that reads the values.
+
+use serde_json::{Map, Value};
+
+/// Resolved keys of a cell: defaults filled in, `{axis}` replaced, references taken out.
+pub type Params = Map<String, Value>;
+
+/// What a stage yields, and what an input asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ArtifactType {
+    /// Full weights, or an adapter together with what it sits on.
+    Model,
+    Dataset,
+    /// Per-checkpoint numbers of a probe.
+    Measurements,
+    Scores,
+    Table,
+    Plot,
+    Verdict,
+    /// Files of a `command`.
+    Files,
+}
+
+/// What the artifact of a stage means to whoever takes it as a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lineage {
+    /// Full weights: nothing before it is needed.
+    Whole,
+    /// An adapter on top of the whole chain of the input `model`.
+    OnTop,
+    /// An adapter that continues, and so replaces, the last adapter of the input `model`'s chain
+    /// (`OnTop` if that chain has no adapter).
+    Continues,
+}
+
+/// A kind of stage.
+pub struct Kind {
+    pub name: &'static str,
+    /// One line for `--help` and the schema.
+    pub about: &'static str,
+    /// Bumped when the same keys and inputs come to mean another result.
+    pub recipe: u32,
+    pub yields: ArtifactType,
+    pub keys: &'static [Key],
+    /// Whether floats are made, so that backend and dtype enter the fingerprint.
+    pub floats: bool,
+    /// For kinds that yield a model.
+    pub lineage: fn(&Params) -> Lineage,
+    /// Rules between keys, after types and ranges held: (key path, what is wrong, help).
+    pub rules: fn(&Params) -> Vec<Broken>,
+}
+
+/// A rule between keys that does not hold.
+pub struct Broken {
+    /// The key the message points at, dotted (`sample.pairs`).
+    pub key: &'static str,
+    pub message: String,
+    pub help: String,
+}
+
+/// A key of a kind, or of a table below one.
+pub struct Key {
+    pub name: &'static str,
+    pub ty: Type,
+    pub presence: Presence,
+    /// Units included. One or two sentences.
+    pub doc: &'static str,
+    /// Whether it can change the result and so enters the fingerprint.
+    pub result: bool,
+}
+
+pub enum Presence {
+    Required,
+    /// Absent stays absent.
+    Optional,
+    /// Filled in with this TOML value.
+    Default(&'static str),
+}
+
+pub enum Type {
+    Bool,
+    /// Both ends included.
+    Int {
+        min: i64,
+        max: i64,
+    },
+    /// Both ends included; `above` excludes the lower one. Never NaN or infinite.
+    Float {
+        min: f64,
+        max: f64,
+        above: bool,
+    },
+    Str,
+    Choice(&'static [&'static str]),
+    /// Exactly one cell per cell of this stage; axes are joined. `axes`: brings the axes along.
+    Ref(&'static [ArtifactType]),
+    /// One reference or a list of them; one cell each.
+    Refs(&'static [ArtifactType]),
+    /// All cells of one stage or of several, with their labels; only axes this stage declares are joined.
+    Gather(&'static [ArtifactType]),
+    /// `scheme:rest` with one of these schemes; content enters the fingerprint, not the text, for
+    /// `path` (relative to the manifest) and `hf`.
+    Source(&'static [&'static str]),
+    List(&'static Type),
+    Map(&'static Type),
+    Table(&'static [Key]),
+    /// The first that fits.
+    Any(&'static [Type]),
+}
+
+impl Key {
+    pub const fn required(name: &'static str, ty: Type, doc: &'static str) -> Key {
+        Key { name, ty, presence: Presence::Required, doc, result: true }
+    }
+
+    pub const fn optional(name: &'static str, ty: Type, doc: &'static str) -> Key {
+        Key { name, ty, presence: Presence::Optional, doc, result: true }
+    }
+
+    pub const fn default(name: &'static str, ty: Type, value: &'static str, doc: &'static str) -> Key {
+        Key { name, ty, presence: Presence::Default(value), doc, result: true }
+    }
+
+    /// Cannot change the result (memory, pace): stays out of the fingerprint.
+    pub const fn no_result(mut self) -> Key {
+        self.result = false;
+        self
+    }
+}
+
+/// For kinds that yield no model.
+pub fn no_lineage(_: &Params) -> Lineage {
+    Lineage::Whole
+}
+
+/// For kinds without rules between keys.
+pub fn no_rules(_: &Params) -> Vec<Broken> {
+    Vec::new()
+}

@@ -1,0 +1,84 @@
+//! Manifest to [`Plan`]: names resolved, defaults filled, axes multiplied out, cells ordered. No I/O.
+
+use crate::manifest::spec::{Kind, Params};
+use std::fmt;
+use std::ops::Range;
+use std::path::PathBuf;
+
+/// Index into [`Plan::cells`].
+pub type CellId = usize;
+
+/// The value of an axis at a cell.
+#[derive(Debug, Clone, PartialEq)]
+pub enum AxisValue {
+    Str(String),
+    Int(i64),
+    Float(f64),
+    Bool(bool),
+}
+
+/// Axis names and values, in the order the axes were declared along the inputs.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Axes(pub Vec<(String, AxisValue)>);
+
+/// One stage at one point of its axes.
+pub struct Cell {
+    pub stage: String,
+    pub axes: Axes,
+    pub kind: &'static Kind,
+    /// Everything but references; sources as written after `{axis}` substitution.
+    pub params: Params,
+    /// In the order of the kind's keys. Cells come earlier in the plan than those that need them.
+    pub inputs: Vec<Input>,
+    /// Keys of type `Source`: (dotted key, `scheme:rest`).
+    pub sources: Vec<(String, String)>,
+    /// The folder of the manifest file that declares the stage: `path:` is relative to it.
+    pub folder: PathBuf,
+    pub file: PathBuf,
+    /// The stage's table header.
+    pub span: Range<usize>,
+}
+
+/// What a reference came to.
+pub struct Input {
+    /// Dotted key (`model`, `data`, `concat`, `from`).
+    pub slot: String,
+    /// For a model: the chain, base first, adapters after. For lists: in order. For gathers: all.
+    pub cells: Vec<CellId>,
+    /// Whether the labels of the cells are part of the input (gathers).
+    pub labelled: bool,
+}
+
+pub struct Plan {
+    pub title: String,
+    /// Dependencies first, ties in the order written.
+    pub cells: Vec<Cell>,
+}
+
+impl fmt::Display for AxisValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AxisValue::Str(text) => f.write_str(text),
+            AxisValue::Int(int) => write!(f, "{int}"),
+            AxisValue::Float(float) => write!(f, "{float:?}"),
+            AxisValue::Bool(bool) => write!(f, "{bool}"),
+        }
+    }
+}
+
+impl Axes {
+    pub fn get(&self, name: &str) -> Option<&AxisValue> {
+        self.0.iter().find(|(axis, _)| axis == name).map(|(_, value)| value)
+    }
+}
+
+/// `sft[size=7B,data=r1k]`, as on the command line and in messages.
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.stage)?;
+        for (i, (axis, value)) in self.axes.0.iter().enumerate() {
+            write!(f, "{}{axis}={value}", if i == 0 { '[' } else { ',' })?;
+        }
+        if self.axes.0.is_empty() { Ok(()) } else { f.write_str("]") }
+    }
+}
