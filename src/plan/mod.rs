@@ -4,6 +4,7 @@ use crate::manifest::spec::{Kind, Params};
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Index into [`Plan::cells`].
 pub type CellId = usize;
@@ -26,17 +27,30 @@ pub struct Cell {
     pub stage: String,
     pub axes: Axes,
     pub kind: &'static Kind,
-    /// Everything but references; sources as written after `{axis}` substitution.
-    pub params: Params,
+    /// What the manifest says the stage is for; not part of what it computes.
+    pub description: Option<Arc<str>>,
+    /// Everything but references; sources as written after `{axis}` substitution. Shared by the
+    /// cells of a stage that have the same.
+    pub params: Arc<Params>,
     /// In the order of the kind's keys. Cells come earlier in the plan than those that need them.
     pub inputs: Vec<Input>,
-    /// Keys of type `Source`: (dotted key, `scheme:rest`).
-    pub sources: Vec<(String, String)>,
-    /// The folder of the manifest file that declares the stage: `path:` is relative to it.
-    pub folder: PathBuf,
+    pub sources: Vec<Source>,
+    /// The manifest file that declares the stage.
     pub file: PathBuf,
     /// The stage's table header.
     pub span: Range<usize>,
+}
+
+/// A reference to the outside, as written after `{axis}` substitution.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Dotted key of type `Source`.
+    pub key: String,
+    /// `scheme:rest`.
+    pub text: String,
+    /// What a relative `path:` is relative to: the folder of the file in which the text stands (a
+    /// profile may stand elsewhere than the stage), and the current folder for `--set`. May be empty.
+    pub folder: PathBuf,
 }
 
 /// What a reference came to.
