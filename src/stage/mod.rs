@@ -3,6 +3,8 @@
 //! A stage sees its resolved parameters, its inputs as files and an empty output folder. It cannot
 //! name the store, the plan's other cells or the terminal.
 
+pub mod command;
+
 use crate::files::Files;
 use crate::manifest::spec::{Kind, Params};
 use crate::plan::Axes;
@@ -12,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Every kind a manifest may name.
-pub const KINDS: &[&Kind] = &[];
+pub const KINDS: &[&Kind] = &[&command::KIND];
 
 /// Where a stage computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
