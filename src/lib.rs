@@ -2,7 +2,9 @@
 pub mod digest;
 pub mod files;
 pub mod manifest;
+pub mod model;
 pub mod plan;
 pub mod problem;
 pub mod random;
 pub mod stage;
+pub mod train;

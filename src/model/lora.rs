@@ -1,0 +1,368 @@
+//! Low-rank adapters (Hu et al., "LoRA", 2021) and their PEFT folders.
+//!
+//! A linear layer `y = W x + b` with an adapter computes `y = W x + b + (alpha / rank) B A x`,
+//! A `[rank, in]`, B `[out, rank]`. Any of the seven linears of a layer may have one, and `lm_head`: with a
+//! tied head the adapter belongs to the head alone, the embedding does not move.
+//!
+//! A folder is what PEFT writes: `adapter_config.json` and `adapter_model.safetensors` with names like
+//! `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`. PEFT adds a copy of the frozen head
+//! (`base_model.model.lm_head.base_layer.weight`) when the head is a target; it is ignored. Variants with
+//! other arithmetic (DoRA, rank-stabilised scaling, per-module ranks, trained biases) are refused.
+
+use super::Parameter;
+use super::config::Config;
+use super::weights::{self, ADAPTER_FILE, Element, Tensors};
+use crate::files::Files;
+use crate::problem::{Exit, Problem};
+use crate::random::Stream;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use std::borrow::Cow;
+use std::path::Path;
+
+/// The configuration file of an adapter folder.
+pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+
+/// The linears that may have an adapter, in model order.
+pub const TARGETS: [&str; 8] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"];
+
+/// An adapter to train: the `lora` table of a manifest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraSpec {
+    pub rank: usize,
+    pub alpha: f64,
+    /// Some of [`TARGETS`].
+    pub targets: Vec<String>,
+}
+
+impl LoraSpec {
+    /// `alpha / rank`.
+    pub fn scale(&self) -> f32 {
+        (self.alpha / self.rank as f64) as f32
+    }
+
+    /// `Err` if a target is not a linear of the model or the rank is 0.
+    pub fn check(&self) -> Result<(), Problem> {
+        if let Some(unknown) = self.targets.iter().find(|target| !TARGETS.contains(&target.as_str())) {
+            return Err(Problem::new("model::lora_target", format!("`{unknown}` is no linear layer of the model"))
+                .exit(Exit::Usage)
+                .help(format!("the targets are {}", TARGETS.join(", "))));
+        }
+        if self.rank == 0 || self.targets.is_empty() || !self.alpha.is_finite() {
+            return Err(Problem::new(
+                "model::lora_spec",
+                "an adapter needs a rank of at least 1, a finite alpha and a target",
+            )
+            .exit(Exit::Usage));
+        }
+        Ok(())
+    }
+}
+
+/// The name of a linear: `model.layers.3.mlp.up_proj`, or `lm_head`.
+pub fn linear_name(layer: usize, target: &str) -> String {
+    match target {
+        "lm_head" => "lm_head".into(),
+        "gate_proj" | "up_proj" | "down_proj" => format!("model.layers.{layer}.mlp.{target}"),
+        _ => format!("model.layers.{layer}.self_attn.{target}"),
+    }
+}
+
+/// `[out, in]` of a linear.
+pub fn linear_shape(config: &Config, target: &str) -> [usize; 2] {
+    let (hidden, inter) = (config.hidden_size, config.intermediate_size);
+    match target {
+        "q_proj" => [config.query_size(), hidden],
+        "k_proj" | "v_proj" => [config.key_size(), hidden],
+        "o_proj" => [hidden, config.query_size()],
+        "gate_proj" | "up_proj" => [inter, hidden],
+        "down_proj" => [hidden, inter],
+        _ => [config.vocab_size, hidden],
+    }
+}
+
+/// Every linear of the model in order: (name, target, shape).
+pub fn linears(config: &Config) -> Vec<(String, &'static str, [usize; 2])> {
+    let layers =
+        (0..config.num_hidden_layers).flat_map(|layer| TARGETS[..7].iter().map(move |target| (layer, *target)));
+    layers
+        .chain([(0, "lm_head")])
+        .map(|(layer, target)| (linear_name(layer, target), target, linear_shape(config, target)))
+        .collect()
+}
+
+/// PEFT's name of one half (`A` or `B`) of the adapter of `linear`.
+pub fn peft_name(linear: &str, half: char) -> String {
+    format!("base_model.model.{linear}.lora_{half}.weight")
+}
+
+/// The adapter of one linear.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraPair {
+    /// `[rank, in]`
+    pub a: Vec<f32>,
+    /// `[out, rank]`
+    pub b: Vec<f32>,
+    pub rank: usize,
+    /// `alpha / rank`
+    pub scale: f32,
+}
+
+/// A new adapter: A uniform in ±1/sqrt(in) (PEFT's Kaiming-uniform with a = sqrt 5), drawn from `seed` and
+/// the tensor's name, B zero.
+pub fn initial(spec: &LoraSpec, linear: &str, [out, input]: [usize; 2], seed: u64) -> LoraPair {
+    let random = Stream::named(seed, &["lora", linear]);
+    let bound = 1.0 / (input as f64).sqrt();
+    let a = (0..spec.rank * input).map(|i| ((random.uniform(i as u64) * 2.0 - 1.0) * bound) as f32).collect();
+    LoraPair { a, b: vec![0.0; out * spec.rank], rank: spec.rank, scale: spec.scale() }
+}
+
+/// An adapter folder, checked against a model's shape, its weights read when asked for.
+pub struct AdapterFolder {
+    pub spec: LoraSpec,
+    tensors: Tensors,
+}
+
+impl AdapterFolder {
+    /// Reads configuration and header. `Err` if the folder is damaged, asks for arithmetic that is not
+    /// implemented, or does not fit `config`.
+    pub fn open(files: &Files, config: &Config) -> Result<AdapterFolder, Problem> {
+        let missing = |name: &str| {
+            Problem::new("model::no_adapter", format!("an adapter folder needs `{name}`, which is not there"))
+                .exit(Exit::Missing)
+        };
+        let path = files.get(ADAPTER_CONFIG).ok_or_else(|| missing(ADAPTER_CONFIG))?;
+        let text = std::fs::read_to_string(path).map_err(|error| Problem::io("model::read", "read", path, &error))?;
+        let mut spec = parse_config(&text).map_err(|problem| problem.at_file(path))?;
+        let path = files.get(ADAPTER_FILE).ok_or_else(|| missing(ADAPTER_FILE))?;
+        let tensors = Tensors::open(path)?;
+        let known = linears(config);
+        let mut targets = Vec::new();
+        for name in tensors.names() {
+            if name.ends_with(".base_layer.weight") {
+                continue;
+            }
+            let linear =
+                known.iter().find(|(linear, ..)| ['A', 'B'].iter().any(|half| peft_name(linear, *half) == name));
+            match linear {
+                Some((_, target, _)) => targets.push(*target),
+                None => {
+                    return Err(Problem::new(
+                        "model::adapter_mismatch",
+                        format!("the adapter's tensor `{name}` fits no linear layer of the model"),
+                    )
+                    .at_file(path)
+                    .note(format!("the model has {} layers", config.num_hidden_layers)));
+                }
+            }
+        }
+        spec.targets =
+            TARGETS.iter().filter(|target| targets.contains(target)).map(|target| target.to_string()).collect();
+        if spec.targets.is_empty() {
+            return Err(
+                Problem::new("model::adapter_mismatch", "the adapter holds no tensor of a linear layer").at_file(path)
+            );
+        }
+        Ok(AdapterFolder { spec, tensors })
+    }
+
+    /// The adapter of `linear`, if it has one.
+    pub fn pair(&self, linear: &str, [out, input]: [usize; 2]) -> Result<Option<LoraPair>, Problem> {
+        let [a, b] = ['A', 'B'].map(|half| peft_name(linear, half));
+        if self.tensors.shape(&a).is_none() && self.tensors.shape(&b).is_none() {
+            return Ok(None);
+        }
+        let rank = self.spec.rank;
+        let (a, b) = (self.tensors.f32(&a, &[rank, input])?, self.tensors.f32(&b, &[out, rank])?);
+        Ok(Some(LoraPair { a, b, rank, scale: self.spec.scale() }))
+    }
+}
+
+/// Whether a folder holds an adapter rather than a model.
+pub fn is_adapter(files: &Files) -> bool {
+    files.get(ADAPTER_CONFIG).is_some()
+}
+
+/// `adapter_config.json`; the targets are filled in from the tensors, which say it exactly.
+fn parse_config(text: &str) -> Result<LoraSpec, Problem> {
+    let bad = |message: String| Problem::new("model::adapter_config", message);
+    let map: Map<String, Value> =
+        serde_json::from_str(text).map_err(|error| bad(format!("`{ADAPTER_CONFIG}` is not a JSON object: {error}")))?;
+    let unsupported = |key: &str, value: &Value| {
+        Problem::new("model::unsupported", format!("the adapter has `{key}` = {value}, which is not implemented"))
+            .exit(Exit::Missing)
+            .help("merge it into its base model with PEFT, and use the merged model")
+    };
+    if let Some(kind) = map.get("peft_type")
+        && kind != "LORA"
+    {
+        return Err(unsupported("peft_type", kind));
+    }
+    // Off is spelt in many ways, and each of these changes the arithmetic when on.
+    for key in [
+        "use_rslora",
+        "use_dora",
+        "use_qalora",
+        "lora_bias",
+        "fan_in_fan_out",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "layer_replication",
+        "trainable_token_indices",
+        "alora_invocation_tokens",
+        "target_parameters",
+    ] {
+        if let Some(value) = map.get(key) {
+            let off = match value {
+                Value::Null | Value::Bool(false) => true,
+                Value::Array(list) => list.is_empty(),
+                Value::Object(map) => map.is_empty(),
+                _ => false,
+            };
+            if !off {
+                return Err(unsupported(key, value));
+            }
+        }
+    }
+    if let Some(bias) = map.get("bias")
+        && bias != "none"
+    {
+        return Err(unsupported("bias", bias));
+    }
+    let rank = map.get("r").and_then(Value::as_u64).filter(|rank| (1..=1 << 20).contains(rank));
+    let rank = rank.ok_or_else(|| bad("`r` must be a rank from 1 to 1048576".into()))?;
+    let alpha = map.get("lora_alpha").and_then(Value::as_f64);
+    let alpha = alpha.ok_or_else(|| bad("`lora_alpha` must be a number".into()))?;
+    Ok(LoraSpec { rank: rank as usize, alpha, targets: Vec::new() })
+}
+
+/// Writes a PEFT folder: `params` are halves named as in the file (see [`peft_name`]). `base` is shown to
+/// people as the name of the model beneath.
+pub fn save(dir: &Path, spec: &LoraSpec, params: &[Parameter], base: &str) -> Result<(), Problem> {
+    let path = dir.join(ADAPTER_CONFIG);
+    let alpha = if spec.alpha.fract() == 0.0 { json!(spec.alpha as i64) } else { json!(spec.alpha) };
+    let config = json!({
+        "alpha_pattern": {},
+        "auto_mapping": null,
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_pattern": null,
+        "layers_to_transform": null,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "rank_pattern": {},
+        "revision": null,
+        "target_modules": spec.targets,
+        "task_type": "CAUSAL_LM",
+        "use_dora": false,
+        "use_rslora": false
+    });
+    let text = serde_json::to_string_pretty(&config).unwrap_or_default() + "\n";
+    std::fs::write(&path, text).map_err(|error| Problem::io("model::write", "write", &path, &error))?;
+    let tensors: Vec<_> = params.iter().map(|param| (param.name.clone(), param.shape.clone())).collect();
+    weights::write(&dir.join(ADAPTER_FILE), Element::F32, &tensors, |i| Ok(Cow::Borrowed(&params[i].value)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Config {
+        Config::parse(
+            r#"{"model_type": "qwen2", "vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}"#,
+        )
+        .unwrap()
+    }
+
+    fn saved(dir: &Path, targets: &[&str]) -> (LoraSpec, Vec<Parameter>) {
+        let targets = targets.iter().map(|target| target.to_string()).collect();
+        let spec = LoraSpec { rank: 3, alpha: 6.0, targets };
+        let mut params = Vec::new();
+        for (name, target, shape) in linears(&config()) {
+            if spec.targets.iter().any(|wanted| wanted == target) {
+                let pair = initial(&spec, &name, shape, 7);
+                params.push(Parameter { name: peft_name(&name, 'A'), shape: vec![3, shape[1]], value: pair.a });
+                let value = (0..3 * shape[0]).map(|i| i as f32 * 0.5).collect();
+                params.push(Parameter { name: peft_name(&name, 'B'), shape: vec![shape[0], 3], value });
+            }
+        }
+        save(dir, &spec, &params, "base").unwrap();
+        (spec, params)
+    }
+
+    #[test]
+    fn a_folder_comes_back_as_it_was_saved() {
+        let dir = tempfile::tempdir().unwrap();
+        let (spec, params) = saved(dir.path(), &["q_proj", "down_proj", "lm_head"]);
+        let folder = AdapterFolder::open(&Files::from_dir(dir.path()).unwrap(), &config()).unwrap();
+        assert_eq!(folder.spec, spec);
+        let pair = folder.pair("model.layers.1.mlp.down_proj", [8, 12]).unwrap().unwrap();
+        let at = params.iter().position(|param| param.name.contains("layers.1.mlp.down_proj.lora_A")).unwrap();
+        assert_eq!((pair.a, pair.b), (params[at].value.clone(), params[at + 1].value.clone()));
+        assert_eq!(pair.scale, 2.0);
+        assert!(folder.pair("model.layers.1.mlp.up_proj", [12, 8]).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_new_adapter_starts_as_peft_starts_it_and_depends_on_its_name_only() {
+        let spec = LoraSpec { rank: 64, alpha: 64.0, targets: vec!["q_proj".into()] };
+        let pair = initial(&spec, "model.layers.0.self_attn.q_proj", [10, 100], 1);
+        assert!(pair.b.iter().all(|&b| b == 0.0) && pair.b.len() == 640);
+        assert!(pair.a.iter().all(|a| a.abs() <= 0.1));
+        let variance = pair.a.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>() / 6400.0;
+        assert!((variance - 0.01 / 3.0).abs() <= 2e-4, "{variance}");
+        assert_eq!(pair, initial(&spec, "model.layers.0.self_attn.q_proj", [10, 100], 1));
+        assert_ne!(pair.a, initial(&spec, "model.layers.1.self_attn.q_proj", [10, 100], 1).a);
+        assert_ne!(pair.a, initial(&spec, "model.layers.0.self_attn.q_proj", [10, 100], 2).a);
+    }
+
+    #[test]
+    fn arithmetic_that_is_not_implemented_is_refused() {
+        for (key, value) in [
+            ("use_dora", json!(true)),
+            ("use_rslora", json!(true)),
+            ("rank_pattern", json!({"q_proj": 4})),
+            ("alpha_pattern", json!({"q_proj": 4})),
+            ("bias", json!("all")),
+            ("modules_to_save", json!(["embed_tokens"])),
+            ("peft_type", json!("LOHA")),
+        ] {
+            let mut map = json!({"r": 3, "lora_alpha": 6, "peft_type": "LORA", "bias": "none", "use_dora": false});
+            map[key] = value;
+            let problem = parse_config(&map.to_string()).unwrap_err();
+            assert!(problem.code == "model::unsupported" && problem.message.contains(key), "{problem}");
+        }
+        for text in ["{}", r#"{"r": 0, "lora_alpha": 1}"#, r#"{"r": 4}"#, "7"] {
+            assert_eq!(parse_config(text).unwrap_err().code, "model::adapter_config");
+        }
+    }
+
+    #[test]
+    fn an_adapter_of_another_model_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        saved(dir.path(), &["q_proj"]);
+        let files = Files::from_dir(dir.path()).unwrap();
+        let text = config().to_json("float32").replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
+        let problem = AdapterFolder::open(&files, &Config::parse(&text).unwrap()).err().unwrap();
+        assert!(problem.message.contains("layers.1.self_attn.q_proj"), "{problem}");
+        let folder = AdapterFolder::open(&files, &config()).unwrap();
+        let problem = folder.pair("model.layers.0.self_attn.q_proj", [24, 9]).unwrap_err();
+        assert_eq!(problem.code, "model::wrong_shape");
+    }
+
+    #[test]
+    fn a_target_that_does_not_exist_is_a_mistake_of_the_manifest() {
+        let spec = LoraSpec { rank: 4, alpha: 8.0, targets: vec!["qproj".into()] };
+        let problem = spec.check().unwrap_err();
+        assert!(problem.exit == Exit::Usage && problem.help[0].contains("q_proj"), "{problem}");
+    }
+}

@@ -1,0 +1,47 @@
+//! Qwen2 / Qwen2.5: read from and written to Hugging Face folders, run forward and backward, sampled from.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `config.rs` | `config.json` |
+//! | `weights.rs` | safetensors in and out |
+//! | `lora.rs` | adapters and PEFT folders |
+//! | `sampling.rs` | logits to the next token |
+
+pub mod config;
+pub mod lora;
+pub mod sampling;
+pub mod weights;
+
+pub use config::Config;
+pub use lora::LoraSpec;
+pub use sampling::Sampling;
+
+/// One trained tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Parameter {
+    /// Its name in the file it is saved to.
+    pub name: String,
+    pub shape: Vec<usize>,
+    /// Row-major, in f32 whatever the storage of the model.
+    pub value: Vec<f32>,
+}
+
+impl Parameter {
+    /// Whether weight decay applies: to matrices, not to norms and biases.
+    pub fn decays(&self) -> bool {
+        self.shape.len() > 1
+    }
+}
+
+/// One gradient per trained tensor, in their order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gradients {
+    pub values: Vec<Vec<f32>>,
+}
+
+impl Gradients {
+    /// Back to zero, keeping the memory.
+    pub fn clear(&mut self) {
+        self.values.iter_mut().for_each(|values| values.fill(0.0));
+    }
+}
