@@ -13,8 +13,42 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub mod check;
+pub mod plot;
+pub mod readings;
+pub mod table;
+
+/// What a kind does with a context.
+pub type Run = fn(&Context) -> Result<(), Problem>;
+
+/// The kinds, in the order help and schema list them: the one table a new kind is added to.
+const STAGES: &[(&Kind, Run)] = &[
+    (&check::KIND, check::run),
+    (&command::KIND, command::run),
+    (&plot::KIND, plot::run),
+    (&table::KIND, table::run),
+];
+
 /// Every kind a manifest may name.
-pub const KINDS: &[&Kind] = &[&command::KIND];
+pub const KINDS: &[&Kind] = &kinds();
+
+const fn kinds() -> [&'static Kind; STAGES.len()] {
+    let mut kinds = [STAGES[0].0; STAGES.len()];
+    let mut at = 0;
+    while at < STAGES.len() {
+        kinds[at] = STAGES[at].0;
+        at += 1;
+    }
+    kinds
+}
+
+/// Runs a stage of the kind called `kind`, one of [`KINDS`].
+pub fn run(kind: &str, ctx: &Context) -> Result<(), Problem> {
+    match STAGES.iter().find(|(known, _)| known.name == kind) {
+        Some((_, run)) => run(ctx),
+        None => Err(Problem::new("stage::unknown_kind", format!("there is no kind of stage called `{kind}`"))),
+    }
+}
 
 /// Where a stage computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
