@@ -11,9 +11,9 @@
 //! so the variance of left minus right follows from the coefficients, also when a reading stands on
 //! both sides. A reading's own standard error comes from its 95 % interval. Nothing else is assumed.
 
+use super::Context;
 use super::readings::{self, Reading};
 use super::table::{axis_names, strings, unknown_axis};
-use super::Context;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::plan::Cell;
 use crate::problem::Problem;
@@ -129,7 +129,8 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         "within_noise": verdict.within_noise(),
         "sentence": verdict.to_string(),
     });
-    std::fs::write(&path, format!("{text:#}\n")).map_err(|error| Problem::io("check::write", "write", &path, &error))?;
+    std::fs::write(&path, format!("{text:#}\n"))
+        .map_err(|error| Problem::io("check::write", "write", &path, &error))?;
     if verdict.holds {
         return Ok(());
     }

@@ -3,13 +3,13 @@
 //! The picture is a function of the numbers alone: kuva's process-wide clip ids are renumbered, and
 //! the PNG is drawn with the font shipped here, never with one of the machine.
 
+use super::Context;
 use super::readings::{self, Reading};
 use super::table::{Names, axis_names, csv_line, strings, unknown_axis};
-use super::Context;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::plan::Cell;
 use crate::problem::Problem;
-use kuva::plot::{BarPlot, LinePlot, LineStyle};
+use kuva::plot::{BarPlot, LinePlot, LineStyle, ScatterPlot};
 use kuva::render::layout::Layout;
 use kuva::render::plots::Plot;
 use resvg::{tiny_skia, usvg};
@@ -44,8 +44,18 @@ pub const KIND: Kind = Kind {
         Key::optional("title", Type::Str, "Above the picture."),
         Key::optional("x_label", Type::Str, "Below it; the name of `x` if absent."),
         Key::optional("y_label", Type::Str, "Beside it; the name of `y`, if it is one, if absent."),
-        Key::default("width", Type::Int { min: 200, max: 4000 }, "640", "Width in CSS pixels; the PNG has twice as many."),
-        Key::default("height", Type::Int { min: 150, max: 4000 }, "400", "Height in CSS pixels; the PNG has twice as many."),
+        Key::default(
+            "width",
+            Type::Int { min: 200, max: 4000 },
+            "640",
+            "Width in CSS pixels; the PNG has twice as many.",
+        ),
+        Key::default(
+            "height",
+            Type::Int { min: 150, max: 4000 },
+            "400",
+            "Height in CSS pixels; the PNG has twice as many.",
+        ),
     ],
     floats: false,
     lineage: no_lineage,
@@ -188,7 +198,8 @@ fn lines(spec: &Spec, readings: &[Reading]) -> Result<Vec<Line>, Problem> {
 
 /// `series` and the axes beside it that have more than one value.
 fn varying(spec: &Spec, readings: &[Reading]) -> Vec<String> {
-    let axes = readings::distinct(readings.iter().flat_map(|reading| reading.axes.iter().map(|(axis, _)| axis.clone())));
+    let axes =
+        readings::distinct(readings.iter().flat_map(|reading| reading.axes.iter().map(|(axis, _)| axis.clone())));
     let several = |axis: &String| readings::distinct(readings.iter().filter_map(|r| r.label(axis))).len() > 1;
     let mut names = spec.series.clone();
     names.extend(axes.into_iter().filter(|axis| *axis != spec.x && !spec.series.contains(axis)).filter(several));
@@ -207,6 +218,9 @@ fn dash(field: usize) -> LineStyle {
         _ => LineStyle::DashDot,
     }
 }
+
+/// Up to so many points a line shows each as a dot, so that a single checkpoint is seen at all.
+const DOTS_MAX: usize = 40;
 
 fn picture(spec: &Spec, lines: &[Line]) -> Result<String, Problem> {
     let fields = spec.y.list();
@@ -237,12 +251,20 @@ fn picture(spec: &Spec, lines: &[Line]) -> Result<String, Problem> {
             for line in lines {
                 let points: Vec<(f64, f64)> = line.points.iter().map(|(x, y)| (xs.of(x), *y)).collect();
                 let style = if series.len() > 1 { dash(place(line).1) } else { LineStyle::Solid };
-                let mut plot =
-                    LinePlot::new().with_data(points).with_color(colour(line)).with_stroke_width(1.8).with_line_style(style);
+                let mut plot = LinePlot::new()
+                    .with_data(points)
+                    .with_color(colour(line))
+                    .with_stroke_width(1.8)
+                    .with_line_style(style);
                 if lines.len() > 1 {
                     plot = plot.with_legend(name(line));
                 }
+                let dots = (line.points.len() <= DOTS_MAX).then(|| {
+                    let points: Vec<(f64, f64)> = line.points.iter().map(|(x, y)| (xs.of(x), *y)).collect();
+                    ScatterPlot::new().with_data(points).with_color(colour(line)).with_size(2.8)
+                });
                 plots.push(Plot::Line(plot));
+                plots.extend(dots.map(Plot::Scatter));
             }
             plots
         }
@@ -251,6 +273,7 @@ fn picture(spec: &Spec, lines: &[Line]) -> Result<String, Problem> {
     let mut layout = Layout::auto_from_plots(&plots)
         .with_width(f64::from(spec.width))
         .with_height(f64::from(spec.height))
+        .with_legend_box(false)
         .with_x_label(spec.x_label.clone().unwrap_or_else(|| spec.x.clone()));
     let y_label = spec.y_label.clone().or_else(|| (fields.len() == 1).then(|| fields[0].clone()));
     if let Some(label) = y_label {
@@ -260,7 +283,8 @@ fn picture(spec: &Spec, lines: &[Line]) -> Result<String, Problem> {
         layout = layout.with_title(title.clone());
     }
     if let (Mark::Line, Along::Names(names)) = (spec.mark, places_along(lines)) {
-        layout = layout.with_x_categories(names);
+        let end = names.len() as f64 + 0.5;
+        layout = layout.with_x_categories(names).with_x_axis_min(0.5).with_x_axis_max(end);
     }
     Ok(renumber_clips(&kuva::render_to_svg(plots, layout)))
 }

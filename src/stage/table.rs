@@ -4,12 +4,12 @@
 //! axis (and their mean); without it they are fields by name. Two readings never share a cell: that
 //! is an error which names the axis left out, not an average nobody asked for.
 
-use super::readings::{self, Reading};
 use super::Context;
+use super::readings::{self, Reading};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::plan::Cell;
 use crate::problem::{Exit, Problem};
-use comfy_table::{Cell as TextCell, CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{Cell as TextCell, CellAlignment, ContentArrangement, LineStyle, Table, presets};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashMap};
@@ -140,7 +140,11 @@ fn rules(params: &Params) -> Vec<Broken> {
             );
         }
     } else if columns.is_empty() {
-        wrong("columns", "a table needs columns".into(), "`columns = [\"task\", \"mean\"]` with `value = \"accuracy\"`");
+        wrong(
+            "columns",
+            "a table needs columns".into(),
+            "`columns = [\"task\", \"mean\"]` with `value = \"accuracy\"`",
+        );
     } else if columns.iter().any(|column| column == MEAN) {
         wrong("columns", "`mean` needs `value`: the metric of which it is the mean".into(), "`value = \"accuracy\"`");
     }
@@ -341,9 +345,10 @@ impl Grid {
     /// A metric that no cell has a number for.
     fn unknown_metric(&self) -> Option<&str> {
         let has = |metric: &str| {
-            self.columns.iter().enumerate().any(|(at, column)| {
-                column.metric == metric && self.entries.iter().any(|row| row[at].value.is_some())
-            })
+            self.columns
+                .iter()
+                .enumerate()
+                .any(|(at, column)| column.metric == metric && self.entries.iter().any(|row| row[at].value.is_some()))
         };
         self.columns.iter().map(|column| column.metric.as_str()).find(|metric| !has(metric))
     }
@@ -524,14 +529,16 @@ impl Grid {
     fn text(&self, spec: &Spec) -> String {
         let mut table = Table::new();
         table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-        table.style_mut().header_separator = presets::UTF8_HORIZONTAL_ONLY.header_separator;
-        let header = self.row_names.iter().map(TextCell::new).chain(
-            self.columns.iter().map(|column| TextCell::new(&column.title).set_alignment(CellAlignment::Right)),
-        );
+        table.style_mut().header_separator = LineStyle::new('─', '─', '─', '─');
+        let header =
+            self.row_names.iter().map(TextCell::new).chain(
+                self.columns.iter().map(|column| TextCell::new(&column.title).set_alignment(CellAlignment::Right)),
+            );
         table.set_header(header.collect::<Vec<_>>());
         let cells = self.text_cells(spec);
         for (at, row) in self.rows.iter().enumerate() {
-            let repeated = |depth: usize| at > 0 && depth + 1 < row.len() && self.rows[at - 1][..=depth] == row[..=depth];
+            let repeated =
+                |depth: usize| at > 0 && depth + 1 < row.len() && self.rows[at - 1][..=depth] == row[..=depth];
             let labels = row.iter().enumerate().map(|(depth, label)| if repeated(depth) { "" } else { label.as_str() });
             let numbers = cells[at].iter().map(|cell| TextCell::new(cell).set_alignment(CellAlignment::Right));
             table.add_row(labels.map(TextCell::new).chain(numbers).collect::<Vec<_>>());
@@ -540,8 +547,14 @@ impl Grid {
         if let Some(caption) = &spec.caption {
             let _ = writeln!(text, "{caption}");
         }
+        let last = self.row_names.len() + self.columns.len() - 1;
+        for (at, column) in table.column_iter_mut().enumerate() {
+            column.set_padding((0, if at < last { 2 } else { 0 }));
+        }
         for line in table.lines() {
-            let _ = writeln!(text, "{}", line.trim_end());
+            // The layout leaves a place for a border on the left.
+            let line: String = line.chars().skip(1).collect();
+            let _ = writeln!(text, "{}", line.replace(NO_BREAK_SPACE, " ").trim_end());
         }
         let notes = self.notes("*");
         if !notes.is_empty() {
