@@ -3,8 +3,6 @@
 //! A stage sees its resolved parameters, its inputs as files and an empty output folder. It cannot
 //! name the store, the plan's other cells or the terminal.
 
-pub mod command;
-
 use crate::files::Files;
 use crate::manifest::spec::{Kind, Params};
 use crate::plan::Axes;
@@ -14,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub mod check;
+pub mod command;
 pub mod plot;
 pub mod readings;
 pub mod table;
@@ -22,12 +21,8 @@ pub mod table;
 pub type Run = fn(&Context) -> Result<(), Problem>;
 
 /// The kinds, in the order help and schema list them: the one table a new kind is added to.
-const STAGES: &[(&Kind, Run)] = &[
-    (&check::KIND, check::run),
-    (&command::KIND, command::run),
-    (&plot::KIND, plot::run),
-    (&table::KIND, table::run),
-];
+const STAGES: &[(&Kind, Run)] =
+    &[(&check::KIND, check::run), (&command::KIND, command::run), (&plot::KIND, plot::run), (&table::KIND, table::run)];
 
 /// Every kind a manifest may name.
 pub const KINDS: &[&Kind] = &kinds();
