@@ -59,8 +59,7 @@ impl BadRows {
             [code] => code,
             _ => "data::bad_rows",
         };
-        let verb = if self.count == 1 { "row cannot be used" } else { "rows cannot be used" };
-        let mut problem = Problem::new(code, format!("{} of {total} {verb}", self.count));
+        let mut problem = Problem::new(code, format!("{} of {total} rows cannot be used", self.count));
         if let Some(path) = source {
             problem = problem.at_file(path);
         }

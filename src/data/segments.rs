@@ -313,7 +313,7 @@ impl Maker<'_> {
             return self.limited(over, false, || {
                 let mut sample = sample;
                 self.cut(&mut sample.ids, &mut sample.learned);
-                learns(sample, true)
+                learns(sample, self.limits.on_overlength == Overlength::Truncate)
             });
         }
         let (context, completion) = self.texts(record)?;
@@ -329,8 +329,8 @@ impl Maker<'_> {
         } else {
             let (chosen_context, chosen) = self.preference(record, "chosen")?;
             let (rejected_context, rejected) = self.preference(record, "rejected")?;
-            let words = |text: &str| text.split_whitespace().map(String::from).collect::<Vec<_>>();
-            if chosen_context != rejected_context && words(&chosen_context) != words(&rejected_context) {
+            let marks = |text: &str| text.chars().filter(|mark| !mark.is_whitespace()).collect::<String>();
+            if chosen_context != rejected_context && marks(&chosen_context) != marks(&rejected_context) {
                 return Err(Bad::new("data::prompts_differ", "`chosen` and `rejected` answer different prompts").help(
                     "a pair needs one prompt; give it as `prompt` and only the answers as `chosen` and `rejected`",
                 ));

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 pub mod check;
 pub mod command;
+pub mod dataset;
 pub mod plot;
 pub mod readings;
 pub mod table;
@@ -21,8 +22,13 @@ pub mod table;
 pub type Run = fn(&Context) -> Result<(), Problem>;
 
 /// The kinds, in the order help and schema list them: the one table a new kind is added to.
-const STAGES: &[(&Kind, Run)] =
-    &[(&check::KIND, check::run), (&command::KIND, command::run), (&plot::KIND, plot::run), (&table::KIND, table::run)];
+const STAGES: &[(&Kind, Run)] = &[
+    (&check::KIND, check::run),
+    (&command::KIND, command::run),
+    (&dataset::KIND, dataset::run),
+    (&plot::KIND, plot::run),
+    (&table::KIND, table::run),
+];
 
 /// Every kind a manifest may name.
 pub const KINDS: &[&Kind] = &kinds();

@@ -1,5 +1,6 @@
 //! Text to tokens to samples, through the library's own doors.
 
+mod dataset;
 mod goldens;
 mod records;
 mod samples;
