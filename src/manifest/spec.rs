@@ -24,6 +24,22 @@ pub enum ArtifactType {
     Files,
 }
 
+impl ArtifactType {
+    /// What it is called in messages, article included.
+    pub const fn noun(self) -> &'static str {
+        match self {
+            ArtifactType::Model => "a model",
+            ArtifactType::Dataset => "a dataset",
+            ArtifactType::Measurements => "measurements",
+            ArtifactType::Scores => "scores",
+            ArtifactType::Table => "a table",
+            ArtifactType::Plot => "a plot",
+            ArtifactType::Verdict => "a verdict",
+            ArtifactType::Files => "files",
+        }
+    }
+}
+
 /// What the artifact of a stage means to whoever takes it as a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lineage {

@@ -1,4 +1,18 @@
 //! Manifest to [`Plan`]: names resolved, defaults filled, axes multiplied out, cells ordered. No I/O.
+//!
+//! [`resolve`] makes the plan, or tells everything that is wrong with the manifest in one go.
+//! [`fingerprint`] says, in named parts, what a cell would compute. [`schema`] is the manifest
+//! language as JSON Schema, from the same key tables that validation reads.
+mod axes;
+mod fingerprint;
+mod order;
+mod resolve;
+mod schema;
+mod select;
+
+pub use fingerprint::{Change, Fingerprint, Machine, fingerprint};
+pub use resolve::{CELLS_MAX, resolve};
+pub use schema::schema;
 
 use crate::manifest::spec::{Kind, Params};
 use std::fmt;

@@ -1,0 +1,325 @@
+//! Files and their includes to raw stages and profiles.
+
+use super::value::{Entry, FileId, Node, Origin, Reader, Table, Value};
+use super::{SET_FILE, Text, VERSION, problem, spec::Kind, template, words};
+use crate::problem::Problem;
+use std::collections::HashMap;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use toml::de::DeTable;
+
+/// Includes within includes beyond this are taken for a mistake (and would use up the stack).
+const DEPTH_MAX: usize = 64;
+
+const TOP: [&str; 5] = ["manifest", "title", "include", "stage", "profile"];
+
+pub(super) struct RawStage {
+    pub name: String,
+    pub at: Origin,
+    pub table: Table,
+}
+
+/// One `[profile.NAME]` of one file. Those of the same name in several files are laid over in file order.
+pub(super) struct RawProfile {
+    pub name: String,
+    pub title: Option<Node>,
+    pub stages: Vec<RawStage>,
+}
+
+pub(super) struct Loader<'a> {
+    pub kinds: &'static [&'static Kind],
+    read: &'a dyn Fn(&Path) -> io::Result<String>,
+    pub files: Vec<Text>,
+    /// Normalised paths of `files`.
+    seen: HashMap<PathBuf, FileId>,
+    /// The files being read, outermost first, each with the `include` that named it.
+    open: Vec<(FileId, Option<Origin>)>,
+    pub title: Option<Node>,
+    pub stages: Vec<RawStage>,
+    pub by_name: HashMap<String, usize>,
+    pub profiles: Vec<RawProfile>,
+    pub problems: Vec<Problem>,
+    pub incomplete: bool,
+}
+
+impl<'a> Loader<'a> {
+    pub fn new(kinds: &'static [&'static Kind], read: &'a dyn Fn(&Path) -> io::Result<String>) -> Self {
+        Loader {
+            kinds,
+            read,
+            files: Vec::new(),
+            seen: HashMap::new(),
+            open: Vec::new(),
+            title: None,
+            stages: Vec::new(),
+            by_name: HashMap::new(),
+            profiles: Vec::new(),
+            problems: Vec::new(),
+            incomplete: false,
+        }
+    }
+
+    pub fn at(&self, problem: Problem, origin: &Origin, label: &str) -> Problem {
+        problem.at_span(&self.files[origin.file].path, origin.span.clone(), label)
+    }
+
+    fn report(&mut self, problem: Problem, origin: &Origin) {
+        let problem = self.at(problem, origin, "");
+        self.problems.push(problem);
+    }
+
+    /// Reads `path` and, before its own stages, what it includes. `from`: the `include` that names it.
+    pub fn open(&mut self, path: &Path, from: Option<&Origin>) {
+        let normal = normalise(path);
+        if let Some(&file) = self.seen.get(&normal) {
+            if let Some(depth) = self.open.iter().position(|(open, _)| *open == file) {
+                self.include_cycle(depth, from);
+            }
+            return;
+        }
+        if self.open.len() >= DEPTH_MAX {
+            let deep =
+                problem("manifest::include_too_deep", format!("more than {DEPTH_MAX} files include one another"));
+            return from.map_or((), |from| self.report(deep, from));
+        }
+        let text = match (self.read)(path) {
+            Ok(text) => text,
+            Err(error) => {
+                self.incomplete = true;
+                let unreadable = problem("manifest::unreadable", format!("cannot read `{}`: {error}", path.display()));
+                match from {
+                    Some(from) => {
+                        let help = "`include` is relative to the file it stands in";
+                        self.report(unreadable.help(help), from);
+                    }
+                    None => self.problems.push(unreadable),
+                }
+                return;
+            }
+        };
+        let file = self.files.len();
+        self.seen.insert(normal, file);
+        self.files.push(Text { path: path.to_path_buf(), text });
+        self.open.push((file, from.cloned()));
+        self.file(file);
+        self.open.pop();
+    }
+
+    fn include_cycle(&mut self, depth: usize, from: Option<&Origin>) {
+        let chain = &self.open[depth..];
+        let name = |file: FileId| self.files[file].path.display().to_string();
+        let mut files: Vec<String> = chain.iter().map(|(file, _)| name(*file)).collect();
+        files.push(files[0].clone());
+        let message = match chain.len() {
+            1 => format!("`{}` includes itself", files[0]),
+            n => format!("{} files include one another: {}", words::count(n), files.join(" -> ")),
+        };
+        let mut cycle = problem("manifest::include_cycle", message);
+        let includes = chain[1..].iter().filter_map(|(_, from)| from.as_ref()).chain(from);
+        for (origin, pair) in includes.zip(files.windows(2)) {
+            cycle = self.at(cycle, origin, &format!("{} includes {}", pair[0], pair[1]));
+        }
+        self.problems.push(cycle.help("one of these includes has to go"));
+    }
+
+    fn file(&mut self, file: FileId) {
+        let path = self.files[file].path.clone();
+        let text = std::mem::take(&mut self.files[file].text);
+        let (parsed, errors) = DeTable::parse_recoverable(&text);
+        let table = Reader { file, path: &path, shift: 0, problems: &mut self.problems }.table(parsed.get_ref());
+        self.files[file].text = text;
+        if errors.is_empty() {
+            self.top(file, &path, table);
+            return;
+        }
+        // What is left of a file that does not parse is not worth messages of its own, except that
+        // the files it includes are checked too.
+        self.incomplete = true;
+        self.problems.retain(|problem| problem.places.first().is_none_or(|place| place.file != path));
+        let length = self.files[file].text.len();
+        for error in errors {
+            let span = error.span().unwrap_or(0..0);
+            let span = span.start.min(length)..span.end.min(length);
+            self.problems.push(problem("manifest::syntax", error.message()).at_span(&path, span, ""));
+        }
+        if let Some(include) = table.get("include") {
+            self.include(&path, &include.value.clone());
+        }
+    }
+
+    fn top(&mut self, file: FileId, path: &Path, table: Table) {
+        self.version(file, &table);
+        if let Some(include) = table.get("include") {
+            self.include(path, &include.value);
+        }
+        for entry in table.entries {
+            match (entry.key.as_str(), entry.value.value) {
+                ("manifest" | "include", _) | (_, Value::Invalid) => {}
+                ("title", Value::Str(text)) => {
+                    // An included file's own title is for when it is run by itself.
+                    if self.open.len() == 1 {
+                        self.title = Some(Node { origin: entry.value.origin, value: Value::Str(text) });
+                    }
+                }
+                ("stage", Value::Table(stages)) => {
+                    for stage in stages.entries {
+                        self.stage(stage);
+                    }
+                }
+                ("profile", Value::Table(profiles)) => {
+                    for profile in profiles.entries {
+                        self.profile(profile);
+                    }
+                }
+                ("title", other) => self.wrong_type("`title`", "a string", &other, &entry.value.origin),
+                ("stage", other) => {
+                    self.wrong_type("`stage`", "tables (`[stage.NAME]`)", &other, &entry.value.origin);
+                }
+                ("profile", other) => {
+                    self.wrong_type("`profile`", "tables (`[profile.NAME]`)", &other, &entry.value.origin);
+                }
+                (key, _) => self.unknown_top(key, "the manifest", &TOP, &entry.at),
+            }
+        }
+    }
+
+    fn version(&mut self, file: FileId, table: &Table) {
+        let Some(entry) = table.get("manifest") else {
+            let missing =
+                problem("manifest::missing_version", "the file does not say which manifest language it is in")
+                    .help(format!("begin it with `manifest = {VERSION}`"));
+            return self.report(missing, &Origin { file, span: 0..0 });
+        };
+        match entry.value.value {
+            Value::Int(VERSION) | Value::Invalid => {}
+            Value::Int(other) => {
+                let wrong =
+                    problem("manifest::wrong_version", format!("`manifest = {other}` is not a version known here"))
+                        .note(format!("this program reads version {VERSION}"));
+                self.report(wrong, &entry.value.origin);
+            }
+            ref other => self.wrong_type("`manifest`", "a whole number", other, &entry.value.origin),
+        }
+    }
+
+    fn include(&mut self, path: &Path, include: &Node) {
+        let folder = folder(path);
+        let Value::List(files) = &include.value else {
+            return self.wrong_type("`include`", "a list of files", &include.value, &include.origin);
+        };
+        for node in files {
+            match &node.value {
+                Value::Str(text) => self.open(&folder.join(text), Some(&node.origin)),
+                other => self.wrong_type("`include`", "a list of files", other, &node.origin),
+            }
+        }
+    }
+
+    fn stage(&mut self, entry: Entry) {
+        let Some(stage) = self.raw_stage(entry) else { return };
+        if !template::is_stage_name(&stage.name) {
+            let bad = problem("manifest::bad_name", format!("`{}` cannot name a stage", stage.name))
+                .help("use letters, digits, `_` and `-`");
+            return self.report(bad, &stage.at);
+        }
+        match self.by_name.get(&stage.name) {
+            Some(&first) => {
+                let twice = problem("manifest::duplicate_stage", format!("stage `{}` is declared twice", stage.name));
+                let twice = self.at(twice, &stage.at, "declared again");
+                let twice = self.at(twice, &self.stages[first].at, "first declared");
+                self.problems.push(twice.help("rename one of the two, or change the other's keys by a profile"));
+            }
+            None => {
+                self.by_name.insert(stage.name.clone(), self.stages.len());
+                self.stages.push(stage);
+            }
+        }
+    }
+
+    fn profile(&mut self, entry: Entry) {
+        let Value::Table(table) = entry.value.value else {
+            let subject = format!("profile `{}`", entry.key);
+            return self.wrong_type(&subject, "a table", &entry.value.value, &entry.value.origin);
+        };
+        let mut profile = RawProfile { name: entry.key, title: None, stages: Vec::new() };
+        for entry in table.entries {
+            match (entry.key.as_str(), &entry.value.value) {
+                ("title", Value::Str(_)) => profile.title = Some(entry.value),
+                ("title", other) => self.wrong_type("`title`", "a string", other, &entry.value.origin),
+                ("stage", Value::Table(stages)) => {
+                    for stage in stages.entries.clone() {
+                        profile.stages.extend(self.raw_stage(stage));
+                    }
+                }
+                ("stage", other) => self.wrong_type("`stage`", "tables", other, &entry.value.origin),
+                (key, _) => {
+                    let owner = format!("profile `{}`", profile.name);
+                    self.unknown_top(key, &owner, &["title", "stage"], &entry.at);
+                }
+            }
+        }
+        self.profiles.push(profile);
+    }
+
+    fn raw_stage(&mut self, entry: Entry) -> Option<RawStage> {
+        match entry.value.value {
+            // A header `[stage.x]` is the value's place; a dotted or inline form has only its key.
+            Value::Table(table) => {
+                let text = &self.files[entry.at.file].text;
+                let header = entry.value.origin.span.clone();
+                let at = if text.get(header.clone()).is_some_and(|text| text.starts_with('[')) {
+                    Origin { file: entry.at.file, span: header }
+                } else {
+                    entry.at
+                };
+                Some(RawStage { name: entry.key, at, table })
+            }
+            other => {
+                self.wrong_type(&format!("stage `{}`", entry.key), "a table", &other, &entry.value.origin);
+                None
+            }
+        }
+    }
+
+    fn wrong_type(&mut self, subject: &str, takes: &str, found: &Value, origin: &Origin) {
+        if !matches!(found, Value::Invalid) {
+            let message = format!("{subject} takes {takes}, not {}", found.is_a());
+            self.report(problem("manifest::wrong_type", message), origin);
+        }
+    }
+
+    fn unknown_top(&mut self, key: &str, owner: &str, known: &[&str], origin: &Origin) {
+        let mut unknown = problem("manifest::unknown_key", format!("unknown key `{key}` in {owner}"));
+        if let Some(near) = words::nearest(key, known.iter().copied()) {
+            unknown = unknown.help(format!("a key with a similar name exists: `{near}`"));
+        }
+        let unknown = unknown.note(format!("keys of {owner}: {}", known.join(", ")));
+        self.report(unknown, origin);
+    }
+
+    /// The pseudo file that holds what `--set` gave.
+    pub fn add_set_file(&mut self, text: String) -> FileId {
+        self.files.push(Text { path: PathBuf::from(SET_FILE), text });
+        self.files.len() - 1
+    }
+}
+
+/// The folder a file lies in; empty for a bare name.
+pub(super) fn folder(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new(""))
+}
+
+/// `a/./b/../c` -> `a/c`, without looking at the disk: how an include is known to be the same file.
+fn normalise(path: &Path) -> PathBuf {
+    let mut normal = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::CurDir => {}
+            Component::ParentDir if matches!(normal.components().next_back(), Some(Component::Normal(_))) => {
+                normal.pop();
+            }
+            other => normal.push(other),
+        }
+    }
+    normal
+}

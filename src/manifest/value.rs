@@ -1,0 +1,158 @@
+//! TOML values that know where they were written: the same shape whether they come from a
+//! manifest, an included file, a profile or `--set`.
+//!
+//! Tables keep the order of the text. Numbers that no key can take (beyond 64 bits, infinite, not a
+//! number) are reported when they are read and become [`Value::Invalid`], which nothing complains
+//! about a second time.
+
+use crate::problem::{Exit, Problem};
+use std::ops::Range;
+use std::path::Path;
+use toml::de::{DeTable, DeValue};
+
+/// Index into the manifest's files.
+pub type FileId = usize;
+
+/// Where something was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    pub file: FileId,
+    /// Bytes of that file.
+    pub span: Range<usize>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Node {
+    pub origin: Origin,
+    pub value: Value,
+}
+
+#[derive(Debug, Clone)]
+pub enum Value {
+    Str(String),
+    Int(i64),
+    Float(f64),
+    Bool(bool),
+    /// No key takes a date; kept to say so (and as text for `--set`).
+    Date(String),
+    List(Vec<Node>),
+    Table(Table),
+    /// Already reported.
+    Invalid,
+}
+
+/// Entries in the order written.
+#[derive(Debug, Clone, Default)]
+pub struct Table {
+    pub entries: Vec<Entry>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Entry {
+    pub key: String,
+    pub at: Origin,
+    pub value: Node,
+}
+
+impl Table {
+    pub fn get(&self, key: &str) -> Option<&Entry> {
+        self.entries.iter().find(|entry| entry.key == key)
+    }
+
+    pub fn remove(&mut self, key: &str) -> Option<Entry> {
+        let at = self.entries.iter().position(|entry| entry.key == key)?;
+        Some(self.entries.remove(at))
+    }
+
+    /// Lays `over` on top: tables merge key by key, everything else is replaced, place included.
+    pub fn overlay(&mut self, over: &Table) {
+        for entry in &over.entries {
+            match self.entries.iter_mut().find(|mine| mine.key == entry.key) {
+                Some(mine) => mine.overlay(entry),
+                None => self.entries.push(entry.clone()),
+            }
+        }
+    }
+}
+
+impl Entry {
+    fn overlay(&mut self, over: &Entry) {
+        match (&mut self.value.value, &over.value.value) {
+            (Value::Table(mine), Value::Table(theirs)) => mine.overlay(theirs),
+            _ => *self = over.clone(),
+        }
+    }
+}
+
+impl Value {
+    /// What it is, for messages: `a string`.
+    pub fn is_a(&self) -> &'static str {
+        match self {
+            Value::Str(_) => "a string",
+            Value::Int(_) => "a whole number",
+            Value::Float(_) => "a number",
+            Value::Bool(_) => "`true` or `false`",
+            Value::Date(_) => "a date",
+            Value::List(_) => "a list",
+            Value::Table(_) => "a table",
+            Value::Invalid => "not readable",
+        }
+    }
+}
+
+/// Turns parsed TOML into [`Table`]s and [`Node`]s, and collects the numbers that nothing can take.
+pub(crate) struct Reader<'a> {
+    pub file: FileId,
+    pub path: &'a Path,
+    /// Added to every span: where the parsed text starts in the file.
+    pub shift: usize,
+    pub problems: &'a mut Vec<Problem>,
+}
+
+impl Reader<'_> {
+    fn origin(&self, span: Range<usize>) -> Origin {
+        Origin { file: self.file, span: span.start + self.shift..span.end + self.shift }
+    }
+
+    pub fn table(&mut self, table: &DeTable<'_>) -> Table {
+        let mut entries: Vec<Entry> = table
+            .iter()
+            .map(|(key, value)| Entry {
+                key: key.get_ref().to_string(),
+                at: self.origin(key.span()),
+                value: self.node(value.get_ref(), value.span()),
+            })
+            .collect();
+        // The parser iterates by name.
+        entries.sort_by_key(|entry| entry.at.span.start);
+        Table { entries }
+    }
+
+    pub fn node(&mut self, value: &DeValue<'_>, span: Range<usize>) -> Node {
+        let origin = self.origin(span);
+        let value = match value {
+            DeValue::String(text) => Value::Str(text.to_string()),
+            DeValue::Integer(int) => match i64::from_str_radix(int.as_str(), int.radix()) {
+                Ok(int) => Value::Int(int),
+                Err(_) => self.invalid(&origin, "manifest::out_of_range", "a whole number has to fit 64 bits"),
+            },
+            // 0.0 and -0.0 are one value.
+            DeValue::Float(float) => match float.as_str().parse::<f64>() {
+                Ok(float) if float.is_finite() => Value::Float(float + 0.0),
+                _ => self.invalid(&origin, "manifest::not_finite", "a number has to be finite"),
+            },
+            DeValue::Boolean(bool) => Value::Bool(*bool),
+            DeValue::Datetime(date) => Value::Date(date.to_string()),
+            DeValue::Array(list) => {
+                Value::List(list.iter().map(|item| self.node(item.get_ref(), item.span())).collect())
+            }
+            DeValue::Table(table) => Value::Table(self.table(table)),
+        };
+        Node { origin, value }
+    }
+
+    fn invalid(&mut self, origin: &Origin, code: &'static str, message: &str) -> Value {
+        self.problems.push(Problem::new(code, message).exit(Exit::Usage).at_span(self.path, origin.span.clone(), ""));
+        Value::Invalid
+    }
+}
