@@ -248,7 +248,9 @@ impl<'a> Check<'a> {
             if types.iter().all(|ty| is_ref(ty) || matches!(ty, Type::List(_) | Type::Map(_) | Type::Table(_))) {
                 return got;
             }
-            self.found.refs.iter_mut().next_back().map_or((), |last| last.also = Some(types));
+            if let Some(last) = self.found.refs.last_mut() {
+                last.also = Some(types);
+            }
             let template =
                 Template { steps: self.steps.clone(), text: text.to_string(), ty, origin: node.origin.clone() };
             self.found.templates.push(template);
