@@ -2,6 +2,7 @@
 pub mod data;
 pub mod digest;
 pub mod files;
+pub mod grade;
 pub mod manifest;
 pub mod model;
 pub mod plan;

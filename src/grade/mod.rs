@@ -1,0 +1,147 @@
+//! Whether a response answers a question rightly: three verdicts, no computer algebra, no clock.
+//!
+//! The way of an answer: [`extract`] finds it, [`normalise`] makes tokens, [`answer`] types them,
+//! [`decide`] compares with the gold answer. Each step is linear or bounded, so no input takes
+//! long, and none panics. "Undecided" is an answer: it is counted apart, never as right.
+
+pub mod answer;
+pub mod decide;
+pub mod extract;
+pub mod modular;
+pub mod normalise;
+pub mod number;
+pub mod parse;
+pub mod stats;
+pub mod words;
+
+pub use stats::wilson;
+
+/// Longer answers are not read; a response may be of any length.
+const ANSWER_BYTES: usize = 60_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Correct,
+    Wrong,
+    /// Not settled by any rule here.
+    Undecided,
+}
+
+impl Verdict {
+    pub fn name(self) -> &'static str {
+        match self {
+            Verdict::Correct => "correct",
+            Verdict::Wrong => "wrong",
+            Verdict::Undecided => "undecided",
+        }
+    }
+}
+
+/// What kind of answer the gold one is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Anything a mathematics problem may have as its answer.
+    Math,
+    /// A number or expression; the gold answer must be one.
+    Number,
+    /// A letter.
+    Choice,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Graded {
+    pub verdict: Verdict,
+    /// What was taken for the answer; `None` if there was none.
+    pub extracted: Option<String>,
+    /// The rule that found it: `box`, `boxes`, `mark`, `bold`, `formula`, `last line`, `start`, or `none`.
+    pub found: &'static str,
+    /// The rule that decided.
+    pub rule: &'static str,
+}
+
+/// Grades a response.
+pub fn grade(gold: &str, response: &str, kind: Kind) -> Graded {
+    let found = extract::segment(response).and_then(|segment| extract::extract(segment, kind));
+    let Some(found) = found else {
+        return Graded { verdict: Verdict::Wrong, extracted: None, found: "none", rule: "no answer" };
+    };
+    let (verdict, rule) = match kind {
+        Kind::Choice => choice(gold, &found.text),
+        Kind::Math | Kind::Number => judge(gold, &found.text),
+    };
+    Graded { verdict, extracted: Some(found.text), found: found.rule, rule }
+}
+
+/// Compares two answers as they stand, without extraction.
+pub fn judge(gold: &str, given: &str) -> decide::Ruling {
+    if gold.trim() == given.trim() {
+        return (Verdict::Correct, "same text");
+    }
+    if given.len() > ANSWER_BYTES || gold.len() > ANSWER_BYTES {
+        return (Verdict::Undecided, "too long");
+    }
+    let (gold_tokens, given_tokens) = (normalise::tokens(gold), normalise::tokens(given));
+    if gold_tokens == given_tokens && !gold_tokens.is_empty() && !gold_tokens.contains(&normalise::Token::Unknown) {
+        return (Verdict::Correct, "same tokens");
+    }
+    let Some(gold_answer) = answer::answer(&gold_tokens) else { return (Verdict::Undecided, "gold not understood") };
+    // Words are compared as words, whatever the other side could also be read as.
+    if let answer::Answer::Text(words) = &gold_answer {
+        return decide::text_against(words, &answer::words_of(&given_tokens));
+    }
+    match answer::answer(&given_tokens) {
+        Some(given_answer) => decide::compare(&gold_answer, &given_answer),
+        None => (Verdict::Undecided, "answer not understood"),
+    }
+}
+
+/// `Err` says why a gold answer cannot be compared with anything.
+pub fn check_gold(gold: &str, kind: Kind) -> Result<(), String> {
+    if gold.trim().is_empty() {
+        return Err("it is empty".into());
+    }
+    match kind {
+        Kind::Choice => match single_letter(gold) {
+            Some(_) => Ok(()),
+            None => Err("it is not a letter".into()),
+        },
+        Kind::Math | Kind::Number => match answer::answer(&normalise::tokens(gold)) {
+            None => Err("it is no number, expression, list, interval, equation or text known here".into()),
+            Some(answer::Answer::Text(_)) if kind == Kind::Number => Err("it is text, not a number".into()),
+            Some(_) => Ok(()),
+        },
+    }
+}
+
+fn choice(gold: &str, given: &str) -> decide::Ruling {
+    let Some(gold) = single_letter(gold) else { return (Verdict::Undecided, "gold not understood") };
+    match single_letter(given) {
+        Some(letter) if letter == gold => (Verdict::Correct, "letter"),
+        _ => (Verdict::Wrong, "letter"),
+    }
+}
+
+/// The one letter a text names: `B`, `(b)`, `\text{B}`, `Option B`, `B) because`.
+fn single_letter(text: &str) -> Option<char> {
+    const FILLER: &[&str] = &["option", "choice", "answer", "text", "textbf", "mathrm", "mathbf", "the", "is"];
+    let words = text.split(|c: char| !c.is_alphanumeric()).filter(|w| !w.is_empty());
+    let words: Vec<&str> = words.filter(|w| !FILLER.contains(&w.to_ascii_lowercase().as_str())).take(20).collect();
+    let as_letter = |word: &&str| {
+        let mut chars = word.chars();
+        chars.next().filter(|c| c.is_ascii_alphabetic() && chars.next().is_none()).map(|c| c.to_ascii_uppercase())
+    };
+    match words.as_slice() {
+        [only] => as_letter(&only),
+        // `B) because ...`: the letter stands first and is marked as one.
+        [first, rest @ ..] => {
+            let letter = as_letter(first)?;
+            let at = text.find(first)? + first.len();
+            let marked = text[at..].starts_with([')', '.', ':', '}']);
+            let another = rest.iter().any(|w| {
+                as_letter(w).is_some_and(|l| l != letter && w.chars().all(|c| c.is_ascii_uppercase()) && l != 'I')
+            });
+            (marked && !another).then_some(letter)
+        }
+        [] => None,
+    }
+}

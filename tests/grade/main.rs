@@ -1,0 +1,4 @@
+//! The grader against labelled answers, conventions and hostile input.
+mod conventions;
+mod hostile;
+mod labelled;
