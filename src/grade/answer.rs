@@ -410,7 +410,7 @@ fn inequality(tokens: &[Token], top: &[usize]) -> Option<Answer> {
     if sides.len() != relations.len() + 1 || sides.len() > 4 {
         return None;
     }
-    let sides = sides.into_iter().map(|side| expression(side)).collect::<Option<Vec<_>>>()?;
+    let sides = sides.into_iter().map(expression).collect::<Option<Vec<_>>>()?;
     let mut whole: Option<Region> = None;
     let mut name = None;
     for (pair, relation) in sides.windows(2).zip(relations) {

@@ -131,7 +131,7 @@ fn single_letter(text: &str) -> Option<char> {
         chars.next().filter(|c| c.is_ascii_alphabetic() && chars.next().is_none()).map(|c| c.to_ascii_uppercase())
     };
     match words.as_slice() {
-        [only] => as_letter(&only),
+        [only] => as_letter(only),
         // `B) because ...`: the letter stands first and is marked as one.
         [first, rest @ ..] => {
             let letter = as_letter(first)?;

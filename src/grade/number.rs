@@ -108,7 +108,7 @@ impl Real {
     }
 
     pub fn exp(self) -> Real {
-        if !(self.hi.abs() < 700.0) {
+        if self.hi.is_nan() || self.hi.abs() >= 700.0 {
             return Real::from(self.hi.exp());
         }
         // exp(x) = 2^k exp(r)^512, r so small that ten terms of the series are enough; the squarings
@@ -144,7 +144,7 @@ impl Real {
 
     /// Sine and cosine.
     pub fn sin_cos(self) -> (Real, Real) {
-        if !(self.hi.abs() < 1e9) {
+        if self.hi.is_nan() || self.hi.abs() >= 1e9 {
             return (Real::from(f64::NAN), Real::from(f64::NAN));
         }
         let quarter = PI * Real::from(0.5);

@@ -122,7 +122,7 @@ pub fn numbers(words: &[String]) -> Option<u64> {
             _ => {
                 let n = number(word)?;
                 // "three four" is no number.
-                if current % 10 != 0 || (n >= 10 && current % 100 != 0) {
+                if !current.is_multiple_of(10) || (n >= 10 && !current.is_multiple_of(100)) {
                     return None;
                 }
                 current = current.checked_add(n)?;
