@@ -3,6 +3,7 @@ pub mod data;
 pub mod digest;
 pub mod files;
 pub mod grade;
+pub mod hub;
 pub mod manifest;
 pub mod model;
 pub mod plan;
