@@ -11,23 +11,34 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub mod bundled;
 pub mod check;
 pub mod command;
 pub mod dataset;
+pub mod dpo;
+mod inputs;
+pub mod model;
 pub mod plot;
+pub mod probe;
 pub mod readings;
+pub mod sft;
 pub mod table;
+mod training;
 
 /// What a kind does with a context.
 pub type Run = fn(&Context) -> Result<(), Problem>;
 
 /// The kinds, in the order help and schema list them: the one table a new kind is added to.
 const STAGES: &[(&Kind, Run)] = &[
+    (&model::KIND, model::run),
+    (&dataset::KIND, dataset::run),
+    (&sft::KIND, sft::run),
+    (&dpo::KIND, dpo::run),
+    (&probe::KIND, probe::run),
+    (&table::KIND, table::run),
+    (&plot::KIND, plot::run),
     (&check::KIND, check::run),
     (&command::KIND, command::run),
-    (&dataset::KIND, dataset::run),
-    (&plot::KIND, plot::run),
-    (&table::KIND, table::run),
 ];
 
 /// Every kind a manifest may name.
@@ -110,13 +121,17 @@ impl Context<'_> {
 
     /// The parameters as the kind's own struct (`deny_unknown_fields`, so that every accepted key is read).
     pub fn spec<T: serde::de::DeserializeOwned>(&self) -> Result<T, Problem> {
-        serde_json::from_value(serde_json::Value::Object(self.params.clone())).map_err(|error| {
-            Problem::new("stage::params", format!("parameters of `{}` do not fit its kind: {error}", self.label))
-        })
+        read_params(self.label, self.params.clone())
     }
 
     /// The artifacts of a slot; empty if the optional reference is absent.
     pub fn inputs(&self, slot: &str) -> &[Artifact] {
         self.inputs.get(slot).map_or(&[], Vec::as_slice)
     }
+}
+
+/// Parameters as a struct that knows every one of them.
+fn read_params<T: serde::de::DeserializeOwned>(label: &str, params: Params) -> Result<T, Problem> {
+    serde_json::from_value(serde_json::Value::Object(params))
+        .map_err(|error| Problem::new("stage::params", format!("parameters of `{label}` do not fit its kind: {error}")))
 }

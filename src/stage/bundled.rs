@@ -1,0 +1,61 @@
+//! Small models and their tokenizer that come inside the program, so that a first run needs no
+//! download. `pipelines/mini-base.toml` makes the weights again.
+
+use crate::files::Files;
+use crate::problem::Problem;
+use std::fs;
+use std::path::Path;
+
+/// Names after `init:`.
+pub const MODELS: &[&str] = &[];
+
+/// Files to be written: from memory or from a folder.
+pub enum Bundle {
+    Embedded(Vec<(&'static str, &'static [u8])>),
+    Folder(Files),
+}
+
+macro_rules! embedded {
+    ($($name:literal => $path:literal),* $(,)?) => {
+        Bundle::Embedded(vec![$(($name, include_bytes!(concat!("../../pipelines/mini/", $path)).as_slice())),*])
+    };
+}
+
+/// The bundled tokenizer of that name.
+pub fn tokenizer(name: &str) -> Option<Bundle> {
+    (name == "mini").then(|| {
+        embedded! {
+            "tokenizer.json" => "tokenizer/tokenizer.json",
+            "tokenizer_config.json" => "tokenizer/tokenizer_config.json",
+        }
+    })
+}
+
+/// The bundled model of that name, tokenizer included.
+pub fn model(name: &str) -> Option<Bundle> {
+    MODELS.contains(&name).then(|| tokenizer("mini")).flatten()
+}
+
+impl Bundle {
+    /// Writes the files whose name `keep` accepts into `out`. Folders are linked where the system
+    /// can (copy-on-write), copied otherwise: a later change of the original must not reach ours.
+    pub fn write(&self, out: &Path, keep: impl Fn(&str) -> bool) -> Result<(), Problem> {
+        let put = |name: &str, write: &dyn Fn(&Path) -> std::io::Result<()>| {
+            let path = out.join(name);
+            write(&path).map_err(|error| Problem::io("model::unwritable", "write", &path, &error))
+        };
+        match self {
+            Bundle::Embedded(files) => {
+                for (name, bytes) in files.iter().filter(|(name, _)| keep(name)) {
+                    put(name, &|path| fs::write(path, bytes))?;
+                }
+            }
+            Bundle::Folder(files) => {
+                for (name, from) in files.iter().filter(|(name, _)| keep(name)) {
+                    put(name, &|path| fs::copy(from, path).map(drop))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

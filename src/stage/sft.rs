@@ -1,0 +1,94 @@
+//! `sft`: cross-entropy on the learned tokens of completions; gradients into an adapter, or into
+//! every weight when `lora` is absent.
+//!
+//! A step is one optimizer update over `batch_size` examples. Its loss is the sum over the learned
+//! tokens of the whole batch divided by their number, however the batch is cut into micro-batches
+//! (transformers since 4.46 with `num_items_in_batch`; averaging the micro-batches' means instead
+//! gives short examples more weight).
+
+use super::Context;
+use super::inputs;
+use super::training::{self, Packed, Session, training_keys};
+use crate::data::{self, Sample};
+use crate::manifest::spec::{ArtifactType, Key, Kind, Type};
+use crate::problem::Problem;
+use crate::train::{clip, global_norm, require_finite};
+use serde::Deserialize;
+use serde_json::json;
+
+pub const KIND: Kind = Kind {
+    name: "sft",
+    about: "supervised fine-tuning on completions: LoRA, or every weight",
+    recipe: 1,
+    yields: ArtifactType::Model,
+    keys: training_keys![],
+    floats: true,
+    lineage: training::lineage,
+    rules: training::rules,
+};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Own {}
+
+pub fn run(ctx: &Context) -> Result<(), Problem> {
+    let (spec, Own {}) = training::specs(ctx, &[])?;
+    let tokenizer = inputs::tokenizer(ctx, "model")?;
+    let (samples, notes) = data::samples(&inputs::records(ctx, "data")?, &tokenizer, spec.format, &spec.limits())?;
+    inputs::warn(ctx, &notes);
+
+    let mut model = spec.model(ctx)?;
+    training::check_ids(&model, samples.iter())?;
+    let steps = spec.steps(samples.len());
+    let schedule = spec.schedule(steps);
+    let saved = spec.saved(steps);
+    let mut optimizer = spec.optimizer.over(model.params());
+    let (mut session, done) = Session::resume(ctx, &mut model, &mut optimizer, spec.resume_every_s)?;
+    ctx.progress.begin(steps.total, "steps");
+    if done == 0 && saved.contains(&0) {
+        session.keep(&model, 0, 0.0)?;
+    }
+    let mut grads = training::zero_gradients(&model);
+    for step in done..steps.total {
+        let order = data::epoch_order(samples.len(), spec.seed, step / steps.per_epoch, spec.shuffle);
+        let batches = data::batches(&order, spec.batch_size);
+        let batch: Vec<&Sample> = batches[(step % steps.per_epoch) as usize].iter().map(|&i| &samples[i]).collect();
+        let lengths: Vec<usize> = batch.iter().map(|sample| sample.ids.len()).collect();
+        let learned: usize = batch.iter().map(|sample| training::learned_tokens(sample)).sum();
+
+        grads.clear();
+        let mut loss = 0.0;
+        for part in data::micro_batches(&lengths, spec.micro_batch_tokens) {
+            let packed = Packed::new(batch[part].iter().copied());
+            let forward = model.forward(&packed.batch());
+            loss -= forward.logprobs.iter().map(|&logprob| f64::from(logprob)).sum::<f64>();
+            // d loss / d logprob, the same for every learned token of the whole batch
+            let dlogprobs = vec![-1.0 / learned as f32; forward.logprobs.len()];
+            model.backward(forward.tape, &dlogprobs, &mut grads);
+        }
+        let loss = loss / learned as f64;
+        let grad_norm = global_norm(&grads);
+        require_finite(loss, grad_norm, step + 1)?;
+        clip(&mut grads, grad_norm, spec.optimizer.clip_norm);
+        let learning_rate = schedule.rate(step);
+        model.update(|params| optimizer.step(params, &grads, learning_rate));
+
+        let updates = step + 1;
+        if saved.contains(&updates) {
+            session.keep(&model, updates, steps.epochs(updates))?;
+        }
+        let line = json!({
+            "step": updates,
+            "epoch": steps.epochs(updates),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": lengths.iter().sum::<usize>(),
+            "learned_tokens": learned,
+        });
+        ctx.progress.at(updates);
+        ctx.progress.note(&format!("loss {loss:.4}  lr {learning_rate:.2e}"));
+        session.finish_step(&model, &optimizer, updates, line)?;
+    }
+    session.publish(&model)
+}

@@ -1,0 +1,189 @@
+//! House rules as tests: the arrows between modules, what may be named where, and that the
+//! project speaks of itself alone.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Module -> the modules it may name. Reviewed in ARCHITECTURE.md whenever an arrow changes.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("problem", &[]),
+    ("files", &[]),
+    ("digest", &[]),
+    ("random", &["digest"]),
+    ("grade", &[]),
+    ("manifest", &["problem"]),
+    ("plan", &["manifest", "digest", "problem"]),
+    ("store", &["digest", "files", "problem"]),
+    ("hub", &["digest", "files", "problem"]),
+    ("data", &["digest", "files", "problem", "random"]),
+    ("tensor", &["random"]),
+    ("model", &["files", "problem", "random", "tensor"]),
+    ("train", &["digest", "files", "model", "problem", "random", "tensor"]),
+    ("stage", &["data", "digest", "files", "grade", "manifest", "model", "plan", "problem", "random", "tensor", "train"]),
+    ("exec", &["digest", "files", "manifest", "plan", "problem", "store"]),
+];
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn files_below(dir: &Path, ends: &[&str], into: &mut Vec<PathBuf>) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            files_below(&path, ends, into);
+        } else if ends.iter().any(|end| path.to_string_lossy().ends_with(end)) {
+            into.push(path);
+        }
+    }
+    into.sort();
+}
+
+/// The library module a file belongs to; `None` for the binary, which may see everything.
+fn module_of(path: &Path) -> Option<String> {
+    let inside = path.strip_prefix(root().join("src")).ok()?;
+    let first = inside.components().next()?.as_os_str().to_string_lossy().into_owned();
+    let name = first.trim_end_matches(".rs").to_string();
+    (!["main", "lib", "cli", "report"].contains(&name.as_str())).then_some(name)
+}
+
+/// `crate::NAME` outside comments, with line numbers.
+fn named_modules(text: &str) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    for (number, line) in text.lines().enumerate() {
+        let code = line.split("//").next().unwrap_or("");
+        for part in code.split("crate::").skip(1) {
+            let name: String = part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            if !name.is_empty() {
+                found.push((number + 1, name));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn modules_name_only_those_they_may() {
+    let arrows: BTreeMap<&str, &[&str]> = ARROWS.iter().copied().collect();
+    let mut sources = Vec::new();
+    files_below(&root().join("src"), &[".rs"], &mut sources);
+    assert!(sources.len() > 20, "found only {} sources", sources.len());
+    let mut wrong = Vec::new();
+    for path in sources {
+        let Some(module) = module_of(&path) else { continue };
+        let Some(allowed) = arrows.get(module.as_str()) else {
+            wrong.push(format!("{}: module `{module}` is not in the list of arrows", path.display()));
+            continue;
+        };
+        for (line, name) in named_modules(&fs::read_to_string(&path).expect("source")) {
+            if name != module && !allowed.contains(&name.as_str()) {
+                wrong.push(format!("{}:{line}: `{module}` -> `{name}`", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "arrows that are not drawn:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_arrows_form_no_circle() {
+    let arrows: BTreeMap<&str, &[&str]> = ARROWS.iter().copied().collect();
+    let mut done: Vec<&str> = Vec::new();
+    while done.len() < arrows.len() {
+        let next = arrows
+            .iter()
+            .find(|(module, needs)| !done.contains(*module) && needs.iter().all(|need| done.contains(need)));
+        done.push(next.expect("a circle among the modules that are left").0);
+    }
+}
+
+#[test]
+fn a_planted_arrow_is_found() {
+    let text = "use crate::store::Store; // crate::exec in a comment is fine\n";
+    assert_eq!(named_modules(text), [(1, "store".to_string())]);
+}
+
+#[test]
+fn the_library_prints_nothing_and_leaves_nothing_undone() {
+    let mut sources = Vec::new();
+    files_below(&root().join("src"), &[".rs"], &mut sources);
+    let mut wrong = Vec::new();
+    for path in sources {
+        let in_library = module_of(&path).is_some();
+        for (number, line) in fs::read_to_string(&path).expect("source").lines().enumerate() {
+            let code = line.split("//").next().unwrap_or("");
+            let stub = ["todo!(", "unimplemented!(", "dbg!("].iter().any(|bad| code.contains(bad));
+            let print = in_library && ["println!(", "eprintln!(", "print!("].iter().any(|bad| code.contains(bad));
+            if stub || print {
+                wrong.push(format!("{}:{}: {}", path.display(), number + 1, line.trim()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "stubs, or output from the library:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_op_has_a_reference_and_a_test_under_its_name() {
+    let mut ops = Vec::new();
+    files_below(&root().join("src/tensor/ops"), &[".rs"], &mut ops);
+    let mut wrong = Vec::new();
+    let mut seen = 0;
+    for path in ops {
+        let stem = path.file_stem().expect("stem").to_string_lossy().into_owned();
+        if stem == "mod" {
+            continue;
+        }
+        seen += 1;
+        let text = fs::read_to_string(&path).expect("op");
+        if !text.contains("mod reference") {
+            wrong.push(format!("{stem}: no reference implementation beside it"));
+        }
+        if !root().join(format!("tests/tensor/{stem}.rs")).exists() {
+            wrong.push(format!("{stem}: no tests/tensor/{stem}.rs"));
+        }
+    }
+    assert!(seen >= 6, "only {seen} ops found");
+    let mut kernels = Vec::new();
+    files_below(&root().join("kernels"), &[".cu"], &mut kernels);
+    for path in kernels {
+        let stem = path.file_stem().expect("stem").to_string_lossy().into_owned();
+        if !root().join(format!("src/tensor/ops/{stem}.rs")).exists() {
+            wrong.push(format!("kernels/{stem}.cu has no src/tensor/ops/{stem}.rs"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn architecture_md_stays_short_and_draws_these_arrows() {
+    let text = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
+    assert!(text.lines().count() < 200, "ARCHITECTURE.md has {} lines", text.lines().count());
+    for (module, needs) in ARROWS {
+        let line = format!("{module} -> {}", if needs.is_empty() { "nothing".to_string() } else { needs.join(", ") });
+        assert!(text.contains(&line), "ARCHITECTURE.md lacks the line `{line}`");
+    }
+}
+
+#[test]
+fn no_path_of_one_machine_is_in_a_text() {
+    let mut texts = Vec::new();
+    for folder in ["src", "tests", "pipelines", "kernels", "benches", "examples", "cache"] {
+        files_below(&root().join(folder), &[".rs", ".toml", ".md", ".cu", ".csv", ".sh", ".py"], &mut texts);
+    }
+    for name in ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "Cargo.toml", ".ci/run"] {
+        texts.push(root().join(name));
+    }
+    // Written in halves, or this file would find itself.
+    let banned = [concat!("/wo", "rk/"), concat!("/ro", "ot/"), concat!("/tmp/", "wt"), concat!("/ho", "me/")];
+    let mut wrong = Vec::new();
+    for path in texts {
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        for (number, line) in text.lines().enumerate() {
+            if banned.iter().any(|bad| line.contains(bad)) {
+                wrong.push(format!("{}:{}: {}", path.display(), number + 1, line.trim()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "paths of one machine:\n{}", wrong.join("\n"));
+}
