@@ -10,4 +10,5 @@ pub mod plan;
 pub mod problem;
 pub mod random;
 pub mod stage;
+pub mod tensor;
 pub mod train;

@@ -1,0 +1,417 @@
+//! How a product is cut up: into tasks for threads, blocks for caches, tiles for registers.
+//!
+//! No cut changes a result: sums go on through C from block to block in ascending order, and every
+//! element of C belongs to one task.
+
+use super::kernels::{self, NR, Tile, Words};
+use super::pack::{self, Line, lines};
+use crate::tensor::Isa;
+use rayon::prelude::*;
+use std::cell::Cell;
+
+/// Summed words per block: a right panel of this length is 128 KiB and stays in the L2 cache while
+/// the rows pass by it.
+const BLOCK_STEPS: usize = 1024;
+/// Words of the left operand packed at once: with the right panel it fills half of a 1 MiB L2.
+const LEFT_WORDS: usize = 96 * 1024;
+/// Words of the right operand packed at once, where it is not packed already.
+const RIGHT_WORDS: usize = 256 * 1024;
+/// Below this many multiply-adds a product runs on the calling thread, and no task has fewer.
+const SERIAL: usize = 512 * 1024;
+
+/// Element (i, p) is `data[i * row + p * column]`, times `factor`. One of the strides is 1.
+#[derive(Clone, Copy)]
+pub(super) struct Left<'a> {
+    pub data: &'a [f32],
+    pub row: usize,
+    pub column: usize,
+    pub factor: f32,
+}
+
+/// The right operand, R columns by P summed elements.
+#[derive(Clone, Copy)]
+pub(super) enum Right<'a> {
+    /// Panels of a matrix [columns, summed].
+    Panels(Panels<'a>),
+    /// Panels of a matrix [summed, columns].
+    Turned(Panels<'a>),
+    /// Element (p, j) is `data[p * row + j * column]`. One of the strides is 1.
+    Plain { data: &'a [f32], row: usize, column: usize },
+}
+
+/// Panels of a stored matrix: `[panel][steps][NR]` words; rows beyond the last one are zero.
+#[derive(Clone, Copy)]
+pub(super) struct Panels<'a> {
+    pub words: &'a [u32],
+    /// Words of one row: k, or half of it (rounded up) for bf16.
+    pub steps: usize,
+    pub bf16: bool,
+}
+
+/// c[m, n] (= or +=) left[m, k] right[k, n].
+#[derive(Clone, Copy)]
+pub(super) struct Product<'a> {
+    pub isa: Isa,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub left: Left<'a>,
+    pub right: Right<'a>,
+    pub c_stride: usize,
+    pub add: bool,
+}
+
+/// C, shared by tasks that write disjoint parts.
+#[derive(Clone, Copy)]
+struct Out(*mut f32);
+// SAFETY: tasks get disjoint rectangles of C, and C is borrowed exclusively while they run.
+unsafe impl Send for Out {}
+// SAFETY: as above.
+unsafe impl Sync for Out {}
+
+impl Out {
+    fn at(self, offset: usize) -> *mut f32 {
+        self.0.wrapping_add(offset)
+    }
+}
+
+/// A rectangle of C.
+#[derive(Clone, Copy)]
+struct Part {
+    row: usize,
+    rows: usize,
+    column: usize,
+    columns: usize,
+}
+
+thread_local! {
+    /// Kept between calls: fresh memory of this size would be mapped and zeroed by the system each time.
+    static SCRATCH: Cell<(Vec<Line>, Vec<Line>)> = const { Cell::new((Vec::new(), Vec::new())) };
+}
+
+impl Product<'_> {
+    /// Computes on as many threads as pay; `c` must hold `m` rows `c_stride` apart.
+    pub(super) fn run(&self, c: &mut [f32]) {
+        self.check(c);
+        let threads = rayon::current_num_threads();
+        let (row_tasks, column_tasks) = self.tasks(threads);
+        let out = Out(c.as_mut_ptr());
+        let rows = split(self.m, row_tasks, kernels::tile_rows(self.isa));
+        let columns = split(self.n, column_tasks, NR);
+        if rows.len() * columns.len() <= 1 {
+            return self.part(out, Part { row: 0, rows: self.m, column: 0, columns: self.n });
+        }
+        (0..rows.len() * columns.len()).into_par_iter().with_max_len(1).for_each(|task| {
+            let ((row, rows), (column, columns)) = (rows[task % rows.len()], columns[task / rows.len()]);
+            self.part(out, Part { row, rows, column, columns });
+        });
+    }
+
+    /// The same on the calling thread, for use inside other tasks.
+    pub(super) fn run_here(&self, c: &mut [f32]) {
+        self.check(c);
+        self.part(Out(c.as_mut_ptr()), Part { row: 0, rows: self.m, column: 0, columns: self.n });
+    }
+
+    /// Everything the unsafe code below relies on.
+    fn check(&self, c: &[f32]) {
+        let holds = |len: usize, rows: usize, row: usize, columns: usize, column: usize| {
+            rows == 0 || columns == 0 || (rows - 1) * row + (columns - 1) * column < len
+        };
+        assert!(holds(c.len(), self.m, self.c_stride, self.n, 1), "the result is too small");
+        assert!(self.c_stride >= self.n || self.m <= 1, "rows of the result overlap");
+        assert!(
+            holds(self.left.data.len(), self.m, self.left.row, self.k, self.left.column),
+            "the left operand is too small"
+        );
+        let panels = |panels: &Panels, rows: usize, k: usize| {
+            let steps = if panels.bf16 { k.div_ceil(2) } else { k };
+            steps == panels.steps && panels.words.len() >= rows.div_ceil(NR) * panels.steps * NR
+        };
+        assert!(
+            match &self.right {
+                Right::Panels(w) => panels(w, self.n, self.k),
+                Right::Turned(w) => panels(w, self.k, self.n),
+                Right::Plain { data, row, column } => holds(data.len(), self.k, *row, self.n, *column),
+            },
+            "the right operand is too small"
+        );
+    }
+
+    /// Rows and columns of the grid of tasks.
+    fn tasks(&self, threads: usize) -> (usize, usize) {
+        let work = self.m * self.n * self.k;
+        if threads <= 1 || work < 2 * SERIAL {
+            return (1, 1);
+        }
+        let wanted =
+            (work / SERIAL).clamp(1, threads * 4).next_multiple_of(if work / SERIAL >= threads { threads } else { 1 });
+        // Cutting columns packs the left operand again in each task, cutting rows the right one.
+        let columns = (self.n / 128).clamp(1, wanted);
+        let rows = (wanted.div_ceil(columns)).min(self.m.div_ceil(48)).max(1);
+        let columns = wanted.div_ceil(rows).min(self.n.div_ceil(NR)).max(1);
+        (rows, columns)
+    }
+
+    fn words(&self) -> Words {
+        match self.right {
+            Right::Panels(w) | Right::Turned(w) if w.bf16 => match self.isa {
+                Isa::Avx512Bf16 => Words::PairsByPairs,
+                _ => Words::F32ByPairs,
+            },
+            _ => Words::F32,
+        }
+    }
+
+    /// One rectangle of C, on this thread. Its first column is a multiple of NR.
+    fn part(&self, out: Out, part: Part) {
+        if part.rows == 0 || part.columns == 0 {
+            return;
+        }
+        let words = self.words();
+        let steps = if words == Words::F32 { self.k } else { self.k.div_ceil(2) };
+        if steps == 0 {
+            if !self.add {
+                for i in part.row..part.row + part.rows {
+                    // SAFETY: the row lies in C, see `check`, and in this part only.
+                    unsafe { out.at(i * self.c_stride + part.column).write_bytes(0, part.columns) };
+                }
+            }
+            return;
+        }
+        let (mut left_lines, mut right_lines) = SCRATCH.take();
+        let blocks = steps.div_ceil(BLOCK_STEPS);
+        let block_steps = steps.div_ceil(blocks).next_multiple_of(NR);
+        let mut first = 0;
+        while first < steps {
+            let count = block_steps.min(steps - first);
+            self.block(out, part, words, (first, count), &mut left_lines, &mut right_lines);
+            first += count;
+        }
+        SCRATCH.set((left_lines, right_lines));
+    }
+
+    /// Adds `count` steps from `first` on to one rectangle of C.
+    fn block(
+        &self,
+        out: Out,
+        part: Part,
+        words: Words,
+        (first, count): (usize, usize),
+        left_lines: &mut Vec<Line>,
+        right_lines: &mut Vec<Line>,
+    ) {
+        let tile_rows = kernels::tile_rows(self.isa);
+        // A stride that is no multiple of a page, or the rows would evict one another.
+        let left_count = if words == Words::F32ByPairs { 2 * count } else { count };
+        let left_stride = left_count.next_multiple_of(16) + 16;
+        let group_columns = match self.right {
+            Right::Panels(_) => part.columns,
+            _ => (RIGHT_WORDS / count.next_multiple_of(NR) / NR * NR).max(NR),
+        };
+        let block_rows = (LEFT_WORDS / left_stride / tile_rows * tile_rows).max(tile_rows);
+
+        let mut column = part.column;
+        while column < part.column + part.columns {
+            let columns = group_columns.min(part.column + part.columns - column);
+            let (right, panel_stride) = match &self.right {
+                Right::Panels(w) => (w.words[column / NR * w.steps * NR + first * NR..].as_ptr(), w.steps * NR),
+                right => {
+                    let stride = count.next_multiple_of(NR) * NR;
+                    self.pack_right(right, right_lines, stride, (column, columns), (first, count));
+                    (right_lines.as_ptr().cast::<u32>(), stride)
+                }
+            };
+            let mut row = part.row;
+            while row < part.row + part.rows {
+                let rows = block_rows.min(part.row + part.rows - row);
+                self.pack_left(left_lines, left_stride, words, (row, rows), (first, count));
+                let tile = Tile {
+                    steps: count,
+                    left: left_lines.as_ptr().cast(),
+                    left_stride,
+                    right,
+                    panel_stride,
+                    c: out.at(row * self.c_stride + column),
+                    c_stride: self.c_stride,
+                    fresh: first == 0 && !self.add,
+                };
+                // SAFETY: both operands were packed for these sizes (or checked, for panels), and
+                // the rectangle of C belongs to this task.
+                unsafe { self.tiles(words, rows, columns, &tile) };
+                row += rows;
+            }
+            column += columns;
+        }
+    }
+
+    /// All tiles of one packed block.
+    ///
+    /// # Safety
+    /// `all` must describe operands and a part of C of `rows` by `columns`.
+    unsafe fn tiles(&self, words: Words, rows: usize, columns: usize, all: &Tile) {
+        let count = rows.div_ceil(kernels::tile_rows(self.isa));
+        let mut column = 0;
+        while column < columns {
+            let mut panels = 1;
+            if count == 1 {
+                panels = kernels::tile_panels(self.isa, rows);
+                if columns - column < panels * NR {
+                    panels = 1;
+                }
+            }
+            let width = (columns - column).min(panels * NR);
+            // SAFETY: inside what the caller described.
+            let right = unsafe { all.right.add(column / NR * all.panel_stride) };
+            let mut row = 0;
+            for index in 0..count {
+                // Tiles of nearly equal height: a last one of a single row would be slow.
+                let height = (rows - row).div_ceil(count - index);
+                // SAFETY: as above; a tile that would reach over the edge goes through a copy.
+                unsafe {
+                    let c = all.c.add(row * all.c_stride + column);
+                    let tile = Tile { left: all.left.add(row * all.left_stride), right, c, ..*all };
+                    let narrow = width <= NR / 2;
+                    if width == panels * NR || width == NR / 2 {
+                        kernels::run(self.isa, words, height, panels, narrow, &tile);
+                    } else {
+                        let mut copy = [0.0f32; 12 * NR];
+                        for i in 0..height {
+                            if !tile.fresh {
+                                copy.as_mut_ptr().add(i * NR).copy_from_nonoverlapping(c.add(i * all.c_stride), width);
+                            }
+                        }
+                        let edge = Tile { c: copy.as_mut_ptr(), c_stride: NR, ..tile };
+                        kernels::run(self.isa, words, height, 1, narrow, &edge);
+                        for i in 0..height {
+                            c.add(i * all.c_stride).copy_from_nonoverlapping(copy.as_ptr().add(i * NR), width);
+                        }
+                    }
+                }
+                row += height;
+            }
+            column += width;
+        }
+    }
+
+    fn pack_left(
+        &self,
+        to: &mut Vec<Line>,
+        stride: usize,
+        words: Words,
+        (row, rows): (usize, usize),
+        (first, count): (usize, usize),
+    ) {
+        let to = room(to, rows * stride);
+        let Left { data, row: row_stride, column: column_stride, factor } = self.left;
+        if words == Words::F32 && column_stride != 1 {
+            let from = &data[row * row_stride + first * column_stride..];
+            // SAFETY: `check` saw that the last element of the block lies in `data`; `to` has room for `rows` rows.
+            unsafe {
+                let to = (to.as_mut_ptr(), stride);
+                if row_stride == 1 {
+                    pack::transpose(self.isa, to, (from.as_ptr().cast(), column_stride), count, rows);
+                } else {
+                    for i in 0..rows {
+                        for p in 0..count {
+                            *to.0.add(i * stride + p) = from[i * row_stride + p * column_stride].to_bits();
+                        }
+                    }
+                }
+            }
+            if factor != 1.0 {
+                for row in to.chunks_exact_mut(stride) {
+                    for word in &mut row[..count] {
+                        *word = (f32::from_bits(*word) * factor).to_bits();
+                    }
+                }
+            }
+            return;
+        }
+        let per_step = if words == Words::F32 { 1 } else { 2 };
+        let real = (per_step * count).min(self.k - per_step * first);
+        for (i, to) in to.chunks_exact_mut(stride).enumerate() {
+            let from = &data[(row + i) * row_stride + per_step * first..][..real];
+            match words {
+                Words::F32 if factor == 1.0 => to[..count].copy_from_slice(bytemuck::cast_slice(from)),
+                Words::F32 => pack::scaled_row(self.isa, &mut to[..count], from, factor),
+                Words::PairsByPairs => pack::pair_row(self.isa, &mut to[..count], from),
+                Words::F32ByPairs => {
+                    pack::rounded_row(self.isa, &mut to[..real], from);
+                    to[real..2 * count].fill(0);
+                }
+            }
+        }
+    }
+
+    fn pack_right(
+        &self,
+        right: &Right,
+        to: &mut Vec<Line>,
+        stride: usize,
+        (column, columns): (usize, usize),
+        (first, count): (usize, usize),
+    ) {
+        let panels = columns.div_ceil(NR);
+        let to = room(to, panels * stride);
+        for (panel, to) in to.chunks_exact_mut(stride).enumerate() {
+            let column = column + panel * NR;
+            let width = NR.min(self.n - column);
+            match right {
+                Right::Panels(_) => unreachable!("panels are used where they lie"),
+                Right::Turned(w) => {
+                    // Summed elements are rows of the matrix now; steps of it are columns.
+                    let per_step = if w.bf16 { 2 } else { 1 };
+                    let rows_per_block = NR / per_step;
+                    for block in 0..count.div_ceil(rows_per_block) {
+                        let from = (first / rows_per_block + block) * w.steps + column / per_step;
+                        let from = &w.words[from * NR..][..width.div_ceil(per_step) * NR];
+                        let to = &mut to[block * rows_per_block * NR..][..rows_per_block * NR];
+                        // SAFETY: both slices were just cut to the sizes that `turn_panel` names.
+                        unsafe { pack::turn_panel(self.isa, to.as_mut_ptr(), from.as_ptr(), width, w.bf16) };
+                    }
+                }
+                Right::Plain { data, row, column: 1 } => {
+                    for (p, to) in to.chunks_exact_mut(NR).take(count).enumerate() {
+                        let from = &data[(first + p) * row + column..][..width];
+                        to[..width].copy_from_slice(bytemuck::cast_slice(from));
+                        to[width..].fill(0);
+                    }
+                }
+                Right::Plain { data, row, column: column_stride } => {
+                    if width < NR {
+                        to[..count * NR].fill(0);
+                    }
+                    let from = &data[first * row + column * column_stride..];
+                    assert!(*row == 1, "one stride of a plain operand is 1");
+                    assert!((width - 1) * column_stride + count <= from.len());
+                    // SAFETY: just asserted for `from`; `to` has `count` rows of NR.
+                    unsafe {
+                        let from = (from.as_ptr().cast(), *column_stride);
+                        pack::transpose(self.isa, (to.as_mut_ptr(), NR), from, width, count);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The first `words` words of a buffer that grows when needed.
+fn room(buffer: &mut Vec<Line>, words: usize) -> &mut [u32] {
+    if buffer.len() * 16 < words {
+        *buffer = lines(words);
+    }
+    &mut bytemuck::cast_slice_mut(buffer)[..words]
+}
+
+/// `(start, length)` of at most `parts` nearly equal parts of `0..len`, cut at multiples of `unit`.
+fn split(len: usize, parts: usize, unit: usize) -> Vec<(usize, usize)> {
+    let units = len.div_ceil(unit);
+    let parts = parts.min(units).max(1);
+    (0..parts)
+        .map(|i| {
+            let (start, end) = (units * i / parts * unit, (units * (i + 1) / parts * unit).min(len));
+            (start, end - start)
+        })
+        .collect()
+}
