@@ -99,10 +99,10 @@ impl Config {
             eos_token_ids: read.ids("eos_token_id")?,
             raw: raw.clone(),
         };
-        if config.head_dim % 2 != 0 {
+        if !config.head_dim.is_multiple_of(2) {
             return Err(bad(format!("`head_dim` {} is odd; rotary embeddings turn pairs", config.head_dim)));
         }
-        if config.num_attention_heads % config.num_key_value_heads != 0 {
+        if !config.num_attention_heads.is_multiple_of(config.num_key_value_heads) {
             return Err(bad(format!(
                 "`num_attention_heads` {heads} is no multiple of `num_key_value_heads` {kv_heads}"
             )));

@@ -5,15 +5,24 @@
 //! | `config.rs` | `config.json` |
 //! | `weights.rs` | safetensors in and out |
 //! | `lora.rs` | adapters and PEFT folders |
+//! | `qwen2.rs` | the model: forward, backward, what is trained |
+//! | `load.rs` | a chain of folders to a model, and back to folders |
+//! | `decode.rs` | generation with a key/value cache |
 //! | `sampling.rs` | logits to the next token |
 
 pub mod config;
+pub mod decode;
+pub mod load;
 pub mod lora;
+pub mod qwen2;
 pub mod sampling;
 pub mod weights;
 
 pub use config::Config;
+pub use decode::{Completion, Finish, Prompt, generate};
+pub use load::LoadOptions;
 pub use lora::LoraSpec;
+pub use qwen2::{Batch, Forward, Model, Recompute, Tape};
 pub use sampling::Sampling;
 
 /// One trained tensor.
@@ -33,13 +42,18 @@ impl Parameter {
     }
 }
 
-/// One gradient per trained tensor, in their order.
+/// One gradient per trained tensor, in the order of [`Model::params`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Gradients {
     pub values: Vec<Vec<f32>>,
 }
 
 impl Gradients {
+    /// Zeros for every trained tensor of `model`.
+    pub fn zeros(model: &Model) -> Gradients {
+        Gradients { values: model.params().iter().map(|param| vec![0.0; param.value.len()]).collect() }
+    }
+
     /// Back to zero, keeping the memory.
     pub fn clear(&mut self) {
         self.values.iter_mut().for_each(|values| values.fill(0.0));

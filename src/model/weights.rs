@@ -450,7 +450,7 @@ pub fn write<'a>(
         offset += bytes;
     }
     let mut header = serde_json::Value::Object(header).to_string().into_bytes();
-    while (header.len() + 8) % 64 != 0 {
+    while !(header.len() + 8).is_multiple_of(64) {
         header.push(b' ');
     }
     let io = |error: std::io::Error| Problem::io("model::write", "write", path, &error);

@@ -42,7 +42,7 @@ fn dynamic_map(signed: bool) -> Map {
     let mut values = vec![0.0f32, 1.0];
     for decade in 0..7 {
         let steps = (1usize << if signed { decade } else { decade + 1 }) + 1;
-        let scale = 10f64.powi(decade as i32 - 6) as f32;
+        let scale = 10f64.powi(decade - 6) as f32;
         let bounds = linspace(0.1, 1.0, steps);
         for pair in bounds.windows(2) {
             let mean = (pair[0] + pair[1]) / 2.0;

@@ -1,6 +1,7 @@
 //! Numbers of another implementation, when there are some: walks the folder that `PIPE_GOLDENS` names and prints
 //! one line per golden (largest difference, bound). Without the variable it says so and passes.
 
+mod model;
 mod optimizer;
 
 use safetensors::{Dtype, SafeTensors};
@@ -13,6 +14,11 @@ fn goldens() -> Option<PathBuf> {
         println!("PIPE_GOLDENS names no folder: nothing is compared");
     }
     folder
+}
+
+fn json(path: PathBuf) -> serde_json::Value {
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_str(&text).unwrap()
 }
 
 /// A safetensors file, read by the format's own crate.
@@ -45,6 +51,12 @@ impl Golden {
             }
             other => panic!("{name} is {other:?}"),
         }
+    }
+
+    fn ids(&self, name: &str) -> Vec<u32> {
+        let file = self.file();
+        let data = file.tensor(name).unwrap().data();
+        data.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect()
     }
 
     fn u8(&self, name: &str) -> Vec<u8> {

@@ -1,14 +1,9 @@
 //! Schedules of transformers, 8-bit AdamW of bitsandbytes.
 
-use super::{Golden, Report, distance, goldens};
+use super::{Golden, Report, distance, goldens, json};
 use pipe::model::{Gradients, Parameter};
 use pipe::train::adamw8bit::{SIGNED, UNSIGNED};
 use pipe::train::{AdamW8bit, Curve, Options, Schedule};
-use serde_json::Value;
-
-fn json(path: std::path::PathBuf) -> Value {
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-}
 
 #[test]
 fn schedules_are_those_of_transformers() {

@@ -1,0 +1,336 @@
+//! Generation: prompts in, completions out, many at once.
+//!
+//! Prompts are run packed, their keys and values kept; then every live completion advances by one token per
+//! step, together. A finished one leaves at once and the next prompt takes its place, so no row is wasted.
+//! How many live at once follows from memory alone and changes nothing: a completion has the same
+//! tokens alone as in any company, to the bit, because every row is computed by itself and draws its own
+//! random numbers.
+
+use super::qwen2::{Layer, Model, Sequences};
+use super::sampling::Sampling;
+use crate::problem::Problem;
+use crate::random::Stream;
+use crate::tensor::ops::{self, RopeTable};
+use rayon::prelude::*;
+use std::collections::VecDeque;
+
+/// A prompt and the random numbers of its completion.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prompt {
+    pub ids: Vec<u32>,
+    /// Which numbers it draws; make it from the record's id and the index of the sample.
+    pub stream: u64,
+}
+
+/// Why a completion ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// At a stop id or a stop text.
+    Stop,
+    /// At `max_tokens`.
+    Length,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completion {
+    /// New ids, the stop id included.
+    pub ids: Vec<u32>,
+    /// Their text, without stop id and from the stop text on cut off.
+    pub text: String,
+    pub finish: Finish,
+    /// log p of each id under the model itself: before penalty, temperature and filters.
+    pub logprobs: Vec<f32>,
+}
+
+/// Bytes that keys and values of all live completions may take together.
+const CACHE_BYTES: usize = 1 << 30;
+/// Bytes of logits `[live, V]`.
+const LOGIT_BYTES: usize = 128 << 20;
+const MOST_LIVE: usize = 256;
+/// Tokens of prompts that are run together; one longer prompt is run alone.
+const PROMPT_TOKENS: usize = 4096;
+
+/// Completes `prompts`, in order. `decode` turns ids to text (without special tokens, if that is wanted).
+/// `on_step` is told how many are finished, at least once per token; its `Err` ends the work. `Err` also for
+/// an empty prompt or an id without a row in the embedding.
+pub fn generate(
+    model: &Model,
+    prompts: &[Prompt],
+    sampling: &Sampling,
+    decode: &dyn Fn(&[u32]) -> String,
+    on_step: &mut dyn FnMut(usize) -> Result<(), Problem>,
+) -> Result<Vec<Completion>, Problem> {
+    generate_at_most(model, prompts, sampling, decode, on_step, MOST_LIVE)
+}
+
+/// [`generate`] with at most `live` completions at once, and no more than memory allows.
+pub fn generate_at_most(
+    model: &Model,
+    prompts: &[Prompt],
+    sampling: &Sampling,
+    decode: &dyn Fn(&[u32]) -> String,
+    on_step: &mut dyn FnMut(usize) -> Result<(), Problem>,
+    live: usize,
+) -> Result<Vec<Completion>, Problem> {
+    for prompt in prompts {
+        model.check_ids(&prompt.ids)?;
+        if prompt.ids.is_empty() {
+            return Err(Problem::new("model::empty_prompt", "a prompt has no tokens"));
+        }
+    }
+    let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0) + sampling.max_tokens;
+    let width = live.min(most_live(model, longest)).max(1);
+    let rope = RopeTable::new(longest, model.config.head_dim, model.config.rope_theta);
+    let mut completions: Vec<Option<Completion>> = prompts.iter().map(|_| None).collect();
+    let mut waiting: VecDeque<usize> = (0..prompts.len()).collect();
+    let mut live: Vec<Live> = Vec::new();
+    let mut finished = 0;
+    let mut end = |live: &mut Vec<Live>, logits: &mut [f32]| {
+        let done = advance(model, live, logits, sampling, decode);
+        finished += done.len();
+        for (prompt, completion) in done {
+            completions[prompt] = Some(completion);
+        }
+        finished
+    };
+    loop {
+        while live.len() < width && !waiting.is_empty() {
+            let mut new = admit(model, prompts, &mut waiting, width - live.len(), sampling);
+            let mut logits = prefill(model, prompts, &mut new);
+            on_step(end(&mut new, &mut logits))?;
+            live.append(&mut new);
+        }
+        if live.is_empty() {
+            break;
+        }
+        let mut logits = step(model, &mut live, &rope);
+        on_step(end(&mut live, &mut logits))?;
+    }
+    Ok(completions.into_iter().flatten().collect())
+}
+
+/// A completion in the making.
+struct Live {
+    prompt: usize,
+    /// Prompt and completion.
+    ids: Vec<u32>,
+    prompt_len: usize,
+    random: Stream,
+    logprobs: Vec<f32>,
+    /// Keys and values of each layer, `[tokens, KV, D]`.
+    cache: Vec<[Vec<f32>; 2]>,
+}
+
+fn most_live(model: &Model, longest: usize) -> usize {
+    let config = &model.config;
+    let cache = longest * config.num_hidden_layers * 2 * config.key_size() * size_of::<f32>();
+    let logits = config.vocab_size * size_of::<f32>();
+    (CACHE_BYTES / cache.max(1)).min(LOGIT_BYTES / logits)
+}
+
+/// The next prompts that fit, at least one.
+fn admit(
+    model: &Model,
+    prompts: &[Prompt],
+    waiting: &mut VecDeque<usize>,
+    most: usize,
+    sampling: &Sampling,
+) -> Vec<Live> {
+    let (mut new, mut tokens) = (Vec::new(), 0);
+    while let Some(&prompt) = waiting.front()
+        && new.len() < most
+    {
+        let Prompt { ids, stream } = &prompts[prompt];
+        tokens += ids.len();
+        if !new.is_empty() && tokens > PROMPT_TOKENS {
+            break;
+        }
+        new.push(Live {
+            prompt,
+            ids: ids.clone(),
+            prompt_len: ids.len(),
+            random: Stream::new(sampling.seed, *stream),
+            logprobs: Vec::new(),
+            cache: model.layers.iter().map(|_| Default::default()).collect(),
+        });
+        waiting.pop_front();
+    }
+    new
+}
+
+/// Runs whole prompts, filling their caches. Returns the logits after each, `[live, V]`.
+fn prefill(model: &Model, prompts: &[Prompt], new: &mut [Live]) -> Vec<f32> {
+    let lengths: Vec<usize> = new.iter().map(|live| live.prompt_len).collect();
+    let ids: Vec<u32> = new.iter().flat_map(|live| &prompts[live.prompt].ids).copied().collect();
+    let sequences = Sequences::new(&model.config, &lengths);
+    let width = model.config.key_size();
+    let mut x = model.embed_ids(&ids);
+    for (i, layer) in model.layers.iter().enumerate() {
+        let (k, v) = model.layer_keys_values(layer, &mut x, &sequences);
+        let mut from = 0;
+        for live in new.iter_mut() {
+            let range = from * width..(from + live.prompt_len) * width;
+            live.cache[i] = [k[range.clone()].to_vec(), v[range].to_vec()];
+            from += live.prompt_len;
+        }
+    }
+    let hidden = model.config.hidden_size;
+    let mut last = Vec::with_capacity(new.len() * hidden);
+    let mut to = 0;
+    for length in lengths {
+        to += length;
+        last.extend_from_slice(&x[(to - 1) * hidden..to * hidden]);
+    }
+    head(model, &last)
+}
+
+/// One token further for all. Returns their next logits `[live, V]`.
+fn step(model: &Model, live: &mut [Live], rope: &RopeTable) -> Vec<f32> {
+    let ids: Vec<u32> = live.iter().map(|live| live.ids[live.ids.len() - 1]).collect();
+    let positions: Vec<u32> = live.iter().map(|live| live.ids.len() as u32 - 1).collect();
+    let mut x = model.embed_ids(&ids);
+    for (i, layer) in model.layers.iter().enumerate() {
+        step_layer(model, layer, i, &mut x, live, (rope, &positions));
+    }
+    head(model, &x)
+}
+
+fn step_layer(model: &Model, layer: &Layer, i: usize, x: &mut [f32], live: &mut [Live], rope: (&RopeTable, &[u32])) {
+    let (norm, _) = model.rmsnorm(x, &layer.norm1);
+    let mut low = Default::default();
+    let [q, k, v] = model.project(layer, &norm, rope, &mut low);
+    let mut attended = vec![0.0; q.len()];
+    let (q_width, k_width) = (model.config.query_size(), model.config.key_size());
+    let dims = model.attention_dims();
+    let each = live.par_iter_mut().zip(attended.par_chunks_exact_mut(q_width)).zip(q.par_chunks_exact(q_width));
+    each.zip(k.par_chunks_exact(k_width).zip(v.par_chunks_exact(k_width))).for_each(
+        |(((live, attended), q), (k, v))| {
+            let [keys, values] = &mut live.cache[i];
+            keys.extend_from_slice(k);
+            values.extend_from_slice(v);
+            ops::attention_decode(attended, q, keys, values, dims);
+        },
+    );
+    model.after_attention(layer, x, &attended, &mut low);
+}
+
+fn head(model: &Model, x: &[f32]) -> Vec<f32> {
+    let rows = x.len() / model.config.hidden_size;
+    let (normed, _) = model.final_norm(x);
+    let mut logits = vec![0.0; rows * model.config.vocab_size];
+    model.head.forward(model, &mut logits, &normed, rows);
+    logits
+}
+
+/// Draws the next token of each from its logits and takes out those that are finished.
+fn advance(
+    model: &Model,
+    live: &mut Vec<Live>,
+    logits: &mut [f32],
+    sampling: &Sampling,
+    decode: &dyn Fn(&[u32]) -> String,
+) -> Vec<(usize, Completion)> {
+    if sampling.max_tokens > 0 {
+        live.par_iter_mut().zip(logits.par_chunks_exact_mut(model.config.vocab_size)).for_each(|(live, logits)| {
+            let plain = logits.to_vec();
+            let counter = (live.ids.len() - live.prompt_len) as u64;
+            let id = sampling.next(logits, &live.ids, &live.random, counter);
+            live.logprobs.push(log_probability(&plain, id));
+            live.ids.push(id);
+        });
+    }
+    let mut done = Vec::new();
+    let mut kept = Vec::with_capacity(live.len());
+    for mut one in live.drain(..) {
+        match finish(&one.ids[one.prompt_len..], sampling, decode) {
+            Some((finish, text)) => {
+                let ids = one.ids.split_off(one.prompt_len);
+                done.push((one.prompt, Completion { ids, text, finish, logprobs: one.logprobs }));
+            }
+            None => kept.push(one),
+        }
+    }
+    *live = kept;
+    done
+}
+
+/// log softmax(logits)[id], the sum in f64.
+fn log_probability(logits: &[f32], id: u32) -> f32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|logit| f64::from((logit - max).exp())).sum();
+    (f64::from(logits[id as usize] - max) - sum.ln()) as f32
+}
+
+/// Whether a completion is over, and then its text.
+fn finish(ids: &[u32], sampling: &Sampling, decode: &dyn Fn(&[u32]) -> String) -> Option<(Finish, String)> {
+    if let Some((last, before)) = ids.split_last()
+        && sampling.stop_ids.contains(last)
+    {
+        return Some((Finish::Stop, cut(decode(before), &sampling.stop).0));
+    }
+    // A token is at least one byte, so a new stop text lies within that many last tokens; a few more keep
+    // the first character of the tail whole.
+    let tail = sampling.stop.iter().map(|stop| stop.len() + 4).max().unwrap_or(0).min(ids.len());
+    if tail > 0 && cut(decode(&ids[ids.len() - tail..]), &sampling.stop).1 {
+        let (text, found) = cut(decode(ids), &sampling.stop);
+        if found {
+            return Some((Finish::Stop, text));
+        }
+    }
+    (ids.len() >= sampling.max_tokens).then(|| (Finish::Length, decode(ids)))
+}
+
+/// The text before the first of the stop texts, and whether there was one.
+fn cut(mut text: String, stop: &[String]) -> (String, bool) {
+    match stop.iter().filter_map(|stop| text.find(stop.as_str())).min() {
+        Some(at) => {
+            text.truncate(at);
+            (text, true)
+        }
+        None => (text, false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn letters(ids: &[u32]) -> String {
+        ids.iter().map(|&id| char::from(b'a' + id as u8)).collect()
+    }
+
+    fn stopping(stop: &[&str], stop_ids: &[u32]) -> Sampling {
+        let stop = stop.iter().map(|stop| stop.to_string()).collect();
+        Sampling { max_tokens: 6, stop, stop_ids: stop_ids.to_vec(), ..Sampling::default() }
+    }
+
+    #[test]
+    fn a_stop_text_may_span_tokens_and_is_cut_off() {
+        let sampling = stopping(&["cd", "zz"], &[]);
+        assert_eq!(finish(&[0, 1, 2], &sampling, &letters), None);
+        assert_eq!(finish(&[0, 1, 2, 3], &sampling, &letters), Some((Finish::Stop, "ab".into())));
+    }
+
+    #[test]
+    fn a_stop_id_is_not_part_of_the_text() {
+        assert_eq!(finish(&[0, 1, 9], &stopping(&[], &[9]), &letters), Some((Finish::Stop, "ab".into())));
+    }
+
+    #[test]
+    fn the_length_ends_it_otherwise() {
+        assert_eq!(finish(&[0; 5], &stopping(&["b"], &[9]), &letters), None);
+        assert_eq!(finish(&[0; 6], &stopping(&["b"], &[9]), &letters), Some((Finish::Length, "aaaaaa".into())));
+        assert_eq!(
+            finish(&[], &Sampling { max_tokens: 0, ..Sampling::default() }, &letters),
+            Some((Finish::Length, "".into()))
+        );
+    }
+
+    #[test]
+    fn a_log_probability_is_a_log_softmax() {
+        let logits = [1.0f32, 2.0, 3.0];
+        let total: f32 = (0..3).map(|id| log_probability(&logits, id).exp()).sum();
+        assert!((total - 1.0).abs() <= 1e-6, "{total}");
+        assert!((log_probability(&logits, 2) + 0.407_606).abs() <= 1e-6);
+    }
+}

@@ -1,0 +1,96 @@
+//! What must change no bit: packing, recomputing, threads, an adapter that is off.
+
+use super::*;
+use pipe::model::{Gradients, Recompute};
+
+fn run(model: &Model, packed: &Packed) -> (Vec<u32>, Vec<Vec<u32>>) {
+    let forward = model.forward(&packed.batch());
+    let mut grads = Gradients::zeros(model);
+    model.backward(forward.tape, &slopes(packed.rows.len()), &mut grads);
+    (bits(&forward.logprobs), grads.values.iter().map(|values| bits(values)).collect())
+}
+
+#[test]
+fn packed_sequences_give_what_each_gives_alone() {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let model = Model::random(config(true), 5, dtype);
+        let all = sequences(&[1, 17, 3, 70, 2, 33]);
+        let together = model.logprobs(&Packed::of(&all).batch());
+        let mut alone = Vec::new();
+        for ids in &all {
+            alone.extend(model.logprobs(&Packed::of(std::slice::from_ref(ids)).batch()));
+        }
+        assert_eq!(bits(&together), bits(&alone), "{dtype:?}");
+        assert!(alone.iter().all(|p| p.is_finite() && *p < 0.0));
+    }
+}
+
+#[test]
+fn recomputing_layers_changes_no_bit() {
+    for mut model in [with_adapter(true, 3, &ALL), everything_trained(false)] {
+        let packed = Packed::of(&sequences(&[20, 7, 31]));
+        let runs = [Recompute::None, Recompute::First(2), Recompute::All].map(|recompute| {
+            model.recompute = recompute;
+            run(&model, &packed)
+        });
+        assert!(runs[0] == runs[1] && runs[1] == runs[2]);
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let packed = Packed::of(&sequences(&[90, 7, 131]));
+    for model in [with_adapter(true, 3, &ALL), everything_trained(true)] {
+        let runs = [1, 2, 5].map(|threads| on_threads(threads, || run(&model, &packed)));
+        assert!(runs[0] == runs[1] && runs[1] == runs[2]);
+    }
+}
+
+#[test]
+fn an_adapter_that_is_off_is_the_base() {
+    let packed = Packed::of(&sequences(&[20, 7]));
+    let base = Model::random(config(true), 5, Dtype::F32).logprobs(&packed.batch());
+    let mut model = with_adapter(true, 3, &ALL);
+    assert_ne!(bits(&model.logprobs(&packed.batch())), bits(&base));
+    assert_eq!(bits(&model.base_logprobs(&packed.batch())), bits(&base));
+    assert_ne!(bits(&model.logprobs(&packed.batch())), bits(&base), "and it is on again");
+}
+
+#[test]
+fn a_new_adapter_changes_nothing_yet() {
+    let packed = Packed::of(&sequences(&[20, 7]));
+    let mut model = Model::random(config(false), 5, Dtype::F32);
+    let base = model.logprobs(&packed.batch());
+    model.add_lora(&LoraSpec { rank: 4, alpha: 8.0, targets: targets(&ALL) }, 1).unwrap();
+    for (a, b) in base.iter().zip(model.logprobs(&packed.batch())) {
+        assert_eq!(*a, b);
+    }
+}
+
+#[test]
+fn layers_below_the_first_adapter_are_left_alone_and_the_gradient_is_the_same() {
+    let whole = with_adapter(false, 3, &ALL);
+    let packed = Packed::of(&sequences(&[20, 7]));
+    let (_, all) = run(&whole, &packed);
+    let mut part = Model::random(config(false), 5, Dtype::F32);
+    part.add_lora(&LoraSpec { rank: 3, alpha: 4.5, targets: targets(&["lm_head"]) }, 6).unwrap();
+    assert_eq!(part.params().len(), 2);
+    let (_, head) = run(&part, &packed);
+    assert_eq!(head.len(), 2);
+    assert_eq!(all.len(), 2 * (3 * 7 + 1));
+}
+
+#[test]
+fn log_probs_are_those_of_the_logits() {
+    let model = with_adapter(true, 3, &ALL);
+    let ids = sequences(&[40]).remove(0);
+    let packed = Packed::of(std::slice::from_ref(&ids));
+    let logits = model.logits(&ids);
+    for ((row, target), logprob) in packed.rows.iter().zip(&packed.targets).zip(model.logprobs(&packed.batch())) {
+        let logits = &logits[row * 101..(row + 1) * 101];
+        let max = logits.iter().copied().fold(f32::MIN, f32::max);
+        let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
+        let expected = f64::from(logits[*target as usize] - max) - sum.ln();
+        assert!((f64::from(logprob) - expected).abs() <= 1e-5, "{logprob} against {expected}");
+    }
+}
