@@ -31,7 +31,10 @@ fn main() {
         .lines()
         .filter_map(|line| serde_json::from_str(line).ok())
         .collect();
-    println!("{:<26} {:>9} {:>11} {:>9}   against the peer: tokens/s, per cpu s, memory", "LoRA SFT step", "tokens/s", "per cpu s", "MiB");
+    println!(
+        "{:<26} {:>9} {:>11} {:>9}   against the peer: tokens/s, per cpu s, memory",
+        "LoRA SFT step", "tokens/s", "per cpu s", "MiB"
+    );
     for config in ["f32,layers", "f32,none", "bf16,layers", "bf16,none"] {
         let me = std::env::current_exe().expect("this program");
         let output = std::process::Command::new(me).arg(format!("one:{config}")).output().expect("a measurement");
@@ -40,7 +43,11 @@ fn main() {
         let get = |value: &Value, key: &str| value[key].as_f64().unwrap_or(f64::NAN);
         print!(
             "{:<26} {:>9.1} {:>11.1} {:>9.0}",
-            format!("{}, recompute {}", ours["dtype"].as_str().unwrap_or("?"), ours["recompute"].as_str().unwrap_or("?")),
+            format!(
+                "{}, recompute {}",
+                ours["dtype"].as_str().unwrap_or("?"),
+                ours["recompute"].as_str().unwrap_or("?")
+            ),
             get(&ours, "tokens_per_s"),
             get(&ours, "tokens_per_cpu_s"),
             get(&ours, "peak_mib")
@@ -48,7 +55,12 @@ fn main() {
         match peers.iter().find(|peer| peer["dtype"] == ours["dtype"]) {
             Some(peer) => {
                 let ratio = |key: &str| get(&ours, key) / get(peer, key);
-                println!("   {:.2} x, {:.2} x, {:.2} x", ratio("tokens_per_s"), ratio("tokens_per_cpu_s"), ratio("peak_mib"));
+                println!(
+                    "   {:.2} x, {:.2} x, {:.2} x",
+                    ratio("tokens_per_s"),
+                    ratio("tokens_per_cpu_s"),
+                    ratio("peak_mib")
+                );
             }
             None => println!(),
         }

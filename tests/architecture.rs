@@ -20,7 +20,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("tensor", &["random"]),
     ("model", &["files", "problem", "random", "tensor"]),
     ("train", &["digest", "files", "model", "problem", "random", "tensor"]),
-    ("stage", &["data", "digest", "files", "grade", "manifest", "model", "plan", "problem", "random", "tensor", "train"]),
+    (
+        "stage",
+        &["data", "digest", "files", "grade", "manifest", "model", "plan", "problem", "random", "tensor", "train"],
+    ),
     ("exec", &["digest", "files", "manifest", "plan", "problem", "store"]),
 ];
 

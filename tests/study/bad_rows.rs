@@ -52,7 +52,10 @@ fn a_missing_folder_is_found_before_any_stage_runs() {
     let study = Study::new();
     let stderr = study.fails(3, &["run", "study.toml", "--set", "stage.preferences.source=path:nowhere.jsonl"]);
     assert!(stderr.contains("nowhere.jsonl"), "{stderr}");
-    assert!(!study.path("cache/stages").exists() || std::fs::read_dir(study.path("cache/stages")).is_ok_and(|mut d| d.next().is_none()));
+    assert!(
+        !study.path("cache/stages").exists()
+            || std::fs::read_dir(study.path("cache/stages")).is_ok_and(|mut d| d.next().is_none())
+    );
 }
 
 #[test]

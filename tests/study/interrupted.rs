@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 /// Enough steps to be caught in the middle, and a state to resume from after every one of them.
 fn long_study() -> Study {
     let study = Study::new();
-    let text = MANIFEST.replace("max_steps = 12", "max_steps = 300\nresume_every_s = 0").replace("save_every_steps = 4", "save_every_steps = 100");
+    let text = MANIFEST
+        .replace("max_steps = 12", "max_steps = 300\nresume_every_s = 0")
+        .replace("save_every_steps = 4", "save_every_steps = 100");
     study.write("study.toml", &text);
     study
 }
@@ -93,9 +95,8 @@ fn find(dir: &std::path::Path, name: &str) -> Option<std::path::PathBuf> {
 #[test]
 fn two_runs_at_once_train_once() {
     let study = long_study();
-    let start = || {
-        study.pipe(&["run", "study.toml", "sft", "--json"]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()
-    };
+    let start =
+        || study.pipe(&["run", "study.toml", "sft", "--json"]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
     let children = [start().expect("pipe starts"), start().expect("pipe starts")];
     let mut trained = 0;
     for child in children {
@@ -120,8 +121,12 @@ fn a_loss_that_is_not_a_number_names_the_step_and_keeps_the_state_before_it() {
     let folder = study.path("weights");
     study.ok(&["export", "study.toml", "base", folder.to_str().expect("UTF-8")]);
     enlarge_row(&folder.join("model.safetensors"), 300, 32);
-    let text: String = text.lines().filter(|line| !line.starts_with("init =")).map(|line| format!("{line}\n")).collect();
-    study.write("poisoned.toml", &text.replace("tokenizer = \"init:mini\"\n", "").replace("init:random", "path:weights"));
+    let text: String =
+        text.lines().filter(|line| !line.starts_with("init =")).map(|line| format!("{line}\n")).collect();
+    study.write(
+        "poisoned.toml",
+        &text.replace("tokenizer = \"init:mini\"\n", "").replace("init:random", "path:weights"),
+    );
     let stderr = study.fails(1, &["run", "poisoned.toml", "sft"]);
     assert!(stderr.contains("train::not_finite") && stderr.contains("step 5"), "{stderr}");
     assert!(has_state(&study), "the last good state is gone");

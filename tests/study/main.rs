@@ -213,7 +213,12 @@ fn the_number_of_jobs_changes_no_byte() {
 fn training_every_weight_and_merging_both_give_a_model_that_loads_again() {
     let study = Study::new();
     let full = study.path("full");
-    study.write("full.toml", &MANIFEST.replace("lora = { rank = 4, alpha = 8 }\nmax_tokens", "max_tokens").replace("adapter = \"continue\"\n", ""));
+    study.write(
+        "full.toml",
+        &MANIFEST
+            .replace("lora = { rank = 4, alpha = 8 }\nmax_tokens", "max_tokens")
+            .replace("adapter = \"continue\"\n", ""),
+    );
     study.ok(&["run", "full.toml", "sft", "--cache", "full-cache"]);
     study.ok(&["export", "full.toml", "sft", full.to_str().expect("UTF-8"), "--cache", "full-cache"]);
     study.ok(&["run", "study.toml", "sft"]);
@@ -221,7 +226,11 @@ fn training_every_weight_and_merging_both_give_a_model_that_loads_again() {
     study.ok(&["export", "study.toml", "sft", merged.to_str().expect("UTF-8"), "--merge"]);
     for folder in ["full", "merged"] {
         let source = format!("stage.base.source=path:{folder}");
-        let text = MANIFEST.lines().filter(|line| !line.starts_with("tokenizer") && !line.starts_with("init =")).map(|line| format!("{line}\n")).collect::<String>();
+        let text = MANIFEST
+            .lines()
+            .filter(|line| !line.starts_with("tokenizer") && !line.starts_with("init ="))
+            .map(|line| format!("{line}\n"))
+            .collect::<String>();
         study.write("again.toml", &text);
         study.ok(&["run", "again.toml", "probe", "--cache", folder, "--set", &source]);
     }

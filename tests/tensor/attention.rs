@@ -28,7 +28,13 @@ struct Results {
 impl Case {
     fn new(tokens: usize, dims: Attention) -> Case {
         let (queries, keys) = (tokens * dims.heads * dims.head_size, tokens * dims.kv_heads * dims.head_size);
-        Case { q: numbers(queries, "q"), k: numbers(keys, "k"), v: numbers(keys, "v"), d_o: numbers(queries, "do"), dims }
+        Case {
+            q: numbers(queries, "q"),
+            k: numbers(keys, "k"),
+            v: numbers(keys, "v"),
+            d_o: numbers(queries, "do"),
+            dims,
+        }
     }
 
     /// The tokens of one sequence.

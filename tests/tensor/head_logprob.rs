@@ -81,9 +81,15 @@ fn backward_is_the_derivative_of_forward() {
 
 #[test]
 fn it_follows_its_definition_on_both_sides_of_a_tile_border() {
-    for (rows, vocabulary, channels, rank) in
-        [(0, 50, 8, 2), (1, 1, 1, 0), (7, 33, 16, 4), (33, 2048, 9, 0), (5, 2049, 24, 3), (600, 300, 8, 1), (3, 5000, 17, 16)]
-    {
+    for (rows, vocabulary, channels, rank) in [
+        (0, 50, 8, 2),
+        (1, 1, 1, 0),
+        (7, 33, 16, 4),
+        (33, 2048, 9, 0),
+        (5, 2049, 24, 3),
+        (600, 300, 8, 1),
+        (3, 5000, 17, 16),
+    ] {
         let what = format!("{rows} rows, {vocabulary} entries");
         let case = Case::new(rows, vocabulary, channels, rank);
         let matrix = case.matrix(Dtype::F32);

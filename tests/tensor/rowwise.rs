@@ -40,7 +40,9 @@ fn rmsnorm_follows_its_definition() {
 
 #[test]
 fn rope_follows_its_definition_and_its_inverse_undoes_it() {
-    for (positions, heads, head_size) in [(vec![], 2, 8), (vec![0], 1, 2), (vec![0, 1, 2, 0, 1, 6, 40], 3, 8), (vec![900; 5], 2, 64)] {
+    for (positions, heads, head_size) in
+        [(vec![], 2, 8), (vec![0], 1, 2), (vec![0, 1, 2, 0, 1, 6, 40], 3, 8), (vec![900; 5], 2, 64)]
+    {
         let x = numbers(positions.len() * heads * head_size, "x");
         let table = RopeTable::new(1000, head_size, 1e6);
         let mut y = x.clone();
