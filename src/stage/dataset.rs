@@ -368,13 +368,17 @@ fn read(ctx: &Context, spec: &Spec) -> Result<Vec<Row>, Problem> {
             let mut numbered = read_numbered(file)?;
             let made: Vec<String> = numbered.iter().map(|(_, record)| ids.made(record)).collect();
             map_columns(&mut numbered, &spec.columns, &file.display().to_string(), file)?;
-            ids.check(&mut numbered, made, file)?;
+            ids.fill(&mut numbered, made, file, true)?;
             rows.extend(numbered.into_iter().map(|(_, record)| Row { record, origin: 0 }));
         }
     }
     for (origin, input) in inputs.iter().enumerate() {
         let mut numbered = read_artifact(input)?;
-        map_columns(&mut numbered, &spec.columns, &format!("`{}`", input.stage), Path::new("data.jsonl"))?;
+        let place = Path::new(&input.stage).join("data.jsonl");
+        let mut ids = Ids::default();
+        let made: Vec<String> = numbered.iter().map(|(_, record)| ids.made(record)).collect();
+        map_columns(&mut numbered, &spec.columns, &format!("`{}`", input.stage), &place)?;
+        ids.fill(&mut numbered, made, &place, false)?;
         rows.extend(numbered.into_iter().map(|(_, record)| Row { record, origin }));
     }
     Ok(rows)
@@ -472,7 +476,14 @@ impl Ids {
         if *times == 1 { digest } else { format!("{digest}-{times}") }
     }
 
-    fn check(&mut self, rows: &mut [(usize, Record)], made: Vec<String>, file: &Path) -> Result<(), Problem> {
+    /// Gives every record an id, in front. With `unique`, an id that is given twice is an error.
+    fn fill(
+        &mut self,
+        rows: &mut [(usize, Record)],
+        made: Vec<String>,
+        file: &Path,
+        unique: bool,
+    ) -> Result<(), Problem> {
         let mut bad = BadRows::default();
         for ((line, record), made) in rows.iter_mut().zip(made) {
             let place = format!("line {line}");
@@ -485,11 +496,13 @@ impl Ids {
                 Some(Value::String(id)) if !id.is_empty() => id.clone(),
                 Some(Value::Number(id)) => id.to_string(),
                 Some(other) => {
-                    bad.push("dataset::id", &place, &format!("`id` is {}, not a text or a number", kind_of(other)));
+                    let what = if other.is_string() { "empty" } else { kind_of(other) };
+                    bad.push("dataset::id", &place, &format!("`id` is {what}, not a text or a number"));
                     continue;
                 }
             };
-            if let Some(first) = self.seen.insert(id.clone(), place.clone()) {
+            let here = format!("{place} of `{}`", file.file_name().unwrap_or_default().display());
+            if let Some(first) = self.seen.insert(id.clone(), here).filter(|_| unique) {
                 bad.push("dataset::duplicate_id", &place, &format!("id `{id}` is taken by {first}"));
                 bad.help("make ids unique, or let them be made: columns = { source_id = \"id\" } moves the field away");
             }

@@ -245,7 +245,21 @@ fn a_missing_column_or_a_repeated_id_names_file_and_line() {
     assert_eq!(problem.notes, ["line 3: no `q`; the record has `id`"]);
     let problem = stage.run(json!({"source": "path:source"})).unwrap_err();
     assert_eq!(problem.code, "dataset::duplicate_id");
-    assert_eq!(problem.notes, ["line 4: id `1` is taken by line 1"]);
+    assert_eq!(problem.notes, ["line 4: id `1` is taken by line 1 of `a.jsonl`"]);
+}
+
+#[test]
+fn an_id_moved_away_is_made_again_and_one_in_a_second_file_is_taken() {
+    let stage = Stage::new().input("concat", "s1k", &forward(2));
+    let made = stage.run(json!({"columns": {"question_id": "id"}})).unwrap();
+    assert_eq!(values(made.clone(), "question_id"), ["p0", "p1"]);
+    assert!(values(made, "id").iter().all(|id| id.as_str().unwrap().len() == 12));
+    let stage = Stage::new().source("a.jsonl", "{\"id\":1}\n").source("b.jsonl", "{\"id\":\"\"}\n{\"id\":1}\n");
+    let problem = stage.run(json!({"source": "path:source"})).unwrap_err();
+    assert_eq!(
+        problem.notes,
+        ["line 1: `id` is empty, not a text or a number", "line 2: id `1` is taken by line 1 of `a.jsonl`"]
+    );
 }
 
 #[test]

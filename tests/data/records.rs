@@ -5,6 +5,7 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use pipe::data::{Record, read_numbered, read_records, write_jsonl};
 use pipe::problem::Problem;
+use proptest::prelude::*;
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -142,5 +143,16 @@ fn a_damaged_parquet_file_is_an_error_wherever_the_damage_is() {
         let (_dir, path) = file(&bytes);
         // A flipped bit may hit a value, or a byte nobody reads; it must not take the process down.
         let _ = read_records(&path);
+    }
+}
+
+proptest! {
+    #[test]
+    fn bytes_of_any_kind_are_records_or_a_problem(bytes in proptest::collection::vec(any::<u8>(), 0..200), mark in 0usize..4) {
+        let start: &[u8] = [b"".as_slice(), b"PAR1", b"[{", b"{\"a\":"][mark];
+        let (_dir, path) = file(&[start, &bytes].concat());
+        if let Ok(records) = read_records(&path) {
+            prop_assert!(!records.is_empty());
+        }
     }
 }

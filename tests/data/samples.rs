@@ -5,6 +5,7 @@ use super::{END_OF_TEXT, TURN_END, byte_tokenizer, records};
 use pipe::data::{Eos, Format, Limits, Overlength, Side, Tokenizer, pairs, prompt, samples};
 use pipe::files::Files;
 use pipe::problem::{Exit, Problem};
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -196,7 +197,10 @@ fn pairs_that_teach_nothing_or_the_wrong_thing_are_refused() {
     assert_eq!(notes.warnings(), ["1 row with prompts that differ in white space: line 1"]);
 }
 
-fn limited(limits: Limits) -> Result<(Vec<(String, String)>, Vec<String>), Problem> {
+/// Context and learned part of every sample kept, and the warnings.
+type Limited = (Vec<(String, String)>, Vec<String>);
+
+fn limited(limits: Limits) -> Result<Limited, Problem> {
     let tokenizer = tokenizer();
     let rows = records(&[
         json!({"id": "long", "prompt": "12345", "completion": "abcde"}),
@@ -318,5 +322,48 @@ fn a_model_without_tokenizer_or_template_says_what_is_missing() {
     for broken in ["", "{", "{\"model\": {}}", "[]"] {
         std::fs::write(dir.path().join("tokenizer.json"), broken).unwrap();
         assert_eq!(load().err().unwrap().code, "data::tokenizer");
+    }
+}
+
+/// Texts with what usually breaks borders: special tokens, line ends, characters that compose.
+fn text() -> impl Strategy<Value = String> {
+    let piece = prop_oneof![
+        Just("<|im_end|>"),
+        Just("<|im_start|>"),
+        Just("\n"),
+        Just(" "),
+        Just("h"),
+        Just("e"),
+        Just("e\u{301}"),
+        Just("\u{301}"),
+        Just("<|im_start|>assistant\n"),
+        Just("🦙"),
+        Just("12"),
+    ];
+    proptest::collection::vec(piece, 0..8).prop_map(|pieces| pieces.concat())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn whatever_the_texts_the_prompt_is_its_own_tokens_and_one_end_token_is_last(question in text(), a in text(), b in text()) {
+        let tokenizer = tokenizer();
+        let row = records(&[json!({"id": "x", "prompt": question, "chosen": a, "rejected": b})]);
+        match pairs(&row, &tokenizer, Format::Chat, &Limits::default()) {
+            Err(problem) => prop_assert_eq!(problem.code, "data::equal_pair"),
+            Ok((made, notes)) => {
+                let context = prompt(&row[0], &tokenizer, Format::Chat).unwrap();
+                for (side, text) in [(&made[0].chosen, &a), (&made[0].rejected, &b)] {
+                    prop_assert_eq!(&side.ids[..context.len()], context.as_slice());
+                    let (last, answer) = side.ids[context.len()..].split_last().unwrap();
+                    prop_assert_eq!(*last, TURN_END);
+                    prop_assert!(!tokenizer.decode(answer, false).trim_end().ends_with("<|im_end|>"));
+                    prop_assert!(tokenizer.encode(text).starts_with(answer) || text.contains("<|im_end|>"));
+                    prop_assert!(side.learned.iter().enumerate().all(|(t, &learned)| learned == (t >= context.len())));
+                    prop_assert!(!answer.contains(&TURN_END) || !notes.inner_end.is_empty());
+                }
+            }
+        }
     }
 }
