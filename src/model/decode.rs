@@ -11,8 +11,9 @@ use super::sampling::Sampling;
 use crate::problem::Problem;
 use crate::random::Stream;
 use crate::tensor::ops::{self, RopeTable};
+use crate::tensor::vector;
 use rayon::prelude::*;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 /// A prompt and the random numbers of its completion.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,6 +48,8 @@ const CACHE_BYTES: usize = 1 << 30;
 /// Bytes of logits `[live, V]`.
 const LOGIT_BYTES: usize = 128 << 20;
 const MOST_LIVE: usize = 256;
+/// Tokens by which a cache grows: doubling would take twice the memory that is counted.
+const GROWTH: usize = 256;
 /// Tokens of prompts that are run together; one longer prompt is run alone.
 const PROMPT_TOKENS: usize = 4096;
 
@@ -85,26 +88,25 @@ pub fn generate_at_most(
     let mut waiting: VecDeque<usize> = (0..prompts.len()).collect();
     let mut live: Vec<Live> = Vec::new();
     let mut finished = 0;
-    let mut end = |live: &mut Vec<Live>, logits: &mut [f32]| {
-        let done = advance(model, live, logits, sampling, decode);
-        finished += done.len();
-        for (prompt, completion) in done {
+    let mut end = |live: &mut Vec<Live>, logits: &mut [f32]| -> Result<(), Problem> {
+        for (prompt, completion) in advance(model, live, logits, sampling, decode)? {
             completions[prompt] = Some(completion);
+            finished += 1;
         }
-        finished
+        on_step(finished)
     };
     loop {
         while live.len() < width && !waiting.is_empty() {
             let mut new = admit(model, prompts, &mut waiting, width - live.len(), sampling);
             let mut logits = prefill(model, prompts, &mut new);
-            on_step(end(&mut new, &mut logits))?;
+            end(&mut new, &mut logits)?;
             live.append(&mut new);
         }
         if live.is_empty() {
             break;
         }
         let mut logits = step(model, &mut live, &rope);
-        on_step(end(&mut live, &mut logits))?;
+        end(&mut live, &mut logits)?;
     }
     Ok(completions.into_iter().flatten().collect())
 }
@@ -158,30 +160,36 @@ fn admit(
     new
 }
 
-/// Runs whole prompts, filling their caches. Returns the logits after each, `[live, V]`.
+/// Runs whole prompts, filling their caches; equal prompts are run once. Returns the logits after each,
+/// `[live, V]`.
 fn prefill(model: &Model, prompts: &[Prompt], new: &mut [Live]) -> Vec<f32> {
-    let lengths: Vec<usize> = new.iter().map(|live| live.prompt_len).collect();
-    let ids: Vec<u32> = new.iter().flat_map(|live| &prompts[live.prompt].ids).copied().collect();
+    let mut first_of: HashMap<&[u32], usize> = HashMap::new();
+    let mut different: Vec<&[u32]> = Vec::new();
+    let same: Vec<usize> = new
+        .iter()
+        .map(|live| {
+            let ids = prompts[live.prompt].ids.as_slice();
+            *first_of.entry(ids).or_insert_with(|| {
+                different.push(ids);
+                different.len() - 1
+            })
+        })
+        .collect();
+    let lengths: Vec<usize> = different.iter().map(|ids| ids.len()).collect();
+    let ends: Vec<usize> = lengths.iter().scan(0, |end, length| (*end += length, Some(*end)).1).collect();
     let sequences = Sequences::new(&model.config, &lengths);
-    let width = model.config.key_size();
-    let mut x = model.embed_ids(&ids);
+    let mut x = model.embed_ids(&different.concat());
     for (i, layer) in model.layers.iter().enumerate() {
         let (k, v) = model.layer_keys_values(layer, &mut x, &sequences);
-        let mut from = 0;
-        for live in new.iter_mut() {
-            let range = from * width..(from + live.prompt_len) * width;
+        for (live, &at) in new.iter_mut().zip(&same) {
+            let width = model.config.key_size();
+            let range = (ends[at] - lengths[at]) * width..ends[at] * width;
             live.cache[i] = [k[range.clone()].to_vec(), v[range].to_vec()];
-            from += live.prompt_len;
         }
     }
     let hidden = model.config.hidden_size;
-    let mut last = Vec::with_capacity(new.len() * hidden);
-    let mut to = 0;
-    for length in lengths {
-        to += length;
-        last.extend_from_slice(&x[(to - 1) * hidden..to * hidden]);
-    }
-    head(model, &last)
+    let last = same.iter().flat_map(|&at| &x[(ends[at] - 1) * hidden..ends[at] * hidden]);
+    head(model, &last.copied().collect::<Vec<f32>>())
 }
 
 /// One token further for all. Returns their next logits `[live, V]`.
@@ -206,8 +214,12 @@ fn step_layer(model: &Model, layer: &Layer, i: usize, x: &mut [f32], live: &mut 
     each.zip(k.par_chunks_exact(k_width).zip(v.par_chunks_exact(k_width))).for_each(
         |(((live, attended), q), (k, v))| {
             let [keys, values] = &mut live.cache[i];
-            keys.extend_from_slice(k);
-            values.extend_from_slice(v);
+            for (cache, new) in [(&mut *keys, k), (&mut *values, v)] {
+                if cache.len() == cache.capacity() {
+                    cache.reserve_exact(GROWTH * new.len());
+                }
+                cache.extend_from_slice(new);
+            }
             ops::attention_decode(attended, q, keys, values, dims);
         },
     );
@@ -229,15 +241,23 @@ fn advance(
     logits: &mut [f32],
     sampling: &Sampling,
     decode: &dyn Fn(&[u32]) -> String,
-) -> Vec<(usize, Completion)> {
+) -> Result<Vec<(usize, Completion)>, Problem> {
     if sampling.max_tokens > 0 {
         live.par_iter_mut().zip(logits.par_chunks_exact_mut(model.config.vocab_size)).for_each(|(live, logits)| {
-            let plain = logits.to_vec();
+            let mut plain = logits.to_vec();
             let counter = (live.ids.len() - live.prompt_len) as u64;
             let id = sampling.next(logits, &live.ids, &live.random, counter);
-            live.logprobs.push(log_probability(&plain, id));
+            live.logprobs.push(log_probability(&mut plain, id));
             live.ids.push(id);
         });
+    }
+    if let Some(one) = live.iter().find(|one| one.logprobs.last().is_some_and(|p| !p.is_finite())) {
+        let at = one.logprobs.len();
+        return Err(Problem::new(
+            "model::not_finite",
+            format!("the logits of token {at} of prompt {} are not finite", one.prompt + 1),
+        )
+        .note("the weights are finite, so an activation overflowed: the model has diverged in training"));
     }
     let mut done = Vec::new();
     let mut kept = Vec::with_capacity(live.len());
@@ -251,14 +271,15 @@ fn advance(
         }
     }
     *live = kept;
-    done
+    Ok(done)
 }
 
-/// log softmax(logits)[id], the sum in f64.
-fn log_probability(logits: &[f32], id: u32) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|logit| f64::from((logit - max).exp())).sum();
-    (f64::from(logits[id as usize] - max) - sum.ln()) as f32
+/// log softmax(logits)[id], the sum in f64. Overwrites the logits.
+fn log_probability(logits: &mut [f32], id: u32) -> f32 {
+    let (max, logit) = (vector::max(logits), logits[id as usize]);
+    vector::exp_sum(logits, max);
+    let sum: f64 = logits.iter().map(|weight| f64::from(*weight)).sum();
+    (f64::from(logit - max) - sum.ln()) as f32
 }
 
 /// Whether a completion is over, and then its text.
@@ -329,8 +350,8 @@ mod tests {
     #[test]
     fn a_log_probability_is_a_log_softmax() {
         let logits = [1.0f32, 2.0, 3.0];
-        let total: f32 = (0..3).map(|id| log_probability(&logits, id).exp()).sum();
+        let total: f32 = (0..3).map(|id| log_probability(&mut logits.clone(), id).exp()).sum();
         assert!((total - 1.0).abs() <= 1e-6, "{total}");
-        assert!((log_probability(&logits, 2) + 0.407_606).abs() <= 1e-6);
+        assert!((log_probability(&mut logits.clone(), 2) + 0.407_606).abs() <= 1e-6);
     }
 }

@@ -68,10 +68,22 @@ pub(super) fn bias_name(linear: &str) -> String {
     format!("{linear}.bias")
 }
 
-/// Normal numbers of one tensor: a function of seed, name and place.
+/// Normal numbers of one tensor: a function of seed, name and place. Four of each block of random bits, by
+/// Box and Muller's transform of both pairs.
 pub(super) fn normal_values(seed: u64, name: &str, len: usize, deviation: f64) -> Vec<f32> {
     let random = Stream::named(seed, &["weights", name]);
-    (0..len).into_par_iter().with_min_len(4096).map(|i| (random.normal(i as u64) * deviation) as f32).collect()
+    let mut values = vec![0.0; len];
+    values.par_chunks_mut(4).with_min_len(4096).enumerate().for_each(|(i, values)| {
+        let [a, b, c, d] = random.block(i as u64).map(|bits| (f64::from(bits) + 0.5) / 4_294_967_296.0);
+        for (values, [radius, angle]) in values.chunks_mut(2).zip([[a, b], [c, d]]) {
+            let (sin, cos) = (std::f64::consts::TAU * angle).sin_cos();
+            let radius = (-2.0 * radius.ln()).sqrt() * deviation;
+            for (value, turn) in values.iter_mut().zip([cos, sin]) {
+                *value = (radius * turn) as f32;
+            }
+        }
+    });
+    values
 }
 
 impl Model {
@@ -202,4 +214,22 @@ enum Source<'a> {
 /// `W += scale B A`
 fn fold(weight: &mut [f32], [out, input]: [usize; 2], a: &[f32], b: &[f32], rank: usize, scale: f32) {
     tensor::gemm(weight, out, input, rank, scale, b, false, a, false, true);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_weights_are_normal_and_depend_on_seed_name_and_place_only() {
+        let values = normal_values(1, "a", 100_003, 0.02);
+        assert_eq!(values[..501], normal_values(1, "a", 501, 0.02));
+        assert!(values[..8] != normal_values(2, "a", 8, 0.02) && values[..8] != normal_values(1, "b", 8, 0.02));
+        let moment = |power: i32| values.iter().map(|v| (f64::from(*v) / 0.02).powi(power)).sum::<f64>() / 100_003.0;
+        for (power, expected, tolerance) in [(1, 0.0, 0.01), (2, 1.0, 0.015), (3, 0.0, 0.04), (4, 3.0, 0.1)] {
+            assert!((moment(power) - expected).abs() <= tolerance, "moment {power}: {}", moment(power));
+        }
+        let neighbours = values.windows(2).map(|v| f64::from(v[0]) * f64::from(v[1]) / 4e-4).sum::<f64>() / 100_002.0;
+        assert!(neighbours.abs() <= 0.01, "{neighbours}");
+    }
 }

@@ -8,6 +8,7 @@
 //! completion depends neither on the other prompts nor on when it was made.
 
 use crate::random::Stream;
+use crate::tensor::vector;
 
 /// How completions are drawn.
 #[derive(Debug, Clone, PartialEq)]
@@ -77,10 +78,16 @@ impl Sampling {
             // Ties with the k-th stay, as in transformers (`scores < kth` goes).
             kept = (0..limit as u32).filter(|&id| logits[id as usize] >= last).collect();
         }
+        // Not yet divided by their sum: the largest is 1.
+        let mut weights: Vec<f32> = kept.iter().map(|&id| logits[id as usize]).collect();
+        let max = vector::max(&weights);
+        vector::exp_sum(&mut weights, max);
+        let mut candidates: Vec<(u32, f32)> = kept.into_iter().zip(weights).collect();
         if self.top_p < 1.0 {
-            kept = nucleus(logits, kept, self.top_p);
+            nucleus(&mut candidates, self.top_p);
         }
-        softmax(logits, kept)
+        let total: f64 = candidates.iter().map(|(_, weight)| f64::from(*weight)).sum();
+        candidates.into_iter().map(|(id, weight)| (id, f64::from(weight) / total)).collect()
     }
 
     fn limit(&self, vocab: usize) -> usize {
@@ -119,42 +126,27 @@ fn descending(logits: &[f32], a: u32, b: u32) -> std::cmp::Ordering {
     logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b))
 }
 
-/// The likeliest ids whose probability together reaches `top_p`, at least one: an id stays if the ids before
-/// it have less than `top_p`. Sorts only as many as are needed.
-fn nucleus(logits: &[f32], mut ids: Vec<u32>, top_p: f64) -> Vec<u32> {
-    let max = ids.iter().map(|&id| logits[id as usize]).fold(f32::NEG_INFINITY, f32::max);
-    let weight = |id: u32| f64::from(logits[id as usize] - max).exp();
-    let total: f64 = ids.iter().map(|&id| weight(id)).sum();
+/// Keeps the likeliest candidates whose weights together reach `top_p` of all, at least one, ids ascending: one
+/// stays if those before it have less than `top_p`. Sorts only as many as are needed.
+fn nucleus(candidates: &mut Vec<(u32, f32)>, top_p: f64) {
+    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let total: f64 = candidates.iter().map(|(_, weight)| f64::from(*weight)).sum();
     let (mut sorted, mut mass, mut kept) = (0, 0.0, 0);
-    while kept < ids.len() {
+    while kept < candidates.len() && (kept == 0 || mass < top_p * total) {
         if kept == sorted {
-            let rest = &mut ids[sorted..];
+            let rest = &mut candidates[sorted..];
             let more = (sorted * 3 + 64).min(rest.len());
             if more < rest.len() {
-                rest.select_nth_unstable_by(more, |&a, &b| descending(logits, a, b));
+                rest.select_nth_unstable_by(more, order);
             }
-            rest[..more].sort_unstable_by(|&a, &b| descending(logits, a, b));
+            rest[..more].sort_unstable_by(order);
             sorted += more;
         }
-        if kept > 0 && mass >= top_p * total {
-            break;
-        }
-        mass += weight(ids[kept]);
+        mass += f64::from(candidates[kept].1);
         kept += 1;
     }
-    ids.truncate(kept);
-    ids
-}
-
-/// Probabilities of `ids` among themselves, ids ascending.
-fn softmax(logits: &[f32], mut ids: Vec<u32>) -> Candidates {
-    ids.sort_unstable();
-    let max = ids.iter().map(|&id| logits[id as usize]).fold(f32::NEG_INFINITY, f32::max);
-    let mut candidates: Candidates =
-        ids.into_iter().map(|id| (id, f64::from(logits[id as usize] - max).exp())).collect();
-    let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
-    candidates.iter_mut().for_each(|(_, weight)| *weight /= total);
-    candidates
+    candidates.truncate(kept);
+    candidates.sort_unstable_by_key(|(id, _)| *id);
 }
 
 /// The id at `u` in [0, 1) of the cumulative distribution.
@@ -247,19 +239,21 @@ mod tests {
     proptest! {
         /// The nucleus by partial selection is the one a full sort gives.
         #[test]
-        fn the_nucleus_is_that_of_a_full_sort(logits in prop::collection::vec(-8.0f32..8.0, 1..2000), top_p in 0.01f64..1.0) {
-            let all: Vec<u32> = (0..logits.len() as u32).collect();
+        fn the_nucleus_is_that_of_a_full_sort(weights in prop::collection::vec(0.0f32..1.0, 1..2000), top_p in 0.01f64..1.0) {
+            let all: Vec<(u32, f32)> = (0..).zip(weights).collect();
             let mut expected = all.clone();
-            expected.sort_by(|&a, &b| descending(&logits, a, b));
-            let max = logits[expected[0] as usize];
-            let weight = |id: &u32| f64::from(logits[*id as usize] - max).exp();
-            let total: f64 = all.iter().map(weight).sum();
+            expected.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            let total: f64 = all.iter().map(|(_, weight)| f64::from(*weight)).sum();
             let (mut mass, mut keep) = (0.0, 0);
             while keep < expected.len() && (keep == 0 || mass < top_p * total) {
-                mass += weight(&expected[keep]);
+                mass += f64::from(expected[keep].1);
                 keep += 1;
             }
-            prop_assert_eq!(nucleus(&logits, all, top_p), &expected[..keep]);
+            expected.truncate(keep);
+            expected.sort_by_key(|(id, _)| *id);
+            let mut got = all;
+            nucleus(&mut got, top_p);
+            prop_assert_eq!(got, expected);
         }
     }
 }

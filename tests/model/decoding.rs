@@ -99,6 +99,14 @@ fn a_completion_ends_at_a_stop_id_or_a_stop_text() {
 }
 
 #[test]
+fn a_diverged_model_is_named_instead_of_sampled_from() {
+    let mut model = everything_trained(true);
+    model.update(|params| params[0].value.fill(f32::NAN));
+    let result = generate(&model, &prompts(&[3]), &Sampling::default(), &words, &mut |_| Ok(()));
+    assert_eq!(result.unwrap_err().code, "model::not_finite");
+}
+
+#[test]
 fn an_interruption_is_passed_on_at_once() {
     let model = Model::random(config(false), 5, Dtype::F32);
     let mut calls = 0;

@@ -94,3 +94,10 @@ fn log_probs_are_those_of_the_logits() {
         assert!((f64::from(logprob) - expected).abs() <= 1e-5, "{logprob} against {expected}");
     }
 }
+
+#[test]
+fn a_batch_without_targets_is_no_special_case() {
+    let model = with_adapter(true, 3, &ALL);
+    let (logprobs, grads) = run(&model, &Packed::of(&sequences(&[1, 1])));
+    assert!(logprobs.is_empty() && grads.iter().flatten().all(|&bits| bits == 0));
+}
