@@ -16,11 +16,12 @@ pub fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
 
-/// The largest difference is at most `tolerance` times the largest wanted magnitude.
+/// The largest difference is at most `tolerance` times the largest wanted magnitude, or times 1,
+/// the size of the inputs, where results cancel.
 #[track_caller]
 pub fn close(got: &[f32], want: &[f64], tolerance: f64, what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
-    let size = want.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+    let size = want.iter().fold(1.0f64, |max, x| max.max(x.abs()));
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         let error = (f64::from(*got) - want).abs();
         assert!(error <= tolerance * size, "{what}, element {i}: {got} instead of {want}, scale {size}");
