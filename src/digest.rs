@@ -21,6 +21,14 @@ impl Digest {
         Ok((Digest(*hasher.finalize().as_bytes()), hasher.count()))
     }
 
+    /// Reads to the end. For files that others may cut short meanwhile, which would kill a process
+    /// that has them mapped. Returns the digest and the number of bytes.
+    pub fn of_reader(reader: &mut impl io::Read) -> io::Result<(Digest, u64)> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(reader)?;
+        Ok((Digest(*hasher.finalize().as_bytes()), hasher.count()))
+    }
+
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }

@@ -1,6 +1,7 @@
 //! `pipe`: a declarative pipeline engine for studies that fine-tune language models in several stages.
 pub mod data;
 pub mod digest;
+pub mod exec;
 pub mod files;
 pub mod grade;
 pub mod hub;
@@ -10,5 +11,6 @@ pub mod plan;
 pub mod problem;
 pub mod random;
 pub mod stage;
+pub mod store;
 pub mod tensor;
 pub mod train;

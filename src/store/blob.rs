@@ -90,7 +90,10 @@ pub(crate) fn take(disk: &Disk, cache: &Path, folder: &Path, scratch: &Path) -> 
             Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
                 let copy = own_copy(disk, &ours, scratch, entries.len())?;
                 if hash(&copy)?.0 != digest {
-                    return Err(Problem::new("store::copy", format!("`{}` changed while it was copied", ours.display())));
+                    return Err(Problem::new(
+                        "store::copy",
+                        format!("`{}` changed while it was copied", ours.display()),
+                    ));
                 }
                 disk.settle(&copy, &target)
             }

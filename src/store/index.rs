@@ -27,8 +27,12 @@ struct Line<'a> {
     k: Cow<'a, str>,
     /// The artifact's files; absent in a line that only says the cell came to this fingerprint again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    a: Option<Vec<(Cow<'a, str>, u64, Cow<'a, str>)>>,
+    a: Option<Vec<FileLine<'a>>>,
 }
+
+/// Name, size, digest.
+#[derive(Serialize, Deserialize)]
+struct FileLine<'a>(Cow<'a, str>, u64, Cow<'a, str>);
 
 #[derive(Default)]
 pub(crate) struct Index {
@@ -72,7 +76,7 @@ impl Index {
                 Some(files) => Some(
                     files
                         .into_iter()
-                        .map(|(name, size, digest)| {
+                        .map(|FileLine(name, size, digest)| {
                             Some(super::Entry { name: name.into_owned(), size, digest: digest.parse().ok()? })
                         })
                         .collect::<Option<Vec<_>>>()?,
@@ -85,11 +89,13 @@ impl Index {
     }
 
     fn from_records(stages: &Path) -> Index {
-        let mut records: Vec<Record> =
-            super::record_files(stages).iter().filter_map(|(path, first)| {
+        let mut records: Vec<Record> = super::record_files(stages)
+            .iter()
+            .filter_map(|(path, first)| {
                 let record = Record::from_bytes(&fs::read(path).ok()?).ok()?;
                 first.then_some(record)
-            }).collect();
+            })
+            .collect();
         records.sort_by(|a, b| (&a.measured.ended, &a.cell).cmp(&(&b.measured.ended, &b.cell)));
         let mut index = Index::default();
         for record in records {
@@ -104,7 +110,26 @@ impl Index {
         {
             self.kinds.entry(kind.clone()).or_default().push(fingerprint);
         }
-        self.last.insert(cell, (fingerprint, kind));
+        if !cell.is_empty() {
+            self.last.insert(cell, (fingerprint, kind));
+        }
+    }
+
+    /// Adds the records on disk that are not known yet.
+    pub fn absorb(&mut self, stages: &Path) {
+        let found = Index::from_records(stages);
+        for (kind, all) in &found.kinds {
+            for fingerprint in all {
+                if self.made.contains_key(fingerprint) {
+                    continue;
+                }
+                self.made.insert(*fingerprint, found.made[fingerprint].clone());
+                self.kinds.entry(kind.clone()).or_default().push(*fingerprint);
+            }
+        }
+        for (cell, last) in found.last {
+            self.last.entry(cell).or_insert(last);
+        }
     }
 
     /// A stage was finished, or a record was found that the index did not know.
@@ -166,7 +191,7 @@ impl Index {
 
 fn line(fingerprint: &Digest, cell: &str, kind: &str, artifact: Option<&Artifact>) -> String {
     let files = artifact.map(|artifact| {
-        let entry = |e: &super::Entry| (Cow::Owned(e.name.clone()), e.size, Cow::Owned(e.digest.to_string()));
+        let entry = |e: &super::Entry| FileLine(e.name.clone().into(), e.size, e.digest.to_string().into());
         artifact.entries.iter().map(entry).collect()
     });
     let line = Line { f: fingerprint.to_string().into(), c: cell.into(), k: kind.into(), a: files };

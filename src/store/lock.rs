@@ -51,21 +51,15 @@ impl Lock {
     /// Does not wait.
     pub fn attempt(path: &Path, what: &str) -> Result<Attempt, Problem> {
         let failed = |error: io::Error| match error.kind() {
-            io::ErrorKind::Unsupported => Problem::new(
-                "store::no_locks",
-                format!("the file system of `{}` cannot lock files", path.display()),
-            )
-            .help("choose a folder on a local disk with `--cache DIR`"),
+            io::ErrorKind::Unsupported => {
+                Problem::new("store::no_locks", format!("the file system of `{}` cannot lock files", path.display()))
+                    .help("choose a folder on a local disk with `--cache DIR`")
+            }
             _ => disk::problem("lock", path, &error),
         };
         loop {
-            let mut file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .open(path)
-                .map_err(failed)?;
+            let mut file =
+                OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(failed)?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => return Ok(Attempt::Held(holder(path))),

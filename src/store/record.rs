@@ -44,22 +44,6 @@ impl Artifact {
     pub fn size(&self) -> u64 {
         self.entries.iter().map(|entry| entry.size).sum()
     }
-
-    /// `[[name, size, digest], ...]`: compact, since it is also a line of the index.
-    pub(crate) fn to_json(&self) -> Value {
-        self.entries.iter().map(|e| json!([e.name, e.size, e.digest.to_string()])).collect()
-    }
-
-    pub(crate) fn from_json(value: &Value) -> Option<Artifact> {
-        let entry = |row: &Value| {
-            Some(Entry {
-                name: row.get(0)?.as_str()?.to_string(),
-                size: row.get(1)?.as_u64()?,
-                digest: row.get(2)?.as_str()?.parse().ok()?,
-            })
-        };
-        Some(Artifact::new(value.as_array()?.iter().map(entry).collect::<Option<_>>()?))
-    }
 }
 
 /// An artifact that entered a stage, for the record.
@@ -272,11 +256,10 @@ mod tests {
             kind: "sft".into(),
             parts: [("spec.learning_rate".to_string(), "0.0003".to_string())].into(),
             params: json!({"learning_rate": 3e-4, "lora": {"rank": 16}}).as_object().cloned().unwrap_or_default(),
-            inputs: [("model".to_string(), vec![Used {
-                cell: "base[size=7B]".into(),
-                fingerprint: Digest::of(b"b"),
-                artifact: Digest::of(b"a"),
-            }])]
+            inputs: [(
+                "model".to_string(),
+                vec![Used { cell: "base[size=7B]".into(), fingerprint: Digest::of(b"b"), artifact: Digest::of(b"a") }],
+            )]
             .into(),
             sources: BTreeMap::new(),
             artifact: Artifact::new(vec![entry("z"), entry("a/b")]),
@@ -308,7 +291,8 @@ mod tests {
 
     #[test]
     fn an_artifact_is_known_by_names_sizes_and_bytes_in_any_order() {
-        let entry = |name: &str, bytes: &[u8]| Entry { name: name.into(), size: bytes.len() as u64, digest: Digest::of(bytes) };
+        let entry =
+            |name: &str, bytes: &[u8]| Entry { name: name.into(), size: bytes.len() as u64, digest: Digest::of(bytes) };
         let one = Artifact::new(vec![entry("a", b"x"), entry("b", b"y")]);
         assert_eq!(one.digest, Artifact::new(vec![entry("b", b"y"), entry("a", b"x")]).digest);
         assert!(one.digest != Artifact::new(vec![entry("a", b"y"), entry("b", b"x")]).digest);

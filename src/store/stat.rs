@@ -147,8 +147,9 @@ impl StatCache {
             entries.push(Entry { name, size, digest });
         }
         if entries.is_empty() {
-            return Err(Problem::new("source::empty", format!("`{}` is an empty folder", path.display()))
-                .exit(Exit::Missing));
+            return Err(
+                Problem::new("source::empty", format!("`{}` is an empty folder", path.display())).exit(Exit::Missing)
+            );
         }
         let artifact = Artifact::new(entries);
         Ok((artifact.digest, artifact.size()))
