@@ -17,7 +17,7 @@ pub use status::{Reason, Status, Survey, causes, closure};
 
 use crate::files::Files;
 use crate::manifest::spec::Params;
-use crate::plan::fingerprint::Machine;
+use crate::plan::Machine;
 use crate::plan::{Axes, Cell, Plan};
 use crate::problem::Problem;
 use crate::store::Store;

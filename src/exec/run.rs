@@ -5,7 +5,7 @@ use super::status::{Past, Reason, Status, Survey, closure, inputs};
 use super::{Engine, Progress, Runner, Task, TaskInput, measure};
 use crate::digest::Digest;
 use crate::files::Files;
-use crate::plan::fingerprint::Fingerprint;
+use crate::plan::Fingerprint;
 use crate::plan::{Cell, CellId};
 use crate::problem::{Exit, Problem};
 use crate::store::{Artifact, Claim, Claimed, Holder, Lookup, Measured, Published, Record, Used, damaged, utc};

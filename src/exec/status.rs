@@ -2,8 +2,8 @@
 
 use super::{Engine, Resolved};
 use crate::digest::Digest;
-use crate::plan::fingerprint::{Change, Fingerprint, fingerprint};
 use crate::plan::{CellId, Plan};
+use crate::plan::{Change, Fingerprint, fingerprint};
 use crate::problem::Problem;
 use crate::store::{Artifact, Damage, Lookup, Record};
 use std::collections::{BTreeMap, BTreeSet, HashMap};

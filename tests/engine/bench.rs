@@ -2,7 +2,7 @@
 
 use pipe::exec::{Engine, Event, Observer, Options, Outcome, Paths, Report, Runner, Status, Survey, Task};
 use pipe::manifest::spec::{ArtifactType, Key, Kind, Type, no_lineage, no_rules};
-use pipe::plan::fingerprint::Machine;
+use pipe::plan::Machine;
 use pipe::plan::{Axes, Cell, CellId, Input, Plan, Source};
 use pipe::problem::Problem;
 use pipe::store::Store;
