@@ -133,8 +133,8 @@ impl Observer for Log<'_> {
     }
 }
 
-/// One line of the log; `None` for what is only of the moment.
-fn describe(plan: &Plan, event: &Event) -> Option<Value> {
+/// A line of the log, and of `--json`; `None` for what is only of the moment.
+pub fn describe(plan: &Plan, event: &Event) -> Option<Value> {
     let label = |cell: &CellId| plan.cells[*cell].to_string();
     Some(match event {
         Event::Begun { id, fresh, stale, waits } => {

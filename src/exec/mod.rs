@@ -10,7 +10,7 @@ mod run;
 mod sources;
 mod status;
 
-pub use events::{Event, Observer, Silent};
+pub use events::{Event, Observer, Silent, describe};
 pub use run::{Options, Outcome, Report};
 pub use sources::{Paths, Resolved, Sources};
 pub use status::{Reason, Status, Survey, causes, closure};
@@ -54,7 +54,7 @@ pub struct Task<'a> {
     pub params: &'a Params,
     /// By slot (dotted key), in the order of the plan's input.
     pub inputs: BTreeMap<String, Vec<TaskInput>>,
-    /// By dotted key.
+    /// By dotted key; none for sources whose text says all.
     pub sources: BTreeMap<String, PathBuf>,
     /// Empty; its files become the artifact when the runner returns `Ok`.
     pub out: &'a Path,

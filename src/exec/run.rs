@@ -552,7 +552,11 @@ impl Scheduler<'_> {
             label: &label,
             params: &of.params,
             inputs: task_inputs(plan.cells.as_slice(), of, files),
-            sources: sources.iter().map(|(key, source)| (key.clone(), source.path.clone())).collect(),
+            sources: sources
+                .iter()
+                .filter(|(_, source)| !source.path.as_os_str().is_empty())
+                .map(|(key, source)| (key.clone(), source.path.clone()))
+                .collect(),
             out: &out,
             work: &work,
             progress: &reporter,

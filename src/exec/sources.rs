@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 /// What a source came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolved {
-    /// The file or folder handed to the stage.
+    /// The file or folder handed to the stage; empty if there is none (`init:`).
     pub path: PathBuf,
     /// Of its content; enters the fingerprint.
     pub digest: Digest,
