@@ -52,6 +52,11 @@ pub fn extract(segment: &str, kind: Kind) -> Option<Found> {
     }
 }
 
+/// What the last box of a segment holds.
+pub fn boxed(segment: &str) -> Option<String> {
+    last_box(segment, &boxes(segment)).map(|found| found.text)
+}
+
 /// A `\boxed{...}`: where it starts, where its content lies, where it ends.
 #[derive(Debug, Clone, Copy)]
 struct Span {

@@ -15,7 +15,10 @@ pub mod bundled;
 pub mod check;
 pub mod command;
 pub mod dataset;
+mod decoding;
 pub mod dpo;
+pub mod eval;
+pub mod generate;
 mod inputs;
 pub mod model;
 pub mod plot;
@@ -32,9 +35,11 @@ pub type Run = fn(&Context) -> Result<(), Problem>;
 const STAGES: &[(&Kind, Run)] = &[
     (&model::KIND, model::run),
     (&dataset::KIND, dataset::run),
+    (&generate::KIND, generate::run),
     (&sft::KIND, sft::run),
     (&dpo::KIND, dpo::run),
     (&probe::KIND, probe::run),
+    (&eval::KIND, eval::run),
     (&table::KIND, table::run),
     (&plot::KIND, plot::run),
     (&check::KIND, check::run),

@@ -1,8 +1,10 @@
 //! Stages run on real folders, without a plan or a store.
 mod command;
+mod eval;
+mod generate;
 
 use pipe::files::Files;
-use pipe::manifest::spec::Params;
+use pipe::manifest::spec::{Kind, Params, Presence};
 use pipe::plan::Axes;
 use pipe::problem::Problem;
 use pipe::stage::{Artifact, Context, Device, Progress};
@@ -21,7 +23,53 @@ pub struct Bench {
     pub warnings: std::sync::Mutex<Vec<String>>,
 }
 
+/// Parameters as the manifest resolves them: what is given, and the defaults of the kind.
+pub fn resolved(kind: &Kind, given: serde_json::Value) -> serde_json::Value {
+    let serde_json::Value::Object(mut params) = given else { panic!("parameters are an object") };
+    for key in kind.keys {
+        if let Presence::Default(text) = key.presence
+            && !params.contains_key(key.name)
+        {
+            let table: serde_json::Value = toml::from_str(&format!("value = {text}")).unwrap();
+            params.insert(key.name.into(), table["value"].clone());
+        }
+    }
+    params.into()
+}
+
+/// A small random model with the bundled tokenizer, made by the `model` stage in `folder`.
+pub fn small_model(folder: &Path) -> Files {
+    let bench = Bench::new();
+    let init = serde_json::json!({
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "max_position_embeddings": 512, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": true, "initializer_range": 0.2, "seed": 1,
+    });
+    let params = serde_json::json!({"source": "init:random", "tokenizer": "init:mini", "init": init});
+    bench.run(pipe::stage::model::run, params).unwrap();
+    std::fs::rename(bench.path("out"), folder).unwrap();
+    std::fs::create_dir(bench.path("out")).unwrap();
+    Files::from_dir(folder).unwrap()
+}
+
 impl Bench {
+    /// A bench whose slot `model` holds a small model and whose slot `data` these records.
+    pub fn with_model(data: &str, records: &[serde_json::Value]) -> Bench {
+        let mut bench = Bench::new();
+        let files = small_model(&bench.path("weights"));
+        let artifact = Artifact { stage: "base".into(), kind: "model", axes: Axes::default(), files };
+        bench.inputs.insert("model".into(), vec![artifact]);
+        let lines: String = records.iter().map(|record| format!("{record}\n")).collect();
+        let path = bench.write("data.jsonl", &lines);
+        bench.give(data, "dataset", &[("data.jsonl", &path)]);
+        bench
+    }
+
+    /// Lines of a JSON Lines output.
+    pub fn lines(&self, name: &str) -> Vec<serde_json::Value> {
+        self.output(name).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
     pub fn new() -> Bench {
         let folder = tempfile::tempdir().unwrap();
         for name in ["out", "work"] {

@@ -1,0 +1,379 @@
+//! What `generate` and `eval` share: prompts from records by template, and completions with a journal.
+//!
+//! A request is known by the digest of what is asked: prompt ids, random stream, sampling. Its
+//! completion is appended to `journal.jsonl` in the stage's work folder, a batch at a time, and synced
+//! before it counts. A stage that was interrupted reads the journal first and decodes only what is
+//! missing; since a completion depends on nothing but its request, the end is the same, to the byte.
+
+use super::inputs::{self, Storage};
+use super::{Context, training};
+use crate::data::{Format, Record, Tokenizer};
+use crate::digest::Encoder;
+use crate::manifest::spec::{Key, Type};
+use crate::model::{self, Finish, LoadOptions, Model, Prompt, Sampling};
+use crate::problem::Problem;
+use crate::tensor::Dtype;
+use minijinja::value::Serde;
+use minijinja::{Environment, UndefinedBehavior};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+
+/// What s1's trained models begin their answer with.
+const THINK: &str = "<|im_start|>think\n";
+
+/// Keys of every stage that samples from a model, by the names [`Decoding`] reads.
+pub const SYSTEM: Key =
+    Key::optional("system", Type::Str, "A system message; a template like `prompt`. Absent: the chat template's own.");
+pub const FORMAT: Key = Key::default(
+    "format",
+    Type::Choice(training::FORMATS),
+    "\"chat\"",
+    "How the prompt becomes tokens: `chat` as a user's message through the model's chat template, `s1` the same with the answer opened by `<|im_start|>think`, `text` as it stands. As the model was trained.",
+);
+pub const PREFILL: Key = Key::optional(
+    "prefill",
+    Type::Str,
+    "Text the answer is made to begin with. Absent: `<|im_start|>think` and a line break for `s1`, nothing otherwise.",
+);
+pub const MAX_TOKENS: Key = Key::required(
+    "max_tokens",
+    training::COUNT,
+    "Longest completion, in tokens. With the prompt it has to fit the model's context.",
+);
+pub const TEMPERATURE: Key =
+    Key::default("temperature", Type::Float { min: 0.0, max: 100.0, above: false }, "0.0", "0 is greedy.");
+pub const TOP_P: Key = Key::default(
+    "top_p",
+    Type::Float { min: 0.0, max: 1.0, above: true },
+    "1.0",
+    "Sample from the smallest set of tokens with at least this probability.",
+);
+pub const TOP_K: Key = Key::default(
+    "top_k",
+    Type::Int { min: 0, max: 1_000_000 },
+    "0",
+    "Sample from the k likeliest tokens; 0: from all.",
+);
+pub const REPETITION_PENALTY: Key = Key::default(
+    "repetition_penalty",
+    Type::Float { min: 0.0, max: 100.0, above: true },
+    "1.0",
+    "Logits of tokens that occurred are divided by this (multiplied, if negative); 1 is off.",
+);
+pub const SEED: Key = Key::default(
+    "seed",
+    Type::Int { min: 0, max: i64::MAX },
+    "0",
+    "Of the sampling. A record's completion depends on this, its id and its prompt, not on the other records.",
+);
+pub const STOP: Key = Key::default(
+    "stop",
+    Type::List(&Type::Str),
+    "[]",
+    "A completion ends before the first of these texts, and at the tokenizer's own end of turn.",
+);
+pub const DTYPE: Key = Key::default("dtype", Type::Choice(&["f32", "bf16"]), "\"f32\"", "How weights are held.");
+pub const BATCH: Key = Key::default(
+    "batch",
+    Type::Int { min: 1, max: 4096 },
+    "128",
+    "Completions made together and journalled together: after an interruption at most so many are made again.",
+)
+.no_result();
+
+/// How completions are drawn, as the keys above say.
+pub struct Decoding {
+    pub format: Format,
+    pub prefill: Option<String>,
+    pub stop: Vec<String>,
+    pub max_tokens: usize,
+    pub temperature: f64,
+    pub top_p: f64,
+    pub top_k: usize,
+    pub repetition_penalty: f64,
+    pub seed: u64,
+    pub dtype: Storage,
+    pub batch: usize,
+}
+
+/// One completion asked for.
+pub struct Request {
+    /// The record's id; for messages and for the random numbers.
+    pub id: String,
+    /// Which of the record's samples.
+    pub sample: usize,
+    /// Context and prefill.
+    pub ids: Vec<u32>,
+}
+
+/// What came back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply {
+    /// Digest of the request.
+    key: String,
+    /// Without the prefill, special tokens written out.
+    pub text: String,
+    /// Tokens made, the end token included.
+    pub tokens: usize,
+    /// Ended by `max_tokens`.
+    pub cut: bool,
+}
+
+impl Reply {
+    pub fn finish(&self) -> &'static str {
+        if self.cut { "length" } else { "stop" }
+    }
+}
+
+impl Decoding {
+    /// What the answer is made to begin with.
+    pub fn opening(&self) -> &str {
+        match (&self.prefill, self.format) {
+            (Some(prefill), _) => prefill,
+            (None, Format::S1) => THINK,
+            (None, _) => "",
+        }
+    }
+
+    fn sampling(&self, tokenizer: &Tokenizer) -> Result<Sampling, Problem> {
+        let mut stop_ids = vec![tokenizer.end()?];
+        stop_ids.extend(tokenizer.eos());
+        stop_ids.extend(tokenizer.id("<|endoftext|>"));
+        stop_ids.sort_unstable();
+        stop_ids.dedup();
+        Ok(Sampling {
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+            stop: self.stop.clone(),
+            stop_ids,
+            id_limit: tokenizer.id_limit(),
+        })
+    }
+
+    /// The ids a model continues for a user's text.
+    pub fn prompt(&self, tokenizer: &Tokenizer, user: Value, system: Option<String>) -> Result<Vec<u32>, Problem> {
+        let mut record = Record::new();
+        if let (Some(system), Value::Array(turns)) = (&system, &user) {
+            let mut turns = turns.clone();
+            turns.insert(0, json!({"role": "system", "content": system}));
+            record.insert("messages".into(), Value::Array(turns));
+        } else {
+            record.insert(if user.is_array() { "messages" } else { "prompt" }.into(), user);
+            record.extend(system.map(|system| ("system".to_string(), Value::String(system))));
+        }
+        let mut ids = crate::data::prompt(&record, tokenizer, self.format)?;
+        ids.extend(tokenizer.encode(self.opening()));
+        Ok(ids)
+    }
+
+    /// Completes every request, in order. Reads and extends the journal; reports progress in `unit`.
+    pub fn complete(
+        &self,
+        ctx: &Context,
+        tokenizer: &Tokenizer,
+        requests: &[Request],
+        unit: &'static str,
+    ) -> Result<Vec<Reply>, Problem> {
+        let sampling = self.sampling(tokenizer)?;
+        let keys: Vec<String> = requests.iter().map(|request| key(request, &sampling)).collect();
+        let path = ctx.work.join("journal.jsonl");
+        let mut replies = read_journal(&path, &keys)?;
+        let missing: Vec<usize> = (0..requests.len()).filter(|&i| !replies.contains_key(&keys[i])).collect();
+        ctx.progress.begin(requests.len() as u64, unit);
+        ctx.progress.at((requests.len() - missing.len()) as u64);
+        if !missing.is_empty() {
+            let chain = inputs::chain(ctx, "model");
+            // In f32 a folded adapter is the same function and decodes faster; in bf16 folding would
+            // round what the adapter has learned.
+            let dtype = self.dtype.dtype();
+            let model = Model::load(&chain, &LoadOptions { dtype, fold_last: matches!(dtype, Dtype::F32) })?;
+            tokenizer.fits(model.config.vocab_size)?;
+            self.fits(&model, requests)?;
+            let mut journal = Journal::open(&path)?;
+            for batch in missing.chunks(self.batch) {
+                let done = requests.len() - missing.len() + replies_before(&missing, batch);
+                for reply in self.batch(ctx, &model, tokenizer, requests, &keys, batch, done, &sampling)? {
+                    journal.add(&reply)?;
+                    replies.insert(reply.key.clone(), reply);
+                }
+                journal.sync()?;
+            }
+        }
+        let all = keys.iter().map(|key| replies.get(key).cloned());
+        all.collect::<Option<Vec<_>>>().ok_or_else(|| {
+            Problem::new("generate::incomplete", "the model returned fewer completions than it was asked for")
+        })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the loop body of `complete`, which owns them all")]
+    fn batch(
+        &self,
+        ctx: &Context,
+        model: &Model,
+        tokenizer: &Tokenizer,
+        requests: &[Request],
+        keys: &[String],
+        batch: &[usize],
+        done: usize,
+        sampling: &Sampling,
+    ) -> Result<Vec<Reply>, Problem> {
+        let prompts: Vec<Prompt> = batch
+            .iter()
+            .map(|&i| Prompt { ids: requests[i].ids.clone(), stream: stream(&requests[i].id, requests[i].sample) })
+            .collect();
+        let decode = |ids: &[u32]| tokenizer.decode(ids, false);
+        let mut on_step = |finished: usize| {
+            ctx.progress.at((done + finished) as u64);
+            ctx.stopped()
+        };
+        let made = model::generate(model, &prompts, sampling, &decode, &mut on_step)?;
+        let reply = |(&i, made): (&usize, model::Completion)| Reply {
+            key: keys[i].clone(),
+            text: made.text,
+            tokens: made.ids.len(),
+            cut: made.finish == Finish::Length,
+        };
+        Ok(batch.iter().zip(made).map(reply).collect())
+    }
+
+    /// `Err` if a prompt and `max_tokens` together are longer than the model's context.
+    fn fits(&self, model: &Model, requests: &[Request]) -> Result<(), Problem> {
+        let context = model.config.max_position_embeddings;
+        let Some(longest) = requests.iter().max_by_key(|request| request.ids.len()) else { return Ok(()) };
+        if longest.ids.len().saturating_add(self.max_tokens) <= context {
+            return Ok(());
+        }
+        let problem = Problem::new(
+            "generate::context",
+            format!("`max_tokens` {} does not fit the model's context of {context} tokens", self.max_tokens),
+        )
+        .note(format!("the longest prompt, of record `{}`, has {} tokens", longest.id, longest.ids.len()));
+        Err(match context.checked_sub(longest.ids.len()).filter(|left| *left > 0) {
+            Some(left) => problem.help(format!("`max_tokens = {left}`")),
+            None => problem.help("shorten the prompt, or leave such records out"),
+        })
+    }
+}
+
+/// How many of `missing` stand before `batch`, which is a part of it.
+fn replies_before(missing: &[usize], batch: &[usize]) -> usize {
+    missing.iter().position(|i| batch.first() == Some(i)).unwrap_or(0)
+}
+
+/// The random numbers of a sample: a function of the record's id and its number.
+fn stream(id: &str, sample: usize) -> u64 {
+    let mut encoder = Encoder::new("completion");
+    encoder.field(id.as_bytes()).field(&(sample as u64).to_le_bytes());
+    let mut first = [0; 8];
+    first.copy_from_slice(&encoder.finish().as_bytes()[..8]);
+    u64::from_le_bytes(first)
+}
+
+fn key(request: &Request, sampling: &Sampling) -> String {
+    let mut encoder = Encoder::new("request");
+    let ids: Vec<u8> = request.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    encoder.field(&ids).field(&stream(&request.id, request.sample).to_le_bytes());
+    encoder.field(format!("{sampling:?}").as_bytes());
+    encoder.finish().hex()
+}
+
+/// The journal's replies to any of these requests. A last line cut off by a kill is passed over.
+fn read_journal(path: &Path, keys: &[String]) -> Result<HashMap<String, Reply>, Problem> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(HashMap::new()),
+        Err(error) => return Err(Problem::io("generate::journal", "read", path, &error)),
+    };
+    let wanted: HashSet<&String> = keys.iter().collect();
+    let replies = bytes.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<Reply>(line).ok());
+    Ok(replies.filter(|reply| wanted.contains(&reply.key)).map(|reply| (reply.key.clone(), reply)).collect())
+}
+
+struct Journal<'a> {
+    path: &'a Path,
+    file: File,
+}
+
+impl Journal<'_> {
+    fn open(path: &Path) -> Result<Journal<'_>, Problem> {
+        let mut file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .map_err(|error| Problem::io("generate::journal", "open", path, &error))?;
+        // Ends the line a kill may have cut.
+        file.write_all(b"\n").map_err(|error| Problem::io("generate::journal", "write", path, &error))?;
+        Ok(Journal { path, file })
+    }
+
+    fn add(&mut self, reply: &Reply) -> Result<(), Problem> {
+        let mut line = json!(reply).to_string();
+        line.push('\n');
+        self.file
+            .write_all(line.as_bytes())
+            .map_err(|error| Problem::io("generate::journal", "write", self.path, &error))
+    }
+
+    fn sync(&mut self) -> Result<(), Problem> {
+        self.file.sync_data().map_err(|error| Problem::io("generate::journal", "sync", self.path, &error))
+    }
+}
+
+/// A template over the fields of a record. A field the record lacks is an error, not nothing.
+pub struct Template(Environment<'static>);
+
+impl Template {
+    pub fn new(key: &str, text: &str) -> Result<Template, Problem> {
+        let mut env = Environment::new();
+        env.set_undefined_behavior(UndefinedBehavior::Strict);
+        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        env.add_template_owned("template", text.to_string()).map_err(|error| {
+            Problem::new("generate::template", format!("`{key}` is not a template: {}", reason(&error)))
+                .help("fields of the record stand in double braces: `{{ question }}`")
+        })?;
+        Ok(Template(env))
+    }
+
+    /// `Err` says what is wrong with this record, without naming it.
+    pub fn render(&self, record: &Record) -> Result<String, String> {
+        let template = self.0.get_template("template").map_err(|error| reason(&error))?;
+        template.render(minijinja::Value::from(Serde(record))).map_err(|error| {
+            let fields: Vec<&str> = record.keys().map(String::as_str).collect();
+            format!("{}; the record has {}", reason(&error), fields.join(", "))
+        })
+    }
+}
+
+fn reason(error: &minijinja::Error) -> String {
+    match (error.detail(), error.line()) {
+        (Some(detail), _) => detail.to_string(),
+        (None, Some(line)) => format!("{} in line {line}", error.kind()),
+        (None, None) => error.kind().to_string(),
+    }
+}
+
+/// A record's id, or its place.
+pub fn record_id(record: &Record, index: usize) -> String {
+    match record.get("id") {
+        Some(Value::String(id)) => id.clone(),
+        Some(Value::Number(id)) => id.to_string(),
+        _ => format!("line-{}", index + 1),
+    }
+}
+
+/// The first of these fields that the record has, as text.
+pub fn text_field<'r>(record: &'r Record, names: &[&str]) -> Option<&'r str> {
+    names.iter().find_map(|name| record.get(*name)).and_then(Value::as_str)
+}
+
+/// Where a question may stand, most particular first.
+pub const QUESTIONS: &[&str] = &["prompt", "question", "problem", "Question", "Problem"];

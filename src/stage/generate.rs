@@ -1,0 +1,549 @@
+//! `generate`: a completion (or n) for every record, by a local model, parsed into fields.
+//!
+//! The prompt is a template over the record. What comes back is taken apart as `parse` says; what does
+//! not parse, or was cut off by `max_tokens`, fails the stage or is left out and listed in
+//! `failed.jsonl` with its text, never passed over in silence. Order and ids are those of the dataset.
+
+use super::Context;
+use super::decoding::{self, Decoding, QUESTIONS, Reply, Request, Template};
+use super::inputs::{self, Storage};
+use crate::data::{BadRows, Format, Record, Tokenizer, write_jsonl};
+use crate::grade::extract;
+use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
+use crate::problem::Problem;
+use regex::Regex;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use std::collections::HashSet;
+
+const PARSERS: &[&str] = &["text", "sections", "boxed", "think-answer", "regex"];
+
+pub const KIND: Kind = Kind {
+    name: "generate",
+    about: "a completion (or n) per record, parsed into fields",
+    recipe: 1,
+    yields: ArtifactType::Dataset,
+    keys: &[
+        Key::required("model", Type::Ref(&[ArtifactType::Model]), "The model that completes."),
+        Key::required("data", Type::Ref(&[ArtifactType::Dataset]), "The records."),
+        Key::optional(
+            "prompt",
+            Type::Str,
+            "What the model is asked: a minijinja template over the record (`{{ question }}`). Absent, and no `prompt_file`: the record's `messages`, or its `prompt`, `question` or `problem`.",
+        ),
+        Key::optional("prompt_file", Type::Source(&["path"]), "The same from a file."),
+        decoding::SYSTEM,
+        decoding::FORMAT,
+        decoding::PREFILL,
+        Key::default(
+            "n",
+            Type::Int { min: 1, max: 100_000 },
+            "1",
+            "Completions per record. Above 1 the ids become `ID#0`, `ID#1`, ...",
+        ),
+        decoding::MAX_TOKENS,
+        decoding::TEMPERATURE,
+        decoding::TOP_P,
+        decoding::TOP_K,
+        decoding::REPETITION_PENALTY,
+        decoding::SEED,
+        decoding::STOP,
+        decoding::DTYPE,
+        decoding::BATCH,
+        Key::default(
+            "parse",
+            Type::Table(&[
+                Key::default(
+                    "kind",
+                    Type::Choice(PARSERS),
+                    "\"text\"",
+                    "`text`: the completion as it is. `sections`: the texts under headings. `boxed`: the last `\\boxed{}`. `think-answer`: thinking and answer, in the s1 layout or as `<think>`. `regex`: the groups of `pattern`.",
+                ),
+                Key::default(
+                    "fields",
+                    Type::Map(&Type::Str),
+                    "{}",
+                    "New field = what it gets: a heading (`sections`), a group (`regex`), `thinking` or `answer` (`think-answer`), `boxed`, or `text` (any kind: all of it). `{}`: thinking and answer by these names, `answer` for a box, the named groups of a pattern.",
+                ),
+                Key::optional("pattern", Type::Str, "The regular expression of `regex`."),
+            ]),
+            "{}",
+            "How a completion becomes fields. All kinds but `text` and `think-answer` look behind the thinking only.",
+        ),
+        Key::default(
+            "on_parse_failure",
+            Type::Choice(&["error", "drop"]),
+            "\"error\"",
+            "What happens to a completion that does not parse: the stage fails, or it is left out and listed in `failed.jsonl`.",
+        ),
+        Key::optional("keep", Type::List(&Type::Str), "Fields of the record that stay, besides `id`. Absent: all."),
+        Key::default("rename", Type::Map(&Type::Str), "{}", "New name = old name, for fields of the record that stay."),
+        Key::default(
+            "completion",
+            Type::Str,
+            "\"completion\"",
+            "The field that gets the whole completion; empty: none does. Training stages learn a field `completion` as it stands, before `thinking` and `answer`.",
+        ),
+    ],
+    floats: true,
+    lineage: no_lineage,
+    rules,
+};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Spec {
+    prompt: Option<String>,
+    /// As written; the file itself comes through the context.
+    prompt_file: Option<String>,
+    system: Option<String>,
+    format: Format,
+    prefill: Option<String>,
+    n: usize,
+    max_tokens: usize,
+    temperature: f64,
+    top_p: f64,
+    top_k: usize,
+    repetition_penalty: f64,
+    seed: u64,
+    stop: Vec<String>,
+    dtype: Storage,
+    batch: usize,
+    parse: Parse,
+    on_parse_failure: OnFailure,
+    keep: Option<Vec<String>>,
+    rename: Map<String, Value>,
+    completion: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Parse {
+    #[serde(default)]
+    kind: ParseKind,
+    #[serde(default)]
+    fields: Map<String, Value>,
+    pattern: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum ParseKind {
+    #[default]
+    Text,
+    Sections,
+    Boxed,
+    ThinkAnswer,
+    Regex,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum OnFailure {
+    Error,
+    Drop,
+}
+
+fn rules(params: &Params) -> Vec<Broken> {
+    let mut broken = Vec::new();
+    let mut say =
+        |key: &'static str, message: String, help: &str| broken.push(Broken { key, message, help: help.into() });
+    let text = |key: &str| params.get(key).and_then(Value::as_str);
+    if params.contains_key("prompt") && params.contains_key("prompt_file") {
+        say("prompt_file", "`prompt` and `prompt_file` both say what is asked".into(), "keep one of the two");
+    }
+    for (key, template) in [("prompt", text("prompt")), ("system", text("system"))] {
+        if let Some(Err(problem)) = template.map(|template| Template::new(key, template)) {
+            say(key, problem.message, "fields of the record stand in double braces: `{{ question }}`");
+        }
+    }
+    let Some(parse) = params.get("parse").and_then(|parse| Parse::deserialize(parse).ok()) else { return broken };
+    let sources: Vec<(&String, &str)> =
+        parse.fields.iter().map(|(new, from)| (new, from.as_str().unwrap_or(""))).collect();
+    let mut only = |allowed: &[&str], what: &str| {
+        for (new, from) in &sources {
+            if *from != "text" && !allowed.contains(from) {
+                say(
+                    "parse.fields",
+                    format!("`{new}` takes `{from}`, which {what} does not give"),
+                    &format!("one of: text {}", allowed.join(" ")),
+                );
+            }
+        }
+    };
+    match parse.kind {
+        ParseKind::Text => only(&[], "kind = \"text\""),
+        ParseKind::Boxed => only(&["boxed"], "kind = \"boxed\""),
+        ParseKind::ThinkAnswer => only(&["thinking", "answer"], "kind = \"think-answer\""),
+        ParseKind::Sections if sources.is_empty() => {
+            say(
+                "parse.fields",
+                "`sections` without `fields` gives nothing".into(),
+                "fields = { prompt = \"New Question\" }",
+            );
+        }
+        ParseKind::Sections => {}
+        ParseKind::Regex => match parse.pattern.as_deref().map(Regex::new) {
+            None => say("parse.pattern", "`regex` needs a `pattern`".into(), "pattern = 'Answer: (?<answer>.*)'"),
+            Some(Err(error)) => {
+                say("parse.pattern", format!("not a regular expression: {error}"), "test it on one completion first")
+            }
+            Some(Ok(regex)) => {
+                let names: Vec<String> = regex
+                    .capture_names()
+                    .enumerate()
+                    .map(|(i, name)| name.map_or(i.to_string(), String::from))
+                    .collect();
+                only(&names.iter().map(String::as_str).collect::<Vec<_>>(), "the pattern");
+            }
+        },
+    }
+    if parse.pattern.is_some() && parse.kind != ParseKind::Regex {
+        say("parse.pattern", "`pattern` belongs to kind = \"regex\"".into(), "kind = \"regex\", or take it out");
+    }
+    broken
+}
+
+pub fn run(ctx: &Context) -> Result<(), Problem> {
+    let spec: Spec = ctx.spec()?;
+    let records = inputs::records(ctx, "data")?;
+    if records.is_empty() {
+        return Err(Problem::new("generate::empty", "the dataset has no records"));
+    }
+    let tokenizer = inputs::tokenizer(ctx, "model")?;
+    let decoding = Decoding {
+        format: spec.format,
+        prefill: spec.prefill.clone(),
+        stop: spec.stop.clone(),
+        max_tokens: spec.max_tokens,
+        temperature: spec.temperature,
+        top_p: spec.top_p,
+        top_k: spec.top_k,
+        repetition_penalty: spec.repetition_penalty,
+        seed: spec.seed,
+        dtype: spec.dtype,
+        batch: spec.batch,
+    };
+    let prompts = prompts(ctx, &spec, &decoding, &tokenizer, &records)?;
+    let mut requests = Vec::with_capacity(records.len() * spec.n);
+    for (index, (record, ids)) in records.iter().zip(prompts).enumerate() {
+        let id = decoding::record_id(record, index);
+        requests.extend((0..spec.n).map(|sample| Request { id: id.clone(), sample, ids: ids.clone() }));
+    }
+    let replies = decoding.complete(ctx, &tokenizer, &requests, "completions")?;
+
+    let parser = Parser::new(&spec.parse)?;
+    let (mut made, mut failed) = (Vec::new(), Vec::new());
+    for (i, (request, reply)) in requests.iter().zip(&replies).enumerate() {
+        let text = format!("{}{}", decoding.opening(), reply.text);
+        let id = if spec.n == 1 { request.id.clone() } else { format!("{}#{}", request.id, request.sample) };
+        match parsed(&parser, &text, reply) {
+            Ok(fields) => made.push(output(&spec, &records[i / spec.n], &id, fields, text)),
+            Err(reason) => {
+                failed.push(json!({"id": id, "reason": reason, "finish": reply.finish(), "completion": text}))
+            }
+        }
+    }
+    settle(ctx, &spec, requests.len(), &failed, made.is_empty())?;
+    inputs::write_lines(&ctx.out.join("failed.jsonl"), &failed)?;
+    write_jsonl(&ctx.out.join("data.jsonl"), &made)
+}
+
+/// Every record's prompt; all that cannot be made are named at once, before anything is decoded.
+fn prompts(
+    ctx: &Context,
+    spec: &Spec,
+    decoding: &Decoding,
+    tokenizer: &Tokenizer,
+    records: &[Record],
+) -> Result<Vec<Vec<u32>>, Problem> {
+    let prompt = match (&spec.prompt, ctx.sources.get("prompt_file")) {
+        (Some(text), _) => Some(Template::new("prompt", text)?),
+        (None, Some(path)) => {
+            let text = std::fs::read_to_string(path)
+                .map_err(|error| Problem::io("generate::prompt_file", "read", path, &error))?;
+            Some(Template::new("prompt_file", &text)?)
+        }
+        (None, None) => match &spec.prompt_file {
+            Some(file) => {
+                return Err(Problem::new("generate::prompt_file", format!("`{file}` was not resolved to a file")));
+            }
+            None => None,
+        },
+    };
+    let system = spec.system.as_deref().map(|text| Template::new("system", text)).transpose()?;
+    let one = |record: &Record| -> Result<Vec<u32>, String> {
+        let user = match &prompt {
+            Some(template) => Value::String(template.render(record)?),
+            None => match record.get("messages") {
+                Some(messages) => messages.clone(),
+                None => decoding::text_field(record, QUESTIONS)
+                    .map(|text| Value::String(text.into()))
+                    .ok_or("neither `messages` nor `prompt`, `question` or `problem`, and the stage has no `prompt`")?,
+            },
+        };
+        let system = system.as_ref().map(|template| template.render(record)).transpose()?;
+        decoding.prompt(tokenizer, user, system).map_err(|problem| problem.message)
+    };
+    let (mut all, mut bad, mut seen) = (Vec::new(), BadRows::default(), HashSet::new());
+    for (index, record) in records.iter().enumerate() {
+        let id = decoding::record_id(record, index);
+        if !seen.insert(id.clone()) {
+            bad.push("generate::duplicate_id", &format!("line {}", index + 1), &format!("the id `{id}` occurs twice"));
+            continue;
+        }
+        match one(record) {
+            Ok(ids) => all.push(ids),
+            Err(what) => bad.push("generate::record", &format!("line {} (id `{id}`)", index + 1), &what),
+        }
+    }
+    bad.finish(records.len(), None)?;
+    Ok(all)
+}
+
+/// Fails, or tells the user, as `on_parse_failure` says.
+fn settle(ctx: &Context, spec: &Spec, total: usize, failed: &[Value], none_left: bool) -> Result<(), Problem> {
+    if failed.is_empty() {
+        return Ok(());
+    }
+    let text = |value: &Value, name: &str| value[name].as_str().unwrap_or("").to_string();
+    let named: Vec<String> =
+        failed.iter().take(5).map(|f| format!("`{}`: {}", text(f, "id"), text(f, "reason"))).collect();
+    let count = format!("{} of {total} completions do not parse", failed.len());
+    if spec.on_parse_failure == OnFailure::Drop && !none_left {
+        ctx.progress.warn(&format!("{count}; left out and listed in failed.jsonl: {}", named[0]));
+        return Ok(());
+    }
+    let first: String = text(&failed[0], "completion").chars().take(400).collect();
+    let mut problem = Problem::new("generate::parse", count);
+    problem.notes = named;
+    let problem = problem.note(format!("the first of them begins: {first}"));
+    Err(if none_left {
+        problem.help("the prompt, or `parse`, does not fit what the model writes")
+    } else {
+        problem
+            .help("on_parse_failure = \"drop\" leaves them out and lists them; the completions already made are kept")
+    })
+}
+
+fn parsed(parser: &Parser, text: &str, reply: &Reply) -> Result<Vec<(String, String)>, String> {
+    if reply.cut && parser.kind != ParseKind::Text {
+        return Err(format!("cut off after {} tokens by `max_tokens`", reply.tokens));
+    }
+    parser.fields(text)
+}
+
+fn output(spec: &Spec, record: &Record, id: &str, fields: Vec<(String, String)>, text: String) -> Record {
+    let mut out = Record::new();
+    out.insert("id".into(), id.into());
+    for (name, value) in record {
+        let stays = spec.keep.as_ref().is_none_or(|keep| keep.contains(name));
+        if name == "id" || !stays {
+            continue;
+        }
+        let new = spec.rename.iter().find(|(_, old)| old.as_str() == Some(name)).map_or(name, |(new, _)| new);
+        out.insert(new.clone(), value.clone());
+    }
+    for (name, value) in fields {
+        out.insert(name, Value::String(value));
+    }
+    if !spec.completion.is_empty() {
+        out.insert(spec.completion.clone(), Value::String(text));
+    }
+    out
+}
+
+/// Takes completions apart.
+struct Parser {
+    kind: ParseKind,
+    /// New field and where it comes from.
+    fields: Vec<(String, String)>,
+    pattern: Option<Regex>,
+}
+
+impl Parser {
+    fn new(parse: &Parse) -> Result<Parser, Problem> {
+        let pattern = parse.pattern.as_deref().map(Regex::new).transpose().map_err(|error| {
+            Problem::new("generate::pattern", format!("`parse.pattern` is not a regular expression: {error}"))
+        })?;
+        let mut fields: Vec<(String, String)> =
+            parse.fields.iter().map(|(new, from)| (new.clone(), from.as_str().unwrap_or("").to_string())).collect();
+        if fields.is_empty() {
+            let same = |name: &str| (name.to_string(), name.to_string());
+            fields = match parse.kind {
+                ParseKind::Text | ParseKind::Sections => Vec::new(),
+                ParseKind::Boxed => vec![("answer".into(), "boxed".into())],
+                ParseKind::ThinkAnswer => vec![same("thinking"), same("answer")],
+                ParseKind::Regex => pattern.iter().flat_map(Regex::capture_names).flatten().map(same).collect(),
+            };
+        }
+        Ok(Parser { kind: parse.kind, fields, pattern })
+    }
+
+    /// New field and value; `Err` says what is missing.
+    fn fields(&self, text: &str) -> Result<Vec<(String, String)>, String> {
+        let behind = || extract::segment(text).ok_or("nothing behind the thinking".to_string());
+        let found: Vec<(&str, String)> = match self.kind {
+            ParseKind::Text => Vec::new(),
+            ParseKind::ThinkAnswer => {
+                let (thinking, answer) = think_answer(text)?;
+                vec![("thinking", thinking), ("answer", answer)]
+            }
+            ParseKind::Boxed => {
+                let boxed = extract::boxed(behind()?).ok_or("no \\boxed{} with an answer")?;
+                vec![("boxed", boxed)]
+            }
+            ParseKind::Sections => {
+                let headings: Vec<&str> =
+                    self.fields.iter().map(|(_, from)| from.as_str()).filter(|from| *from != "text").collect();
+                sections(behind()?, &headings)?
+            }
+            ParseKind::Regex => {
+                let behind = behind()?;
+                let captures =
+                    self.pattern.as_ref().and_then(|p| p.captures(behind)).ok_or("the pattern does not match")?;
+                let mut found = Vec::new();
+                for (_, from) in &self.fields {
+                    let group = from.parse().map_or_else(|_| captures.name(from), |i: usize| captures.get(i));
+                    found.extend(group.map(|group| (from.as_str(), group.as_str().trim().to_string())));
+                }
+                found
+            }
+        };
+        let value = |from: &str| match from {
+            "text" => Some(text.trim().to_string()),
+            from => found.iter().find(|(name, _)| *name == from).map(|(_, value)| value.clone()),
+        };
+        let field = |(new, from): &(String, String)| match value(from) {
+            Some(value) if !value.is_empty() => Ok((new.clone(), value)),
+            Some(_) => Err(format!("`{from}` is empty")),
+            None => Err(format!("no `{from}`")),
+        };
+        self.fields.iter().map(field).collect()
+    }
+}
+
+/// Thinking and answer, in the s1 layout or between `<think>` and `</think>`.
+fn think_answer(text: &str) -> Result<(String, String), String> {
+    let (thinking, answer) = text
+        .split_once("<|im_start|>answer")
+        .or_else(|| text.split_once("</think>"))
+        .ok_or("the thinking does not end with `<|im_start|>answer` or `</think>`")?;
+    let thinking = thinking.trim_start();
+    let thinking =
+        thinking.strip_prefix("<|im_start|>think").or_else(|| thinking.strip_prefix("<think>")).unwrap_or(thinking);
+    let (thinking, answer) = (thinking.trim(), answer.trim());
+    match (thinking.is_empty(), answer.is_empty()) {
+        (true, _) => Err("no thinking".into()),
+        (_, true) => Err("no answer behind the thinking".into()),
+        _ => Ok((thinking.into(), answer.into())),
+    }
+}
+
+/// The texts under headings: a heading begins a line, in any case, bare or dressed up in Markdown
+/// (`## New Question`, `**New Question:** ...`, `1. New Question:`), and its text goes up to the next.
+fn sections<'h>(text: &str, headings: &[&'h str]) -> Result<Vec<(&'h str, String)>, String> {
+    let mut found: Vec<(&'h str, String)> = Vec::new();
+    for line in text.lines() {
+        if let Some((heading, rest)) = headings.iter().find_map(|h| Some((*h, after_heading(line, h)?))) {
+            // A model that starts over means the second attempt.
+            found.retain(|(known, _)| *known != heading);
+            found.push((heading, rest.to_string()));
+        } else if let Some((_, body)) = found.last_mut() {
+            body.push('\n');
+            body.push_str(line);
+        }
+    }
+    if let Some(missing) = headings.iter().find(|h| !found.iter().any(|(known, _)| known == *h)) {
+        return Err(format!("no section `{missing}`"));
+    }
+    found.iter_mut().for_each(|(_, body)| *body = body.trim().to_string());
+    Ok(found)
+}
+
+/// What follows a heading on its line, if the line begins with it.
+fn after_heading<'t>(line: &'t str, heading: &str) -> Option<&'t str> {
+    let bare = line
+        .trim_start()
+        .trim_start_matches(|c: char| matches!(c, '#' | '*' | '_' | ' ' | '-' | '>' | '.' | ')') || c.is_ascii_digit());
+    let start = bare.get(..heading.len())?;
+    if !start.eq_ignore_ascii_case(heading) {
+        return None;
+    }
+    let rest = &bare[heading.len()..];
+    let stripped = rest.trim_start_matches(['*', '_', ' ']);
+    // `New Questions are ...` is prose: a heading ends with a colon, emphasis or the line.
+    let marked =
+        rest.trim().is_empty() || stripped.starts_with(':') || (stripped.len() < rest.trim_start_matches(' ').len());
+    marked.then(|| stripped.trim_start_matches([':', '*', '_', ' ']).trim_end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(value: Value, text: &str) -> Result<Vec<(String, String)>, String> {
+        Parser::new(&Parse::deserialize(value).unwrap()).unwrap().fields(text)
+    }
+
+    fn pairs(fields: &[(&str, &str)]) -> Result<Vec<(String, String)>, String> {
+        Ok(fields.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect())
+    }
+
+    #[test]
+    fn sections_are_found_under_headings_of_any_dress() {
+        let spec = json!({"kind": "sections", "fields": {"prompt": "New Question", "answer": "New Answer"}});
+        let wanted = pairs(&[("prompt", "How many?\nSay it."), ("answer", "Six.")]);
+        for text in [
+            "New Question: How many?\nSay it.\nNew Answer: Six.",
+            "Sure!\n\n## New Question\nHow many?\nSay it.\n\n## New Answer\n\nSix.",
+            "**New Question:** How many?\nSay it.\n**New Answer**: Six.",
+            "1. new question:\nHow many?\nSay it.\n2. NEW ANSWER:\nSix.",
+            "<think>New Question: no</think>New Question: How many?\nSay it.\nNew Answer: Six.",
+        ] {
+            assert_eq!(parse(spec.clone(), text), wanted, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_a_section_lacks_is_named() {
+        let spec = json!({"kind": "sections", "fields": {"prompt": "New Question", "answer": "New Answer"}});
+        assert_eq!(parse(spec.clone(), "New Question: How many?"), Err("no section `New Answer`".into()));
+        assert_eq!(parse(spec.clone(), "New Question:\nNew Answer: 6"), Err("`New Question` is empty".into()));
+        assert_eq!(parse(spec, "<think>New Question: ..."), Err("nothing behind the thinking".into()));
+    }
+
+    #[test]
+    fn thinking_and_answer_come_apart_in_both_layouts() {
+        let spec = json!({"kind": "think-answer"});
+        let wanted = pairs(&[("thinking", "two and two"), ("answer", "It is 4.")]);
+        assert_eq!(parse(spec.clone(), "<|im_start|>think\ntwo and two\n<|im_start|>answer\nIt is 4."), wanted);
+        assert_eq!(parse(spec.clone(), "<think>\ntwo and two\n</think>\n\nIt is 4."), wanted);
+        assert!(parse(spec.clone(), "<think>\ntwo and two").is_err());
+        assert!(parse(spec, "<think>two</think>").is_err());
+    }
+
+    #[test]
+    fn a_box_and_a_pattern_give_what_they_hold() {
+        assert_eq!(parse(json!({"kind": "boxed"}), "so \\boxed{5}, no \\boxed{6}"), pairs(&[("answer", "6")]));
+        assert!(parse(json!({"kind": "boxed"}), "so 6").is_err());
+        let spec = json!({"kind": "regex", "pattern": "Q: (?<prompt>.*)\nA: (?<answer>.*)"});
+        assert_eq!(parse(spec.clone(), "Q: why\nA: so"), pairs(&[("prompt", "why"), ("answer", "so")]));
+        assert_eq!(parse(spec, "nothing"), Err("the pattern does not match".into()));
+    }
+
+    #[test]
+    fn rules_between_keys_are_checked_before_anything_runs() {
+        let keys =
+            |params: Value| -> Vec<&'static str> { rules(params.as_object().unwrap()).iter().map(|b| b.key).collect() };
+        assert_eq!(keys(json!({"prompt": "{{ a", "prompt_file": "path:x", "parse": {}})), ["prompt_file", "prompt"]);
+        assert_eq!(keys(json!({"parse": {"kind": "regex"}})), ["parse.pattern"]);
+        assert_eq!(keys(json!({"parse": {"kind": "sections"}})), ["parse.fields"]);
+        assert_eq!(keys(json!({"parse": {"kind": "boxed", "fields": {"a": "thinking"}}})), ["parse.fields"]);
+        assert_eq!(
+            keys(json!({"parse": {"kind": "regex", "pattern": "(?<a>x)", "fields": {"b": "c"}}})),
+            ["parse.fields"]
+        );
+        assert!(keys(json!({"prompt": "{{ q }}", "parse": {"kind": "think-answer"}})).is_empty());
+    }
+}
