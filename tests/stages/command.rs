@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 #[test]
 fn a_program_reads_its_inputs_and_its_declared_files_are_the_artifact() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::empty();
     let data = bench.write("upstream/data.jsonl", "b\na\n");
     bench.give("from", "dataset", &[("data.jsonl", &data)]);
     let script = bench.write("outside/join.sh", "sort inputs/1/data.jsonl > out/sorted/lines.txt\necho done");
@@ -25,7 +25,7 @@ fn a_program_reads_its_inputs_and_its_declared_files_are_the_artifact() {
 
 #[test]
 fn a_program_that_fails_is_quoted() {
-    let bench = Bench::new();
+    let bench = Bench::empty();
     let params =
         json!({"command": ["sh", "-c", "echo half > out/x; echo no such column: y >&2; exit 7"], "outputs": ["x"]});
     let problem = bench.run(run, params).unwrap_err();
@@ -37,7 +37,7 @@ fn a_program_that_fails_is_quoted() {
 
 #[test]
 fn missing_and_undeclared_outputs_are_both_named() {
-    let bench = Bench::new();
+    let bench = Bench::empty();
     let params = json!({"command": ["sh", "-c", "echo > out/extra"], "outputs": ["wanted"]});
     let problem = bench.run(run, params).unwrap_err();
     assert_eq!(problem.code, "command::outputs");
@@ -46,14 +46,14 @@ fn missing_and_undeclared_outputs_are_both_named() {
 
 #[test]
 fn a_link_is_not_taken_for_an_output() {
-    let bench = Bench::new();
+    let bench = Bench::empty();
     let params = json!({"command": ["ln", "-s", "/etc/hostname", "out/x"], "outputs": ["x"]});
     assert_eq!(bench.run(run, params).unwrap_err().code, "command::outputs");
 }
 
 #[test]
 fn what_an_earlier_attempt_left_is_gone() {
-    let bench = Bench::new();
+    let bench = Bench::empty();
     let params = json!({"command": ["sh", "-c", "echo > out/x; exit 1"], "outputs": ["x"]});
     bench.run(run, params).unwrap_err();
     let params = json!({"command": ["true"], "outputs": ["x"]});
@@ -62,14 +62,14 @@ fn what_an_earlier_attempt_left_is_gone() {
 
 #[test]
 fn a_program_that_is_not_there_is_missing_not_failed() {
-    let bench = Bench::new();
+    let bench = Bench::empty();
     let problem = bench.run(run, json!({"command": ["no-such-program-here"], "outputs": ["x"]})).unwrap_err();
     assert_eq!((problem.code, problem.exit), ("command::start", Exit::Missing));
 }
 
 #[test]
 fn a_time_out_ends_the_program_and_what_it_started() {
-    let bench = Bench::new();
+    let bench = Bench::empty();
     let script = "sh -c 'sleep 30; echo late > late' & sleep 30";
     let params = json!({"command": ["sh", "-c", script], "outputs": ["x"], "timeout_s": 1});
     let problem = bench.run(run, params).unwrap_err();
@@ -79,7 +79,7 @@ fn a_time_out_ends_the_program_and_what_it_started() {
 
 #[test]
 fn a_stop_ends_the_program_as_an_interruption() {
-    let bench = Bench::new();
+    let bench = Bench::empty();
     bench.stop.store(true, Ordering::Relaxed);
     let problem = bench.run(run, json!({"command": ["sleep", "30"], "outputs": ["x"]})).unwrap_err();
     assert_eq!(problem.exit, Exit::Interrupted);
@@ -102,7 +102,7 @@ fn group_is_alive(bench: &Bench) -> bool {
 
 #[test]
 fn only_named_variables_reach_the_program_and_their_values_no_message() {
-    let bench = Bench::new();
+    let bench = Bench::empty();
     let params = json!({
         "command": ["sh", "-c", "echo \"manifest dir: ${CARGO_MANIFEST_DIR:-absent}; $CARGO_PKG_DESCRIPTION\" >&2; exit 1"],
         "outputs": ["x"],
@@ -114,7 +114,7 @@ fn only_named_variables_reach_the_program_and_their_values_no_message() {
 
 #[test]
 fn a_named_variable_that_is_not_set_is_missing() {
-    let bench = Bench::new();
+    let bench = Bench::empty();
     let params = json!({"command": ["true"], "outputs": ["x"], "env": ["PIPE_TEST_NEVER_SET"]});
     let problem = bench.run(run, params).unwrap_err();
     assert_eq!((problem.code, problem.exit), ("command::env", Exit::Missing));

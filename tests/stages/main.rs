@@ -39,7 +39,7 @@ pub fn resolved(kind: &Kind, given: serde_json::Value) -> serde_json::Value {
 
 /// A small random model with the bundled tokenizer, made by the `model` stage in `folder`.
 pub fn small_model(folder: &Path) -> Files {
-    let bench = Bench::new();
+    let bench = Bench::empty();
     let init = serde_json::json!({
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 48, "max_position_embeddings": 512, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
@@ -55,7 +55,7 @@ pub fn small_model(folder: &Path) -> Files {
 impl Bench {
     /// A bench whose slot `model` holds a small model and whose slot `data` these records.
     pub fn with_model(data: &str, records: &[serde_json::Value]) -> Bench {
-        let mut bench = Bench::new();
+        let mut bench = Bench::empty();
         let files = small_model(&bench.path("weights"));
         let artifact = Artifact { stage: "base".into(), kind: "model", axes: Axes::default(), files };
         bench.inputs.insert("model".into(), vec![artifact]);
@@ -70,7 +70,7 @@ impl Bench {
         self.output(name).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    pub fn new() -> Bench {
+    pub fn empty() -> Bench {
         let folder = tempfile::tempdir().unwrap();
         for name in ["out", "work"] {
             std::fs::create_dir(folder.path().join(name)).unwrap();
