@@ -1,2 +1,8 @@
-//! The `pipe` command.
-fn main() {}
+//! The `pipe` command: arguments to commands, their ends to exit codes. All words are in `report`.
+
+mod cli;
+mod report;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -30,8 +30,8 @@ pub const KIND: Kind = Kind {
     keys: &[
         Key::required(
             "from",
-            Type::Gather(&[ArtifactType::Scores, ArtifactType::Measurements]),
-            "The stages whose numbers the claim is about: one name or a list.",
+            Type::Gather(&[ArtifactType::Scores, ArtifactType::Measurements, ArtifactType::Files]),
+            "The stages whose numbers the claim is about: one name or a list. A `command` counts if it leaves scores.json or measurements.jsonl.",
         ),
         Key::required(
             "claim",

@@ -25,8 +25,8 @@ pub const KIND: Kind = Kind {
     keys: &[
         Key::required(
             "from",
-            Type::Gather(&[ArtifactType::Measurements, ArtifactType::Scores, ArtifactType::Model]),
-            "The stages whose numbers are drawn: one name or a list. Of a trained model it is the training log.",
+            Type::Gather(&[ArtifactType::Measurements, ArtifactType::Scores, ArtifactType::Model, ArtifactType::Files]),
+            "The stages whose numbers are drawn: one name or a list. Of a trained model it is the training log; a `command` counts if it leaves scores.json, measurements.jsonl or log.jsonl.",
         ),
         Key::required("x", Type::Str, "The axis or field along the bottom: `step`, `size`."),
         Key::required(

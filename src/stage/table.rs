@@ -24,8 +24,8 @@ pub const KIND: Kind = Kind {
     keys: &[
         Key::required(
             "from",
-            Type::Gather(&[ArtifactType::Scores, ArtifactType::Measurements]),
-            "The stages whose numbers are shown: one name or a list.",
+            Type::Gather(&[ArtifactType::Scores, ArtifactType::Measurements, ArtifactType::Files]),
+            "The stages whose numbers are shown: one name or a list. A `command` counts if it leaves scores.json or measurements.jsonl.",
         ),
         Key::required(
             "rows",
@@ -420,13 +420,12 @@ impl Grid {
             return;
         }
         for at in 0..self.columns.len() {
-            let values = self.entries.iter().filter_map(|row| row[at].value);
-            let top = match best {
-                Best::Min => values.reduce(f64::min),
-                _ => values.reduce(f64::max),
-            };
+            let values = || self.entries.iter().filter_map(|row| row[at].value);
+            let (Some(low), Some(high)) = (values().reduce(f64::min), values().reduce(f64::max)) else { continue };
+            // Where all are equal none is better than another.
+            let top = if best == Best::Min { low } else { high };
             for row in &mut self.entries {
-                row[at].best = top.is_some() && row[at].value == top;
+                row[at].best = low < high && row[at].value == Some(top);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The stages that show and judge numbers: `table`, `plot`, `check`, run on artifacts made by hand.
 
 mod check;
+mod misfits;
 mod plot;
 mod table;
 

@@ -1,0 +1,19 @@
+//! `pipe completions SHELL`
+
+use super::{Done, description, print};
+use clap_complete::Shell;
+
+/// Write a completion script for a shell
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  \
+    pipe completions bash > ~/.local/share/bash-completion/completions/pipe\n  \
+    pipe completions zsh > \"${fpath[1]}/_pipe\"")]
+pub struct Arguments {
+    shell: Shell,
+}
+
+pub fn run(arguments: &Arguments) -> Done {
+    let mut script = Vec::new();
+    clap_complete::generate(arguments.shell, &mut description(), "pipe", &mut script);
+    print(&String::from_utf8_lossy(&script))
+}

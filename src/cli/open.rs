@@ -1,0 +1,58 @@
+//! From the arguments to an engine: manifest, plan, store, sources.
+
+use super::session::{self, Session};
+use super::sources::{Network, Schemes};
+use super::{Global, Stop};
+use pipe::exec::Engine;
+use pipe::plan::Machine;
+use pipe::plan::{CellId, Plan};
+use pipe::problem::Problem;
+use pipe::store::Store;
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// The CPU backend: products accumulate in f32.
+const MACHINE: Machine<'static> = Machine { backend: "cpu", dtype: "f32" };
+
+/// Loads everything a command about a manifest and its cache needs, and hands it to `then`.
+///
+/// Only `run` gives a `network` that fetches.
+pub fn with_engine<T>(
+    global: &Global,
+    manifest: &Path,
+    network: Network,
+    then: impl FnOnce(&Engine, &Session) -> Result<T, Stop>,
+) -> Result<T, Stop> {
+    let session = session::load(global, manifest)?;
+    let store = Store::open(&global.cache)?;
+    let sources = Schemes::new(&store, network);
+    let engine = Engine { plan: &session.plan, store: &store, sources: &sources, machine: MACHINE };
+    match then(&engine, &session) {
+        // Problems after loading may be about places in the manifest too.
+        Err(Stop::Problems(problems, texts)) if texts.is_empty() => {
+            Err(Stop::Problems(problems, session.manifest.files))
+        }
+        end => end,
+    }
+}
+
+/// The cells that `names` stand for; all cells if there are none. Every wrong name is told.
+pub fn select(plan: &Plan, names: &[String]) -> Result<Vec<CellId>, Vec<Problem>> {
+    if names.is_empty() {
+        return Ok((0..plan.cells.len()).collect());
+    }
+    let (mut cells, mut problems) = (BTreeSet::new(), Vec::new());
+    for name in names {
+        match plan.find(name) {
+            Ok(found) => cells.extend(found),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    if problems.is_empty() { Ok(cells.into_iter().collect()) } else { Err(problems) }
+}
+
+impl From<Vec<Problem>> for Stop {
+    fn from(problems: Vec<Problem>) -> Stop {
+        Stop::Problems(problems, Vec::new())
+    }
+}

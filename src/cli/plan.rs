@@ -1,0 +1,128 @@
+//! `pipe plan M [STAGE...]`: what would run, and why.
+
+use super::sources::Network;
+use super::open::{select, with_engine};
+use super::{Done, Global, OfManifest, print};
+use crate::report;
+use pipe::exec::{Engine, Reason, Status, Survey};
+use pipe::plan::CellId;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+/// Say what would run and why, and run nothing
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  \
+    pipe plan pipelines/table1.toml --profile mini\n  \
+    pipe plan pipelines/table1.toml 'eval[size=3B]' -v\n  \
+    pipe plan pipelines/table1.toml --set stage.sft.epochs=1 --json")]
+pub struct Arguments {
+    #[command(flatten)]
+    of: OfManifest,
+    /// Stages or cells, `sft` or `sft[size=3B]`, with all they need [default: everything]
+    #[arg(value_name = "STAGE")]
+    stages: Vec<String>,
+}
+
+pub fn run(global: &Global, arguments: &Arguments) -> Done {
+    with_engine(global, &arguments.of.manifest, Network::Never, |engine, _| {
+        let selection = select(engine.plan, &arguments.stages)?;
+        show(global, engine, &engine.status(&selection, &BTreeSet::new(), &BTreeSet::new()))
+    })
+}
+
+/// Fresh cells are counted, and listed under `--verbose`; the others stand with their reason.
+pub fn show(global: &Global, engine: &Engine, survey: &Survey) -> Done {
+    let known = || survey.statuses.iter().enumerate().filter_map(|(id, status)| Some((id, status.as_ref()?)));
+    if global.json {
+        let cells: Vec<Value> = known().map(|(id, status)| object(engine, id, status)).collect();
+        print(&format!("{:#}\n", json!({ "title": engine.plan.title, "cells": cells })))?;
+    } else {
+        let listed = |status: &Status| global.verbose > 0 || !matches!(status, Status::Fresh { .. });
+        let labels: Vec<(String, &Status)> = known()
+            .filter(|(_, status)| listed(status))
+            .map(|(id, status)| (engine.plan.cells[id].to_string(), status))
+            .collect();
+        let width = labels.iter().map(|(label, _)| label.chars().count()).max().unwrap_or(0).min(48);
+        let mut text = String::new();
+        for (label, status) in labels {
+            let line = format!("{:5}  {label:width$}  {}", word(status), short_reason(engine, status));
+            let _ = writeln!(text, "{}", line.trim_end());
+        }
+        let count = |wanted: &str| known().filter(|(_, status)| word(status) == wanted).count();
+        let mut counts = Vec::new();
+        for (state, what) in
+            [("fresh", "fresh"), ("stale", "would run"), ("waits", "waiting"), ("lacks", "lacking a source")]
+        {
+            let number = count(state);
+            if number > 0 {
+                counts.push(format!("{number} {what}"));
+            }
+        }
+        let _ = writeln!(text, "{}: {}", report::count(known().count(), "cell"), counts.join(", "));
+        print(&text)?;
+    }
+    let problems = survey.problems();
+    if problems.is_empty() { Ok(()) } else { Err(problems.into()) }
+}
+
+/// The state in one word.
+pub fn word(status: &Status) -> &'static str {
+    match status {
+        Status::Fresh { .. } => "fresh",
+        Status::Stale { .. } => "stale",
+        Status::Waits { .. } => "waits",
+        Status::Missing { .. } => "lacks",
+    }
+}
+
+/// One line: the first reason, and how many more there are.
+fn short_reason(engine: &Engine, status: &Status) -> String {
+    let first = |all: Vec<String>| match all.len() {
+        0 => String::new(),
+        1 => all[0].clone(),
+        more => format!("{} (and {} more)", all[0], more - 1),
+    };
+    match status {
+        Status::Fresh { .. } => String::new(),
+        Status::Stale { reasons, .. } => first(reasons.iter().map(one_line).collect()),
+        Status::Waits { on, .. } => {
+            format!("for {}", first(on.iter().map(|id| engine.plan.cells[*id].to_string()).collect()))
+        }
+        Status::Missing { problems } => first(problems.iter().map(|problem| problem.message.clone()).collect()),
+    }
+}
+
+/// `never run` without its neighbour, which `why` tells.
+fn one_line(reason: &Reason) -> String {
+    match reason {
+        Reason::NeverRun { .. } => "never run".to_string(),
+        other => other.to_string(),
+    }
+}
+
+/// For `--json`.
+pub fn object(engine: &Engine, id: CellId, status: &Status) -> Value {
+    let names = |cells: &[CellId]| cells.iter().map(|id| engine.plan.cells[*id].to_string()).collect::<Vec<_>>();
+    let texts = |reasons: &[Reason]| reasons.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let cell = &engine.plan.cells[id];
+    let mut object = json!({ "cell": cell.to_string(), "kind": cell.kind.name, "status": word(status) });
+    match status {
+        Status::Fresh { fingerprint, artifact } => {
+            object["fingerprint"] = json!(fingerprint.digest().hex());
+            object["artifact"] = json!(artifact.digest.hex());
+        }
+        Status::Stale { fingerprint, reasons } => {
+            object["fingerprint"] = json!(fingerprint.digest().hex());
+            object["reasons"] = json!(texts(reasons));
+        }
+        Status::Waits { on, reasons } => {
+            object["on"] = json!(names(on));
+            object["reasons"] = json!(texts(reasons));
+        }
+        Status::Missing { problems } => {
+            object["problems"] = problems.iter().map(|p| report::problem_json(p, &report::no_texts)).collect();
+        }
+    }
+    object
+}
