@@ -324,8 +324,14 @@ impl<'a> Check<'a> {
 
     fn reference(&mut self, text: &str, types: &'static [ArtifactType], arity: Arity, chain: bool, node: &Node) -> Got {
         if let Err(why) = Reference::parse(text) {
-            let bad = problem("plan::bad_reference", format!("{} is not a reference: {why}", self.subject()))
-                .help("a reference is the name of a stage, or `stage[axis=value]`");
+            let bad = problem("plan::bad_reference", format!("{} is not a reference: {why}", self.subject()));
+            let help = match text.split_once('.') {
+                Some((stage, _)) if template::is_stage_name(stage) => {
+                    format!("the name of a stage stands alone: `{stage}`; what it yields follows from its kind")
+                }
+                _ => "a reference is the name of a stage, or `stage[axis=value]`".to_string(),
+            };
+            let bad = bad.help(help);
             return self.bad(bad, &node.origin);
         }
         self.push_ref(text, types, arity, chain, node)
@@ -444,16 +450,16 @@ impl<'a> Check<'a> {
             known.iter().copied().chain(RESERVED.iter().filter(|_| top).map(|(reserved, _)| *reserved)),
         );
         known.sort_unstable();
-        let inner = if top { String::new() } else { format!(" in `{owner}`") };
+        let place = if top { format!("stage `{stage}`") } else { format!("`{owner}` of stage `{stage}`") };
         let (code, message) = match self.layer {
-            Layer::File => ("manifest::unknown_key", format!("unknown key `{name}`{inner} in stage `{stage}`")),
+            Layer::File => ("manifest::unknown_key", format!("unknown key `{name}` in {place}")),
             Layer::Profile(profile) => (
                 "manifest::profile_touches_nothing",
-                format!("profile `{profile}` sets `{name}`{inner} of stage `{stage}`, and there is no such key"),
+                format!("profile `{profile}` sets `{name}` in {place}, and there is no such key"),
             ),
             Layer::Set => (
                 "manifest::set_touches_nothing",
-                format!("`--set` names `{name}`{inner} of stage `{stage}`, and there is no such key"),
+                format!("`--set` names `{name}` in {place}, and there is no such key"),
             ),
         };
         let mut unknown = problem(code, message);

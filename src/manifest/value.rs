@@ -90,8 +90,8 @@ impl Value {
         match self {
             Value::Str(_) => "a string",
             Value::Int(_) => "a whole number",
-            Value::Float(_) => "a number",
-            Value::Bool(_) => "`true` or `false`",
+            Value::Float(_) => "a decimal number",
+            Value::Bool(_) => "a truth value",
             Value::Date(_) => "a date",
             Value::List(_) => "a list",
             Value::Table(_) => "a table",

@@ -67,7 +67,7 @@ pub fn fingerprint(
             by_content.push(outside.key.as_str());
         }
     }
-    Flatten { parts: &mut parts, by_content: &by_content }.keys(cell.kind.keys, &cell.params, "");
+    Flatten { parts: &mut parts, by_content: &by_content }.keys(cell.kind.keys, &cell.params, "", "");
     for slot in &cell.inputs {
         for (i, &id) in slot.cells.iter().enumerate() {
             let (digest, name) = input(id)?;
@@ -115,26 +115,28 @@ struct Flatten<'a> {
 }
 
 impl Flatten<'_> {
-    fn keys(&mut self, keys: &'static [Key], table: &Params, prefix: &str) {
+    /// `prefix` leads the names of parts, `dotted` the keys as sources are called: the two differ
+    /// where a map has a name with a dot in it.
+    fn keys(&mut self, keys: &'static [Key], table: &Params, prefix: &str, dotted: &str) {
         for key in keys.iter().filter(|key| key.result) {
             if let Some(value) = table.get(key.name) {
-                self.value(&key.ty, value, format!("{prefix}{}", key.name));
+                self.value(&key.ty, value, format!("{prefix}{}", key.name), &format!("{dotted}{}", key.name));
             }
         }
     }
 
-    fn value(&mut self, ty: &'static Type, value: &Json, part: String) {
-        if self.by_content.contains(&part.as_str()) {
+    fn value(&mut self, ty: &'static Type, value: &Json, part: String, dotted: &str) {
+        if self.by_content.contains(&dotted) {
             return;
         }
         match (ty, value) {
             (Type::Any(types), value) => match types.iter().find(|ty| fits(ty, value)) {
-                Some(ty) => self.value(ty, value, part),
+                Some(ty) => self.value(ty, value, part, dotted),
                 None => self.leaf(part, value),
             },
             (Type::Table(keys), Json::Object(table)) => {
                 let before = self.parts.len();
-                self.keys(keys, table, &format!("{part}."));
+                self.keys(keys, table, &format!("{part}."), &format!("{dotted}."));
                 // A table that is there and says nothing is not a table that is absent.
                 if self.parts.len() == before {
                     self.parts.insert(part, "{}".to_string());
@@ -143,9 +145,9 @@ impl Flatten<'_> {
             (Type::Map(ty), Json::Object(table)) => {
                 for (name, value) in table {
                     let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
-                    let name =
+                    let quoted =
                         if plain && !name.is_empty() { name.clone() } else { Json::from(name.as_str()).to_string() };
-                    self.value(ty, value, format!("{part}.{name}"));
+                    self.value(ty, value, format!("{part}.{quoted}"), &format!("{dotted}.{name}"));
                 }
                 if table.is_empty() {
                     self.parts.insert(part, "{}".to_string());
@@ -154,7 +156,7 @@ impl Flatten<'_> {
             // A list of plain values is one part; one whose items have keys or sources of their own is not.
             (Type::List(ty), Json::Array(items)) if !items.is_empty() && structured(ty) => {
                 for (i, item) in items.iter().enumerate() {
-                    self.value(ty, item, format!("{part}.{i}"));
+                    self.value(ty, item, format!("{part}.{i}"), &format!("{dotted}.{i}"));
                 }
                 self.parts.insert(format!("{part}.len"), items.len().to_string());
             }

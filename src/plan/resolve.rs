@@ -341,11 +341,6 @@ impl<'m> Resolver<'m> {
                 }
             }
         };
-        if let Some((part, _)) = name.split_once('.')
-            && self.manifest.stage(part).is_some()
-        {
-            missing = missing.note("a reference is the name of a stage alone: its artifact is what the kind yields");
-        }
         if reference.text != name && !template::axes(&reference.text).is_empty() {
             missing = missing.note(format!("`{}` comes to `{name}` here", reference.text));
         }
@@ -406,17 +401,16 @@ impl<'m> Resolver<'m> {
             .filter(|&i| refs[i].arity == Arity::One)
             .partition(|&i| template::axes(&refs[i].text).is_empty());
         let mut skips = self.skips(stage);
-        let mut brought: Vec<(usize, AxisId)> = Vec::new();
         let mut rows = vec![Row::default()];
         for i in plain {
-            rows = self.join(points, rows, i, &mut brought);
+            rows = self.join(points, rows, i);
         }
         rows = self.own_axes(points, rows);
         let mut waiting = templated;
         while !waiting.is_empty() && points.ok {
             skips.apply(&mut rows);
             let ready = waiting.iter().position(|&i| self.all_there(&refs[i].text, &rows)).unwrap_or(0);
-            rows = self.join(points, rows, waiting.remove(ready), &mut brought);
+            rows = self.join(points, rows, waiting.remove(ready));
         }
         skips.apply(&mut rows);
         if points.ok {
@@ -435,9 +429,9 @@ impl<'m> Resolver<'m> {
             gathers.iter().all(|slot| row.picks.iter().any(|(i, cells)| refs[*i].slot == *slot && !cells.is_empty()))
         });
         // Inherited axes in the order of the keys that bring them, then the stage's own.
-        brought.sort_by_key(|(i, _)| *i);
+        let names = &self.domains[stage].0;
         for row in &mut rows {
-            row.point.sort_by_key(|(axis, _)| brought.iter().position(|(_, name)| name == axis).unwrap_or(usize::MAX));
+            row.point.sort_by_key(|(axis, _)| names.iter().position(|(name, _)| name == axis));
             row.picks.sort_by_key(|(i, _)| *i);
         }
         rows
@@ -461,7 +455,7 @@ impl<'m> Resolver<'m> {
             Ok(text) => text,
             Err(name) => {
                 points.ok = false;
-                self.unknown_axis(points.stage, name, &reference.slot, &reference.origin);
+                self.unknown_axis(points.stage, points.stage, name, &reference.slot, &reference.origin);
                 return None;
             }
         };
@@ -489,7 +483,7 @@ impl<'m> Resolver<'m> {
             let owner = &self.stage_of(target).name;
             let axis = self.ids.known_axis(name);
             let Some((axis, values)) = axis.and_then(|axis| Some((axis, self.domains[target].get(axis)?))) else {
-                self.unknown_axis(target, name, &reference.slot, &reference.origin);
+                self.unknown_axis(points.stage, target, name, &reference.slot, &reference.origin);
                 return None;
             };
             let matching: Vec<ValueId> =
@@ -527,13 +521,7 @@ impl<'m> Resolver<'m> {
     }
 
     /// Joins the cells of reference `i` to the rows: shared axes agree, others multiply.
-    fn join(
-        &mut self,
-        points: &mut StagePoints,
-        rows: Vec<Row>,
-        i: usize,
-        brought: &mut Vec<(usize, AxisId)>,
-    ) -> Vec<Row> {
+    fn join(&mut self, points: &mut StagePoints, rows: Vec<Row>, i: usize) -> Vec<Row> {
         let mut joined: Vec<Row> = Vec::with_capacity(rows.len());
         for row in rows {
             let view = match self.target(points, i, &row.point) {
@@ -559,9 +547,6 @@ impl<'m> Resolver<'m> {
                 for axis in axes {
                     if at(&next.point, axis).is_none() {
                         next.point.extend(at(&self.points[cell], axis).map(|value| (axis, value)));
-                        if !brought.iter().any(|(_, known)| *known == axis) {
-                            brought.push((i, axis));
-                        }
                     }
                 }
                 next.picks.push((i, vec![cell]));
@@ -629,12 +614,17 @@ impl<'m> Resolver<'m> {
         }
     }
 
-    fn unknown_axis(&mut self, stage: usize, name: &str, key: &str, origin: &Origin) {
-        let owner = &self.stage_of(stage).name;
-        let axes: Vec<&str> = self.domains[stage].0.iter().map(|(axis, _)| self.ids.axis_name(*axis)).collect();
-        let message = match axes.contains(&name) {
-            true => format!("`{key}` uses axis `{name}`, which not every cell of stage `{owner}` has"),
-            false => format!("`{key}` uses axis `{name}`, which stage `{owner}` does not have"),
+    /// `key` of stage `user` uses an axis that stage `owner`, the same or the one it names, has not.
+    fn unknown_axis(&mut self, user: usize, owner: usize, name: &str, key: &str, origin: &Origin) {
+        let (user, its) = (&self.stage_of(user).name, user == owner);
+        let axes: Vec<&str> = self.domains[owner].0.iter().map(|(axis, _)| self.ids.axis_name(*axis)).collect();
+        let owner = &self.stage_of(owner).name;
+        let message = match (its, axes.contains(&name)) {
+            (true, true) => {
+                format!("`{key}` of stage `{user}` uses axis `{name}`, which not every cell of the stage has")
+            }
+            (true, false) => format!("`{key}` of stage `{user}` uses axis `{name}`, which the stage does not have"),
+            (false, _) => format!("`{key}` of stage `{user}` fixes axis `{name}`, which stage `{owner}` does not have"),
         };
         let mut unknown = self.problem("plan::unknown_axis", message, origin);
         if let Some(near) = words::nearest(name, axes.iter().copied()).filter(|near| *near != name) {
@@ -674,7 +664,7 @@ impl<'m> Resolver<'m> {
             for (entry, (axis, value)) in table.entries.iter().zip(&skip.point) {
                 let name = &entry.key;
                 match self.domains[stage].get(*axis) {
-                    None => self.unknown_axis(stage, name, "skip", &entry.at),
+                    None => self.unknown_axis(stage, stage, name, "skip", &entry.at),
                     Some(values) if !values.contains(value) => {
                         let owner = &self.stage_of(stage).name;
                         let value = self.ids.value_of(*value);
@@ -806,7 +796,7 @@ impl<'m> Resolver<'m> {
         match template::fill(text, |name| Some(self.ids.value_of(at(point, self.ids.known_axis(name)?)?).to_string())) {
             Ok(text) => Some(text.into()),
             Err(name) => {
-                self.unknown_axis(stage, name, "description", origin);
+                self.unknown_axis(stage, stage, name, "description", origin);
                 None
             }
         }
@@ -824,7 +814,7 @@ impl<'m> Resolver<'m> {
             Ok(text) => text,
             Err(name) => {
                 let key = crate::manifest::dotted(&template.steps);
-                self.unknown_axis(stage, name, &key, &template.origin);
+                self.unknown_axis(stage, stage, name, &key, &template.origin);
                 return None;
             }
         };
