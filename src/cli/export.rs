@@ -1,7 +1,7 @@
 //! `pipe export M STAGE DIR`: artifacts as ordinary files, for other programs.
 
-use super::sources::Network;
 use super::open::with_engine;
+use super::sources::Network;
 use super::{Done, Global, OfManifest, print, say};
 use crate::report;
 use pipe::exec::{Engine, Status};
@@ -55,10 +55,13 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
         for id in wanted {
             let cell = &engine.plan.cells[id];
             let Some(Status::Fresh { artifact, .. }) = &survey.statuses[id] else {
-                return Err(Problem::new("cli::not_fresh", format!("`{cell}` is not there as the manifest has it now"))
-                    .help(format!("pipe run {} '{cell}'", arguments.of.manifest.display()))
-                    .exit(Exit::Missing)
-                    .into());
+                return Err(Problem::new(
+                    "cli::not_fresh",
+                    format!("`{cell}` is not there as the manifest has it now"),
+                )
+                .help(format!("pipe run {} '{cell}'", arguments.of.manifest.display()))
+                .exit(Exit::Missing)
+                .into());
             };
             let files = engine.store.verify(artifact).map_err(|damage| damaged(&cell.to_string(), &damage))?;
             there.insert(id, files);
@@ -74,7 +77,8 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
                 true => merge(&chain(engine.plan, *id).iter().map(|id| &there[id]).collect::<Vec<_>>(), &dir)?,
                 false => copy(&there[id], &dir)?,
             }
-            let written = Files::from_dir(&dir).map_err(|error| Problem::io("cli::export", "look into", &dir, &error))?;
+            let written =
+                Files::from_dir(&dir).map_err(|error| Problem::io("cli::export", "look into", &dir, &error))?;
             said.push((*id, dir, written));
         }
         print(&words(global, engine, &said))?;
@@ -130,12 +134,19 @@ fn merge(chain: &[&Files], dir: &Path) -> Result<(), Problem> {
 }
 
 /// What a model folder holds beside its weights and their configuration.
-const BESIDE_WEIGHTS: &[&str] =
-    &["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt"];
+const BESIDE_WEIGHTS: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+];
 
 /// What the configuration says its weights are stored in.
 fn element_of(config: &Path) -> Element {
-    let config: Value = std::fs::read_to_string(config).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
+    let config: Value =
+        std::fs::read_to_string(config).ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
     let said = config.get("dtype").or(config.get("torch_dtype")).and_then(Value::as_str);
     match said {
         Some("bfloat16") => Element::Bf16,

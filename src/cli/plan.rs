@@ -1,7 +1,7 @@
 //! `pipe plan M [STAGE...]`: what would run, and why.
 
-use super::sources::Network;
 use super::open::{select, with_engine};
+use super::sources::Network;
 use super::{Done, Global, OfManifest, print};
 use crate::report;
 use pipe::exec::{Engine, Reason, Status, Survey};

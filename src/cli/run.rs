@@ -4,8 +4,8 @@
 //! whether it was computed now or found.
 
 use super::live::{Live, Running};
-use super::sources::Network;
 use super::open::{select, with_engine};
+use super::sources::Network;
 use super::{Done, Global, OfManifest, Stop, plan, print, results, say};
 use crate::report;
 use pipe::exec::{self, Event, Observer, Options, Outcome, Report, Task};

@@ -1,8 +1,8 @@
 //! `pipe show M STAGE`: what a stage yielded: files, parameters, numbers, the end of its log.
 
-use super::sources::Network;
 use super::open::with_engine;
 use super::plan::word;
+use super::sources::Network;
 use super::{Done, Global, OfManifest, print, results};
 use crate::report;
 use pipe::exec::{Engine, Status};
