@@ -15,6 +15,16 @@ pub enum Isa {
 }
 
 impl Isa {
+    /// The word for it in logs and benchmarks.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Avx512Bf16 => "avx512 + bf16",
+            Isa::Avx512 => "avx512",
+            Isa::Avx2 => "avx2 + fma",
+            Isa::Portable => "portable",
+        }
+    }
+
     /// The best one this machine has. Asked once.
     pub fn best() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();

@@ -10,12 +10,15 @@ use rayon::prelude::*;
 use std::cell::Cell;
 
 /// Summed words per block: a right panel of this length is 128 KiB and stays in the L2 cache while
-/// the rows pass by it.
+/// the rows of a block pass by it.
 const BLOCK_STEPS: usize = 1024;
-/// Words of the left operand packed at once: with the right panel it fills half of a 1 MiB L2.
+/// Words of the left operand per block of rows: with the right panel, half of a 1 MiB L2.
 const LEFT_WORDS: usize = 96 * 1024;
-/// Words of the right operand packed at once, where it is not packed already.
+/// Words of the right operand per group of panels: read from memory once, then from the L3 cache
+/// by every block of rows.
 const RIGHT_WORDS: usize = 256 * 1024;
+/// Rows of the left operand that are packed at once.
+const LEFT_ROWS: usize = 1024;
 /// Below this many multiply-adds a product runs on the calling thread, and no task has fewer.
 const SERIAL: usize = 512 * 1024;
 
@@ -145,7 +148,7 @@ impl Product<'_> {
             return (1, 1);
         }
         let wanted =
-            (work / SERIAL).clamp(1, threads * 4).next_multiple_of(if work / SERIAL >= threads { threads } else { 1 });
+            (work / SERIAL).clamp(1, threads * 2).next_multiple_of(if work / SERIAL >= threads { threads } else { 1 });
         // Cutting columns packs the left operand again in each task, cutting rows the right one.
         let columns = (self.n / 128).clamp(1, wanted);
         let rows = (wanted.div_ceil(columns)).min(self.m.div_ceil(48)).max(1);
@@ -204,44 +207,47 @@ impl Product<'_> {
         let tile_rows = kernels::tile_rows(self.isa);
         // A stride that is no multiple of a page, or the rows would evict one another.
         let left_count = if words == Words::F32ByPairs { 2 * count } else { count };
-        let left_stride = left_count.next_multiple_of(16) + 16;
-        let group_columns = match self.right {
-            Right::Panels(_) => part.columns,
-            _ => (RIGHT_WORDS / count.next_multiple_of(NR) / NR * NR).max(NR),
+        let packed_stride = left_count.next_multiple_of(16) + 16;
+        let group_columns = (RIGHT_WORDS / count.next_multiple_of(NR) / NR * NR).max(NR);
+        let block_rows = (LEFT_WORDS / packed_stride / tile_rows * tile_rows).max(tile_rows);
+        let panel_stride = match self.right {
+            Right::Panels(w) => w.steps * NR,
+            _ => count.next_multiple_of(NR) * NR,
         };
-        let block_rows = (LEFT_WORDS / left_stride / tile_rows * tile_rows).max(tile_rows);
 
-        let mut column = part.column;
-        while column < part.column + part.columns {
-            let columns = group_columns.min(part.column + part.columns - column);
-            let (right, panel_stride) = match &self.right {
-                Right::Panels(w) => (w.words[column / NR * w.steps * NR + first * NR..].as_ptr(), w.steps * NR),
-                right => {
-                    let stride = count.next_multiple_of(NR) * NR;
-                    self.pack_right(right, right_lines, stride, (column, columns), (first, count));
-                    (right_lines.as_ptr().cast::<u32>(), stride)
-                }
+        for (row, rows) in chunks(part.row, part.rows, LEFT_ROWS / tile_rows * tile_rows) {
+            let (left, left_stride) = if self.left_lies_well(words) {
+                (self.left.data[row * self.left.row + first..].as_ptr().cast(), self.left.row)
+            } else {
+                self.pack_left(left_lines, packed_stride, words, (row, rows), (first, count));
+                (left_lines.as_ptr().cast::<u32>(), packed_stride)
             };
-            let mut row = part.row;
-            while row < part.row + part.rows {
-                let rows = block_rows.min(part.row + part.rows - row);
-                self.pack_left(left_lines, left_stride, words, (row, rows), (first, count));
-                let tile = Tile {
-                    steps: count,
-                    left: left_lines.as_ptr().cast(),
-                    left_stride,
-                    right,
-                    panel_stride,
-                    c: out.at(row * self.c_stride + column),
-                    c_stride: self.c_stride,
-                    fresh: first == 0 && !self.add,
+            for (column, columns) in chunks(part.column, part.columns, group_columns) {
+                let right = match &self.right {
+                    Right::Panels(w) => w.words[column / NR * panel_stride + first * NR..].as_ptr(),
+                    right => {
+                        self.pack_right(right, right_lines, panel_stride, (column, columns), (first, count));
+                        right_lines.as_ptr().cast::<u32>()
+                    }
                 };
-                // SAFETY: both operands were packed for these sizes (or checked, for panels), and
-                // the rectangle of C belongs to this task.
-                unsafe { self.tiles(words, rows, columns, &tile) };
-                row += rows;
+                for (block, height) in chunks(row, rows, block_rows) {
+                    // SAFETY: both operands were packed for these sizes (or checked, where they
+                    // are used as they lie), and the rectangle of C belongs to this task.
+                    unsafe {
+                        let tile = Tile {
+                            steps: count,
+                            left: left.add((block - row) * left_stride),
+                            left_stride,
+                            right,
+                            panel_stride,
+                            c: out.at(block * self.c_stride + column),
+                            c_stride: self.c_stride,
+                            fresh: first == 0 && !self.add,
+                        };
+                        self.tiles(words, height, columns, &tile);
+                    }
+                }
             }
-            column += columns;
         }
     }
 
@@ -292,6 +298,13 @@ impl Product<'_> {
             }
             column += width;
         }
+    }
+
+    /// Whether the kernels can read the left operand where it is: f32 in rows, whose distance does
+    /// not put all rows of a tile into the same few sets of a cache.
+    fn left_lies_well(&self, words: Words) -> bool {
+        let Left { row, column, factor, .. } = self.left;
+        words == Words::F32 && column == 1 && factor == 1.0 && (row % 256 != 0 || self.m <= 2)
     }
 
     fn pack_left(
@@ -354,41 +367,51 @@ impl Product<'_> {
     ) {
         let panels = columns.div_ceil(NR);
         let to = room(to, panels * stride);
-        for (panel, to) in to.chunks_exact_mut(stride).enumerate() {
-            let column = column + panel * NR;
-            let width = NR.min(self.n - column);
-            match right {
-                Right::Panels(_) => unreachable!("panels are used where they lie"),
-                Right::Turned(w) => {
-                    // Summed elements are rows of the matrix now; steps of it are columns.
-                    let per_step = if w.bf16 { 2 } else { 1 };
-                    let rows_per_block = NR / per_step;
-                    for block in 0..count.div_ceil(rows_per_block) {
-                        let from = (first / rows_per_block + block) * w.steps + column / per_step;
-                        let from = &w.words[from * NR..][..width.div_ceil(per_step) * NR];
-                        let to = &mut to[block * rows_per_block * NR..][..rows_per_block * NR];
+        let width = |panel: usize| NR.min(self.n - column - panel * NR);
+        match right {
+            Right::Panels(_) => unreachable!("panels are used where they lie"),
+            Right::Turned(w) => {
+                // Summed elements are rows of the matrix now; steps of it are columns. Blocks are
+                // the outer loop so that the matrix is read in long runs.
+                let per_step = if w.bf16 { 2 } else { 1 };
+                let rows_per_block = NR / per_step;
+                for block in 0..count.div_ceil(rows_per_block) {
+                    let row = (first / rows_per_block + block) * w.steps + column / per_step;
+                    for panel in 0..panels {
+                        let from = (row + panel * rows_per_block) * NR;
+                        let from = &w.words[from..][..width(panel).div_ceil(per_step) * NR];
+                        let to = &mut to[panel * stride + block * rows_per_block * NR..][..rows_per_block * NR];
                         // SAFETY: both slices were just cut to the sizes that `turn_panel` names.
-                        unsafe { pack::turn_panel(self.isa, to.as_mut_ptr(), from.as_ptr(), width, w.bf16) };
+                        unsafe { pack::turn_panel(self.isa, to.as_mut_ptr(), from.as_ptr(), width(panel), w.bf16) };
                     }
                 }
-                Right::Plain { data, row, column: 1 } => {
-                    for (p, to) in to.chunks_exact_mut(NR).take(count).enumerate() {
-                        let from = &data[(first + p) * row + column..][..width];
-                        to[..width].copy_from_slice(bytemuck::cast_slice(from));
-                        to[width..].fill(0);
+            }
+            Right::Plain { data, row, column: 1 } => {
+                for p in 0..count {
+                    let from = &data[(first + p) * row + column..][..columns];
+                    for (panel, from) in from.chunks(NR).enumerate() {
+                        let to = &mut to[panel * stride + p * NR..][..NR];
+                        if let Ok(from) = <&[f32; NR]>::try_from(from) {
+                            to.copy_from_slice(bytemuck::cast_slice(from));
+                        } else {
+                            to[..from.len()].copy_from_slice(bytemuck::cast_slice(from));
+                            to[from.len()..].fill(0);
+                        }
                     }
                 }
-                Right::Plain { data, row, column: column_stride } => {
-                    if width < NR {
+            }
+            Right::Plain { data, row, column: column_stride } => {
+                assert!(*row == 1, "one stride of a plain operand is 1");
+                for (panel, to) in to.chunks_exact_mut(stride).enumerate() {
+                    if width(panel) < NR {
                         to[..count * NR].fill(0);
                     }
-                    let from = &data[first * row + column * column_stride..];
-                    assert!(*row == 1, "one stride of a plain operand is 1");
-                    assert!((width - 1) * column_stride + count <= from.len());
+                    let from = &data[first + (column + panel * NR) * column_stride..];
+                    assert!((width(panel) - 1) * column_stride + count <= from.len());
                     // SAFETY: just asserted for `from`; `to` has `count` rows of NR.
                     unsafe {
                         let from = (from.as_ptr().cast(), *column_stride);
-                        pack::transpose(self.isa, (to.as_mut_ptr(), NR), from, width, count);
+                        pack::transpose(self.isa, (to.as_mut_ptr(), NR), from, width(panel), count);
                     }
                 }
             }
@@ -402,6 +425,11 @@ fn room(buffer: &mut Vec<Line>, words: usize) -> &mut [u32] {
         *buffer = lines(words);
     }
     &mut bytemuck::cast_slice_mut(buffer)[..words]
+}
+
+/// `(start, length)` of pieces of `len` elements from `start` on, `size` each but the last.
+fn chunks(start: usize, len: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..len).step_by(size).map(move |at| (start + at, size.min(len - at)))
 }
 
 /// `(start, length)` of at most `parts` nearly equal parts of `0..len`, cut at multiples of `unit`.

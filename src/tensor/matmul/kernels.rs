@@ -143,6 +143,7 @@ mod portable {
 }
 
 #[cfg(target_arch = "x86_64")]
+#[expect(clippy::needless_range_loop, reason = "registers are named by row and vector in all arrays alike")]
 mod x86 {
     use super::{NR, Tile};
     use std::arch::x86_64::*;

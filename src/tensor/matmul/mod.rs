@@ -184,7 +184,7 @@ impl Matrix {
 
     /// The panels of some rows, which start at a multiple of 32.
     fn panels(&self, rows: &Range<usize>) -> Panels<'_> {
-        assert!(rows.start % NR == 0 && rows.end <= self.n, "rows {rows:?} of {self:?}");
+        assert!(rows.start.is_multiple_of(NR) && rows.end <= self.n, "rows {rows:?} of {self:?}");
         Panels {
             words: &self.words()[rows.start * self.steps()..],
             steps: self.steps(),

@@ -31,9 +31,21 @@ by_isa! {
     }
 }
 
+/// Pairs of neighbours, rounded to bf16, in one word each; a missing last partner is zero.
+/// With the processor's own conversion subnormal numbers become zero, as in its products.
+pub(super) fn pair_row(isa: Isa, to: &mut [u32], from: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512Bf16 {
+        let whole = (from.len() / 32).min(to.len() / 16);
+        // SAFETY: `whole` times 32 numbers and 16 words are there; an `Isa` is made for processors that have it.
+        unsafe { x86::pairs(to.as_mut_ptr(), from.as_ptr(), whole) };
+        return pair_slowly(isa, &mut to[16 * whole..], &from[32 * whole..]);
+    }
+    pair_slowly(isa, to, from);
+}
+
 by_isa! {
-    /// Pairs of neighbours, rounded to bf16, in one word each; a missing last partner is zero.
-    pub(super) fn pair_row(to: &mut [u32], from: &[f32]) {
+    fn pair_slowly(to: &mut [u32], from: &[f32]) {
         let pairs = from.chunks_exact(2);
         if let ([last], Some(to)) = (pairs.remainder(), to.get_mut(from.len() / 2)) {
             *to = bf16_bits(*last);
@@ -65,6 +77,9 @@ by_isa! {
     }
 }
 
+/// [`transpose`] of a square whose size the function knows: to and from, each with its stride.
+type TransposeSquare = unsafe fn(*mut u32, usize, *const u32, usize);
+
 /// `to[c * to_stride + r] = from[r * from_stride + c]` for `r < rows`, `c < columns`.
 ///
 /// # Safety
@@ -78,13 +93,13 @@ pub(super) unsafe fn transpose(
     columns: usize,
 ) {
     #[cfg(target_arch = "x86_64")]
-    let (square, fast): (usize, unsafe fn(*mut u32, usize, *const u32, usize)) = match isa {
+    let (square, fast): (usize, TransposeSquare) = match isa {
         Isa::Avx512Bf16 | Isa::Avx512 => (16, x86::transpose_16),
         Isa::Avx2 => (8, x86::transpose_8),
         Isa::Portable => (4, transpose_4),
     };
     #[cfg(not(target_arch = "x86_64"))]
-    let (square, fast): (usize, unsafe fn(*mut u32, usize, *const u32, usize)) = {
+    let (square, fast): (usize, TransposeSquare) = {
         let _ = isa; // only x86 has more than one path
         (4, transpose_4)
     };
@@ -115,7 +130,7 @@ unsafe fn transpose_4(to: *mut u32, to_stride: usize, from: *const u32, from_str
             *row = from.add(r * from_stride).cast::<[u32; 4]>().read_unaligned();
         }
         for c in 0..4 {
-            let column = [square[0][c], square[1][c], square[2][c], square[3][c]];
+            let column = square.map(|row| row[c]);
             to.add(c * to_stride).cast::<[u32; 4]>().write_unaligned(column);
         }
     }
@@ -148,8 +163,28 @@ pub(super) unsafe fn turn_panel(isa: Isa, to: *mut u32, from: *const u32, column
 }
 
 #[cfg(target_arch = "x86_64")]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "the index is that of a register in several arrays, and of a row in memory"
+)]
 mod x86 {
     use std::arch::x86_64::*;
+
+    /// `count` times 32 numbers to 16 words.
+    ///
+    /// # Safety
+    /// Both must be there, and AVX-512 with its bf16 part.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) unsafe fn pairs(to: *mut u32, from: *const f32, count: usize) {
+        // SAFETY: the caller's promise; the vector types are the same 512 bits.
+        unsafe {
+            for i in 0..count {
+                let (low, high) = (_mm512_loadu_ps(from.add(32 * i)), _mm512_loadu_ps(from.add(32 * i + 16)));
+                let pairs = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+                _mm512_storeu_si512(to.add(16 * i).cast(), pairs);
+            }
+        }
+    }
 
     /// # Safety
     /// As [`super::transpose`], for a square of 16; AVX-512.

@@ -97,30 +97,32 @@ fn gemm_is_one_ascending_chain_for_every_layout() {
     }
 }
 
-/// Long enough for several blocks of the summed index, large enough for several tasks.
-const LARGE: (usize, usize, usize) = (150, 330, 2500);
+/// Long enough for several blocks of the summed index and several groups of panels, and tall
+/// enough for several blocks of rows; both large enough for several tasks.
+const LARGE: [(usize, usize, usize); 2] = [(40, 300, 2100), (1100, 40, 70)];
 
 #[test]
 fn blocks_and_threads_leave_the_chain_as_it_is() {
-    let (m, n, k) = LARGE;
-    let (x, w, dy) = (numbers(m * k, "x"), numbers(n * k, "w"), numbers(m * n, "dy"));
-    let matrix = Matrix::pack(&w, n, k, Dtype::F32);
-    let forward = law(&vec![0.0; m * n], LARGE, |i, p| x[i * k + p], |p, j| w[j * k + p]);
-    let backward = law(&vec![0.0; m * k], (m, k, n), |i, p| dy[i * n + p], |p, j| w[p * k + j]);
-    let weights = law(&vec![0.0; n * k], (n, k, m), |i, p| dy[p * n + i], |p, j| x[p * k + j]);
-    for threads in [1, 2, 3] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-        pool.install(|| {
-            let mut y = vec![0.0; m * n];
-            linear(&mut y, &x, m, &matrix, false);
-            assert!(bits(&y) == bits(&forward), "forward, {threads} threads");
-            let mut dx = vec![0.0; m * k];
-            linear_backward(&mut dx, &dy, m, &matrix, false);
-            assert!(bits(&dx) == bits(&backward), "backward, {threads} threads");
-            let mut dw = vec![0.0; n * k];
-            gemm(&mut dw, n, k, m, 1.0, &dy, true, &x, false, false);
-            assert!(bits(&dw) == bits(&weights), "weights, {threads} threads");
-        });
+    for (m, n, k) in LARGE {
+        let (x, w, dy) = (numbers(m * k, "x"), numbers(n * k, "w"), numbers(m * n, "dy"));
+        let matrix = Matrix::pack(&w, n, k, Dtype::F32);
+        let forward = law(&vec![0.0; m * n], (m, n, k), |i, p| x[i * k + p], |p, j| w[j * k + p]);
+        let backward = law(&vec![0.0; m * k], (m, k, n), |i, p| dy[i * n + p], |p, j| w[p * k + j]);
+        let weights = law(&vec![0.0; n * k], (n, k, m), |i, p| dy[p * n + i], |p, j| x[p * k + j]);
+        for threads in [1, 2, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+            pool.install(|| {
+                let mut y = vec![0.0; m * n];
+                linear(&mut y, &x, m, &matrix, false);
+                assert!(bits(&y) == bits(&forward), "forward, {threads} threads");
+                let mut dx = vec![0.0; m * k];
+                linear_backward(&mut dx, &dy, m, &matrix, false);
+                assert!(bits(&dx) == bits(&backward), "backward, {threads} threads");
+                let mut dw = vec![0.0; n * k];
+                gemm(&mut dw, n, k, m, 1.0, &dy, true, &x, false, false);
+                assert!(bits(&dw) == bits(&weights), "weights, {threads} threads");
+            });
+        }
     }
 }
 

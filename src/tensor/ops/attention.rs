@@ -44,8 +44,8 @@ impl Attention {
     }
 
     fn check(&self, q: &[f32], k: &[f32], v: &[f32]) {
-        assert!(self.kv_heads > 0 && self.heads % self.kv_heads == 0 && self.head_size > 0, "{self:?}");
-        assert!(k.len() == v.len() && k.len() % (self.kv_heads * self.head_size) == 0);
+        assert!(self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads) && self.head_size > 0, "{self:?}");
+        assert!(k.len() == v.len() && k.len().is_multiple_of(self.kv_heads * self.head_size));
         assert_eq!(q.len() % (self.heads * self.head_size), 0);
     }
 }

@@ -22,10 +22,10 @@ by_isa! {
 }
 
 by_isa! {
-    /// dx = rstd * (dy w) - slope * x, or += with `add`.
-    fn backward_row(dx: &mut [f32], dy: &[f32], x: &[f32], w: &[f32], rstd: f32, slope: f32, add: bool) {
-        for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
-            let value = (*dy * *w).mul_add(rstd, -(slope * *x));
+    /// dx = rstd * g - slope * x, or += with `add`.
+    fn backward_row(dx: &mut [f32], g: &[f32], x: &[f32], rstd: f32, slope: f32, add: bool) {
+        for ((dx, g), x) in dx.iter_mut().zip(g).zip(x) {
+            let value = (*g).mul_add(rstd, -(slope * *x));
             *dx = if add { *dx + value } else { value };
         }
     }
@@ -88,7 +88,7 @@ pub fn rmsnorm_backward(
             for (((dx, dy), x), rstd) in rows.zip(rstd) {
                 product_row(isa, scaled, dy, w);
                 let slope = rstd * rstd * rstd * (dot_on(isa, scaled, x) / channels as f32);
-                backward_row(isa, dx, dy, x, w, *rstd, slope, add);
+                backward_row(isa, dx, scaled, x, *rstd, slope, add);
             }
         },
     );

@@ -22,7 +22,7 @@ pub struct RopeTable {
 impl RopeTable {
     /// For positions `0..positions` of heads of `head_size` elements (even).
     pub fn new(positions: usize, head_size: usize, theta: f32) -> RopeTable {
-        assert!(head_size % 2 == 0, "head size {head_size} is odd");
+        assert!(head_size.is_multiple_of(2), "head size {head_size} is odd");
         let half = head_size / 2;
         let inverse: Vec<f32> = (0..half)
             .map(|i| 1.0 / f64::from(theta).powf(f64::from((2 * i) as f32 / head_size as f32)) as f32)
@@ -34,7 +34,7 @@ impl RopeTable {
 
     /// How many positions it covers.
     pub fn positions(&self) -> usize {
-        if self.half == 0 { usize::MAX } else { self.cos.len() / self.half }
+        self.cos.len().checked_div(self.half).unwrap_or(usize::MAX)
     }
 }
 
