@@ -1,8 +1,6 @@
 //! Killed, stopped, run twice at once: finished work survives and the end is the same.
 
-use super::{MANIFEST, Study, preferences, sums};
-use serde_json::{Value, json};
-use std::path::Path;
+use super::{MANIFEST, Study};
 use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -108,38 +106,17 @@ fn two_runs_at_once_train_once() {
     assert_eq!(trained, 1, "both runs trained, or neither says it did");
 }
 
-/// One token's embedding is so large that its square overflows; the row that holds it comes in the
-/// fifth step.
+/// At this rate each step's decay multiplies the weights by -99, so they leave f32 within twenty.
 #[test]
 fn a_loss_that_is_not_a_number_names_the_step_and_keeps_the_state_before_it() {
-    let mut rows = sums(20);
-    rows[17] = json!({ "id": "poison", "input_ids": [70, 300, 71, 72], "labels": [-100, -100, 71, 72] });
-    let text = MANIFEST.replace("seed = 1 }", "seed = 1, tie_word_embeddings = false }");
-    let text = text.replace("max_steps = 12", "max_steps = 12\nshuffle = false\nresume_every_s = 0");
-    let study = Study::with(&text, &rows, &preferences(2));
-    study.ok(&["run", "study.toml", "base"]);
-    let folder = study.path("weights");
-    study.ok(&["export", "study.toml", "base", folder.to_str().expect("UTF-8")]);
-    enlarge_row(&folder.join("model.safetensors"), 300, 32);
-    let text: String =
-        text.lines().filter(|line| !line.starts_with("init =")).map(|line| format!("{line}\n")).collect();
-    study.write(
-        "poisoned.toml",
-        &text.replace("tokenizer = \"init:mini\"\n", "").replace("init:random", "path:weights"),
+    let study = Study::new();
+    let text = MANIFEST.replacen(
+        "learning_rate = 5e-3",
+        "learning_rate = 10.0\nresume_every_s = 0\noptimizer = { weight_decay = 10.0 }",
+        1,
     );
-    let stderr = study.fails(1, &["run", "poisoned.toml", "sft"]);
-    assert!(stderr.contains("train::not_finite") && stderr.contains("step 5"), "{stderr}");
+    study.write("study.toml", &text.replace("max_steps = 12", "max_steps = 60"));
+    let stderr = study.fails(1, &["run", "study.toml", "sft"]);
+    assert!(stderr.contains("train::not_finite") && stderr.contains("at step "), "{stderr}");
     assert!(has_state(&study), "the last good state is gone");
-}
-
-fn enlarge_row(file: &Path, row: usize, width: usize) {
-    let mut bytes = std::fs::read(file).expect("weights");
-    let header = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
-    let names: Value = serde_json::from_slice(&bytes[8..8 + header]).expect("a header");
-    let start = names["model.embed_tokens.weight"]["data_offsets"][0].as_u64().expect("an offset") as usize;
-    for c in 0..width {
-        let at = 8 + header + start + (row * width + c) * 4;
-        bytes[at..at + 4].copy_from_slice(&1e30f32.to_le_bytes());
-    }
-    std::fs::write(file, bytes).expect("written");
 }
