@@ -4,6 +4,7 @@
 mod model;
 mod optimizer;
 
+use pipe::train::Curve;
 use safetensors::{Dtype, SafeTensors};
 use std::path::PathBuf;
 
@@ -21,6 +22,17 @@ fn json(path: PathBuf) -> serde_json::Value {
     serde_json::from_str(&text).unwrap()
 }
 
+/// A scheduler by its name in transformers.
+fn curve(name: &serde_json::Value, cycles: &serde_json::Value) -> Curve {
+    match name.as_str().unwrap() {
+        "constant" | "constant_with_warmup" => Curve::Constant,
+        "linear" => Curve::Linear,
+        "cosine" => Curve::Cosine,
+        "cosine_with_restarts" => Curve::CosineRestarts { cycles: cycles.as_f64().unwrap() },
+        other => panic!("a scheduler `{other}` in the goldens"),
+    }
+}
+
 /// A safetensors file, read by the format's own crate.
 struct Golden(Vec<u8>);
 
@@ -31,6 +43,12 @@ impl Golden {
 
     fn file(&self) -> SafeTensors<'_> {
         SafeTensors::deserialize(&self.0).unwrap()
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.file().names().into_iter().map(str::to_string).collect();
+        names.sort();
+        names
     }
 
     fn has(&self, name: &str) -> bool {

@@ -1,9 +1,9 @@
 //! Schedules of transformers, 8-bit AdamW of bitsandbytes.
 
-use super::{Golden, Report, distance, goldens, json};
+use super::{Golden, Report, curve, distance, goldens, json};
 use pipe::model::{Gradients, Parameter};
 use pipe::train::adamw8bit::{SIGNED, UNSIGNED};
-use pipe::train::{AdamW8bit, Curve, Options, Schedule};
+use pipe::train::{AdamW8bit, Options, Schedule};
 
 #[test]
 fn schedules_are_those_of_transformers() {
@@ -11,13 +11,7 @@ fn schedules_are_those_of_transformers() {
     let mut report = Report::new();
     for case in json(folder.join("schedules.json")).as_array().unwrap() {
         let name = case["scheduler"].as_str().unwrap();
-        let curve = match name {
-            "constant" | "constant_with_warmup" => Curve::Constant,
-            "linear" => Curve::Linear,
-            "cosine" => Curve::Cosine,
-            "cosine_with_restarts" => Curve::CosineRestarts { cycles: case["num_cycles"].as_f64().unwrap() },
-            other => panic!("{other}"),
-        };
+        let curve = curve(&case["scheduler"], &case["num_cycles"]);
         let steps = case["total_steps"].as_u64().unwrap();
         let schedule = Schedule::new(curve, 1.0, case["warmup_ratio"].as_f64().unwrap(), steps);
         assert_eq!(schedule.warmup_steps, case["warmup_steps"].as_u64().unwrap());

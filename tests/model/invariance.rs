@@ -1,7 +1,9 @@
 //! What must change no bit: packing, recomputing, threads, an adapter that is off.
 
 use super::*;
-use pipe::model::{Gradients, Recompute};
+use pipe::model::sampling::argmax;
+use pipe::model::{Gradients, Prompt, Recompute, Sampling, generate};
+use proptest::prelude::*;
 
 fn run(model: &Model, packed: &Packed) -> (Vec<u32>, Vec<Vec<u32>>) {
     let forward = model.forward(&packed.batch());
@@ -100,4 +102,59 @@ fn a_batch_without_targets_is_no_special_case() {
     let model = with_adapter(true, 3, &ALL);
     let (logprobs, grads) = run(&model, &Packed::of(&sequences(&[1, 1])));
     assert!(logprobs.is_empty() && grads.iter().flatten().all(|&bits| bits == 0));
+}
+
+/// Any shape: up to seven query heads per key head, heads of any even size, one to three layers.
+fn any_config() -> impl Strategy<Value = Config> {
+    let heads = (1usize..=3, 1usize..=7, 1usize..=9);
+    (heads, 1usize..40, 1usize..50, 1usize..=3, 2usize..200, any::<bool>()).prop_map(
+        |((kv, group, half), hidden, inter, layers, vocab, tied)| {
+            let map = serde_json::json!({
+                "model_type": "qwen2", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inter,
+                "num_hidden_layers": layers, "num_attention_heads": kv * group, "num_key_value_heads": kv,
+                "head_dim": 2 * half, "tie_word_embeddings": tied, "initializer_range": 0.2
+            });
+            Config::parse(&map.to_string()).unwrap()
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn any_shape_packs_recomputes_and_decodes_alike(
+        config in any_config(),
+        lengths in prop::collection::vec(1usize..40, 1..5),
+        bf16 in any::<bool>(),
+        rank in 1usize..20,
+    ) {
+        let vocab = config.vocab_size;
+        let all: Vec<Vec<u32>> = sequences(&lengths).into_iter().map(|ids| ids.into_iter().map(|id| id % vocab as u32).collect()).collect();
+        let mut model = Model::random(config, 3, if bf16 { Dtype::Bf16 } else { Dtype::F32 });
+        model.add_lora(&LoraSpec { rank, alpha: 2.0, targets: targets(&ALL) }, 4).unwrap();
+        model.update(|params| params.iter_mut().for_each(|param| param.value[0] = 0.25));
+
+        let packed = Packed::of(&all);
+        let together = bits(&model.logprobs(&packed.batch()));
+        let alone: Vec<f32> = all.iter().flat_map(|ids| model.logprobs(&Packed::of(std::slice::from_ref(ids)).batch())).collect();
+        prop_assert_eq!(&together, &bits(&alone));
+
+        let recomputed = run(&model, &packed);
+        model.recompute = Recompute::None;
+        prop_assert!(recomputed == run(&model, &packed));
+        prop_assert_eq!(&recomputed.0, &together);
+
+        let prompts: Vec<Prompt> = all.iter().map(|ids| Prompt { ids: ids.clone(), stream: 0 }).collect();
+        let sampling = Sampling { max_tokens: 3, ..Sampling::default() };
+        let completions = generate(&model, &prompts, &sampling, &|_| String::new(), &mut |_| Ok(())).unwrap();
+        for (ids, completion) in all.iter().zip(completions) {
+            let mut ids = ids.clone();
+            for id in completion.ids {
+                let logits = model.logits(&ids);
+                prop_assert_eq!(id, argmax(&logits[logits.len() - vocab..]));
+                ids.push(id);
+            }
+        }
+    }
 }
