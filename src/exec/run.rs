@@ -263,6 +263,7 @@ struct State {
     ran: HashSet<Digest>,
     /// Cells of whose lock it was said that another process has it.
     told: HashSet<CellId>,
+    /// How often a cell found its inputs damaged.
     redone: HashMap<CellId, usize>,
     /// A stage failed, and nothing more is to start.
     halted: bool,
@@ -675,20 +676,19 @@ impl Scheduler<'_> {
 
     /// Sends damaged inputs back to work, and the cell back to wait for them.
     fn redo(&self, state: &mut State, cell: CellId, bad: Vec<CellId>) {
+        let times = state.redone.entry(cell).or_default();
+        *times += 1;
+        if *times > REDO_MAX {
+            let labels: Vec<String> = bad.iter().map(|&input| self.engine.plan.cells[input].to_string()).collect();
+            let problem = damaged(&labels.join("`, `"), &[])
+                .note(format!("it was made again {REDO_MAX} times, and was damaged each time: is the disk sound?"));
+            return self.settle(state, cell, Step::Failed(problem));
+        }
         for input in bad {
-            // Another cell may have found the same damage and sent it back already.
-            let Some((fingerprint, artifact)) = state.artifacts[input].clone() else { continue };
-            if matches!(self.engine.store.get(&fingerprint), Lookup::Known(_)) {
+            // Another cell may have found the same damage and sent it back already, or it may be mended by now.
+            let Some((fingerprint, _)) = &state.artifacts[input] else { continue };
+            if matches!(self.engine.store.get(fingerprint), Lookup::Known(_)) {
                 continue;
-            }
-            let times = state.redone.entry(input).or_default();
-            *times += 1;
-            if *times > REDO_MAX {
-                let label = self.engine.plan.cells[input].to_string();
-                let damage = self.engine.store.verify(&artifact).err().unwrap_or_default();
-                let problem = damaged(&label, &damage)
-                    .note(format!("it was made again {REDO_MAX} times, and was damaged each time: is the disk sound?"));
-                return self.settle(state, cell, Step::Failed(problem));
             }
             state.artifacts[input] = None;
             state.outcomes[input] = None;

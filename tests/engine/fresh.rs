@@ -165,6 +165,50 @@ fn flipped_bytes_of_an_input_are_found_named_and_made_again() {
 }
 
 #[test]
+fn two_cells_that_find_the_same_damage_have_it_mended_once() {
+    let bench = Bench::new();
+    let plan = |say: &str| {
+        let tokens = ("tokens", json!({"say": "hello"}), &[][..]);
+        bench.plan(&[
+            tokens,
+            ("a", json!({"say": format!("a{say}")}), &["tokens"]),
+            ("b", json!({"say": format!("b{say}")}), &["tokens"]),
+        ])
+    };
+    for round in 0..10 {
+        bench.run(&plan(&round.to_string()));
+        tamper(&blob_of(&bench.cache(), "hello"), b"jello");
+        let (next, runs) = (plan(&format!("{round}x")), AtomicUsize::new(0));
+        let count = |cell: &pipe::plan::Cell, task: &pipe::exec::Task| {
+            runs.fetch_add(usize::from(cell.stage == "tokens"), Ordering::SeqCst);
+            speak(cell, task)
+        };
+        let told = bench.run_with(&next, &Options { jobs: 2, ..Options::default() }, &count);
+        assert_eq!(told.words(), ["tokens ran", "a ran", "b ran"]);
+        assert_eq!(runs.load(Ordering::SeqCst), 1, "round {round}");
+    }
+    bench.assert_sound();
+}
+
+#[test]
+fn a_disk_that_damages_everything_is_blamed_in_the_end() {
+    let bench = Bench::new();
+    let plan = chain(&bench, json!({"say": "hello"}));
+    let (mut store, blob) = (bench.store(), blob_of(&bench.cache(), "hello"));
+    store.set_hook(std::sync::Arc::new(move |step, _| {
+        // Right after each publication, for the index is appended to then.
+        if step == "append" && blob.exists() {
+            tamper(&blob, b"jello");
+        }
+        Ok(())
+    }));
+    let told = crate::bench::run_in(&store, &plan, &Options::default(), &speak, &bench.stop).unwrap();
+    assert_eq!(told.words(), ["tokens ran", "train failed", "score skipped"]);
+    assert_eq!(told.problem().code, "store::damaged");
+    assert_eq!(told.events.iter().filter(|event| event.starts_with("Damaged")).count(), 4);
+}
+
+#[test]
 fn flipped_bytes_of_what_is_printed_are_never_served() {
     let bench = Bench::new();
     let plan = chain(&bench, json!({"say": "hello"}));

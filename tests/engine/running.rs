@@ -53,6 +53,30 @@ fn cells_with_the_same_fingerprint_are_computed_once() {
 }
 
 #[test]
+fn a_cell_that_waits_for_another_process_holds_nobody_up() {
+    let bench = Bench::new();
+    let plan = bench.plan(&[("held", json!({"say": "h"}), &[]), ("free", json!({"say": "f"}), &[])]);
+    let survey = bench.status(&plan);
+    let Some(pipe::exec::Status::Stale { fingerprint, .. }) = &survey.statuses[0] else { panic!() };
+    let other = bench.store();
+    let session = other.session().unwrap();
+    let claim = match other.claim(&fingerprint.digest(), "held").unwrap() {
+        pipe::store::Claimed::Mine(claim) => Mutex::new(Some(claim)),
+        pipe::store::Claimed::Held(holder) => panic!("{holder}"),
+    };
+    // One job: were it to sit and wait for `held`, `free` would never let go of it.
+    let lets_go = |cell: &Cell, task: &Task| {
+        drop(claim.lock().unwrap().take());
+        speak(cell, task)
+    };
+    let told = bench.run_with(&plan, &Options::default(), &lets_go);
+    assert_eq!(told.words(), ["held ran", "free ran"]);
+    let waits: Vec<_> = told.events.iter().filter(|event| event.starts_with("WaitsForLock")).collect();
+    assert_eq!(waits.len(), 1, "said once: {waits:?}");
+    drop(session);
+}
+
+#[test]
 fn many_cells_on_many_threads_give_the_bytes_of_one() {
     let texts = [1, 8].map(|jobs| {
         let bench = Bench::new();
