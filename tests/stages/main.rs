@@ -2,6 +2,7 @@
 mod command;
 mod eval;
 mod generate;
+mod manifest;
 
 use pipe::files::Files;
 use pipe::manifest::spec::{Kind, Params, Presence};
