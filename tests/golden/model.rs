@@ -4,7 +4,7 @@ use super::{Golden, Report, curve, distance, goldens, json};
 use pipe::files::Files;
 use pipe::model::{Batch, Gradients, LoadOptions, Model, Prompt, Sampling, generate};
 use pipe::tensor::Dtype;
-use pipe::train::{Kind, Optimizer, Options, Schedule, clip, global_norm};
+use pipe::train::{Curve, Kind, Optimizer, Options, Schedule, clip, global_norm};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -517,7 +517,8 @@ fn merges_agree() {
             let weights = Golden::open(bf16);
             active.merged_save(dir.path(), pipe::model::weights::Element::Bf16).unwrap();
             let written = Golden::open(dir.path().join("model.safetensors"));
-            let off = weights.names().iter().map(|name| beyond(&written.f32(name), &weights.f32(name), 1.0 / 256.0));
+            let names = weights.names();
+            let off = names.iter().map(|name| beyond(&written.f32(name), &weights.f32(name), 1.0 / 256.0));
             report.line(&format!("{name}: merged bf16 weights (beyond one rounding)"), off.fold(0.0, f64::max), 0.0);
             active.merged_save(dir.path(), pipe::model::weights::Element::F32).unwrap();
         }
