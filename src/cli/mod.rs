@@ -4,6 +4,7 @@
 mod cache;
 mod completions;
 mod export;
+mod gc;
 mod graph;
 mod live;
 mod logging;
@@ -94,6 +95,7 @@ enum Command {
     Export(export::Arguments),
     Schema(schema::Arguments),
     Cache(cache::Arguments),
+    Gc(gc::Arguments),
     Completions(completions::Arguments),
 }
 
@@ -175,6 +177,7 @@ fn dispatch(line: &Line) -> Done {
         Command::Export(arguments) => export::run(global, arguments),
         Command::Schema(arguments) => schema::run(arguments),
         Command::Cache(arguments) => cache::run(global, arguments),
+        Command::Gc(arguments) => gc::run(global, arguments),
         Command::Completions(arguments) => completions::run(arguments),
     }
 }

@@ -115,5 +115,5 @@ pub(crate) enum StateMut<'a> {
 fn not_finite(what: &str, value: f64, step: u64) -> Problem {
     Problem::new("train::not_finite", format!("the {what} is {value} at step {step}"))
         .note("the update was not made; the last checkpoint is from before it")
-        .help("lower `learning_rate`, set `optimizer.clip_norm`, or look for damaged rows with `pipe doctor`")
+        .help("lower `learning_rate` or `optimizer.clip_norm`; the next run goes on from the state before this step")
 }

@@ -1,7 +1,7 @@
 //! RMSNorm, RoPE, SwiGLU, bias and embedding.
 
 use crate::common::{bits, close, derivative, numbers, weighted, wide, with_threads};
-use pipe::tensor::ops::{self, RopeTable, rmsnorm, rope, swiglu};
+use pipe::tensor::ops::{self, RopeTable, bias, embedding, rmsnorm, rope, swiglu};
 use pipe::tensor::{Dtype, Matrix};
 
 #[test]
@@ -150,4 +150,40 @@ fn no_result_depends_on_the_number_of_threads() {
         })
     };
     assert!(all(1) == all(3));
+}
+
+#[test]
+fn bias_follows_its_reference_and_its_gradient_is_the_derivative() {
+    for (rows, channels) in [(1, 1), (3, 7), (33, 70), (5, 896)] {
+        let [y, dy] = ["y", "dy"].map(|name| numbers(rows * channels, name));
+        let [b, start] = ["b", "start"].map(|name| numbers(channels, name));
+        let mut got = y.clone();
+        ops::bias_add(&mut got, &b);
+        close(&got, &bias::reference::forward(&wide(&y), &wide(&b)), 1e-6, "y");
+
+        let want = bias::reference::backward(&wide(&dy), channels);
+        if channels <= 7 {
+            derivative(&wide(&b), &want, |b| weighted(&wide(&dy), &bias::reference::forward(&wide(&y), b)), "db");
+        }
+        let mut db = start.clone();
+        ops::bias_backward(&mut db, &dy);
+        let want: Vec<f64> = want.iter().zip(&start).map(|(db, start)| db + f64::from(*start)).collect();
+        close(&db, &want, 3e-6, "db is added to");
+    }
+}
+
+#[test]
+fn embedding_follows_its_reference_and_its_gradient_is_the_derivative() {
+    let (rows, channels, ids) = (5, 3, [4u32, 0, 4, 2, 4]);
+    let (table, dy) = (numbers(rows * channels, "table"), numbers(ids.len() * channels, "dy"));
+    let mut y = vec![f32::NAN; dy.len()];
+    ops::embedding_forward(&mut y, &Matrix::pack(&table, rows, channels, Dtype::F32), &ids);
+    close(&y, &embedding::reference::forward(&wide(&table), channels, &ids), 0.0, "y");
+
+    let want = embedding::reference::backward(&wide(&dy), rows, &ids);
+    let loss = |table: &[f64]| weighted(&wide(&dy), &embedding::reference::forward(table, channels, &ids));
+    derivative(&wide(&table), &want, loss, "dw");
+    let mut dw = vec![0.0; table.len()];
+    ops::embedding_backward(&mut dw, &dy, &ids);
+    close(&dw, &want, 1e-6, "dw");
 }

@@ -36,3 +36,16 @@ pub fn bias_backward(db: &mut [f32], dy: &[f32]) {
         }
     });
 }
+
+/// The law, in f64 and as read.
+pub mod reference {
+    /// y [R, C] + b [C].
+    pub fn forward(y: &[f64], b: &[f64]) -> Vec<f64> {
+        y.iter().enumerate().map(|(at, y)| y + b[at % b.len()]).collect()
+    }
+
+    /// db [C] of dy [R, C].
+    pub fn backward(dy: &[f64], channels: usize) -> Vec<f64> {
+        (0..channels).map(|c| dy.iter().skip(c).step_by(channels).sum()).collect()
+    }
+}

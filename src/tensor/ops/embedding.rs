@@ -32,3 +32,23 @@ pub fn embedding_backward(dw: &mut [f32], dy: &[f32], ids: &[u32]) {
         vector::add(&mut dw[id as usize * channels..][..channels], dy);
     }
 }
+
+/// The law, in f64 and as read.
+pub mod reference {
+    /// The rows of `table` [V, C] that `ids` name.
+    pub fn forward(table: &[f64], channels: usize, ids: &[u32]) -> Vec<f64> {
+        ids.iter().flat_map(|&id| table[id as usize * channels..][..channels].to_vec()).collect()
+    }
+
+    /// dW [V, C]: every row is the sum of the dy [T, C] of its tokens.
+    pub fn backward(dy: &[f64], rows: usize, ids: &[u32]) -> Vec<f64> {
+        let channels = dy.len() / ids.len();
+        let mut dw = vec![0.0; rows * channels];
+        for (t, &id) in ids.iter().enumerate() {
+            for c in 0..channels {
+                dw[id as usize * channels + c] += dy[t * channels + c];
+            }
+        }
+        dw
+    }
+}
