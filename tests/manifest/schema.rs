@@ -78,3 +78,33 @@ fn the_schema_of_the_real_kinds_is_one_and_keeps_its_documentation() {
         }
     }
 }
+
+/// Every manifest that ships is what an editor with our schema would accept, and loads and resolves.
+#[test]
+fn every_shipped_manifest_fits_the_schema_and_resolves_with_each_of_its_profiles() {
+    let schema = plan::schema(pipe::stage::KINDS);
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(folder).expect("pipelines") {
+        let path = entry.expect("an entry").path();
+        if path.extension().is_none_or(|end| end != "toml") {
+            continue;
+        }
+        seen += 1;
+        let text = std::fs::read_to_string(&path).expect("a manifest");
+        assert_eq!(valid(&schema, &text), Ok(()), "{}", path.display());
+        assert!(valid(&schema, &text.replace("kind ", "knid ")).is_err(), "{}", path.display());
+        let profiles: toml::Value = toml::from_str(&text).expect("TOML");
+        let mut choices: Vec<Vec<String>> = vec![Vec::new()];
+        if let Some(table) = profiles.get("profile").and_then(|table| table.as_table()) {
+            choices.extend(table.keys().map(|name| vec![name.clone()]));
+        }
+        for profiles in choices {
+            let read = |path: &std::path::Path| std::fs::read_to_string(path);
+            let manifest = pipe::manifest::load(&path, &read, pipe::stage::KINDS, &profiles, &[]);
+            let resolved = plan::resolve(&manifest);
+            assert!(resolved.is_ok(), "{} {profiles:?}: {:?}", path.display(), resolved.err());
+        }
+    }
+    assert!(seen >= 2, "found only {seen} manifests");
+}
