@@ -165,11 +165,6 @@ impl Store {
             for name in ["locks", "blobs", "stages", "work", "runs"] {
                 self.disk.folder(&self.dir, &self.dir.join(name))?;
             }
-            let version = self.dir.join("version");
-            if !version.exists() {
-                let temporary = self.dir.join(format!(".version-{}", std::process::id()));
-                self.disk.write(&version, &temporary, format!("{VERSION}\n").as_bytes())?;
-            }
             // A file of its own, not a `Lock`: it is never removed, so that shared holders meet in it.
             let path = self.dir.join("locks/gc");
             let file = File::options().write(true).create(true).truncate(false).open(&path);
@@ -179,6 +174,12 @@ impl Store {
                 file.unlock().map_err(|error| disk::problem("lock", &path, &error))?;
             }
             file.lock_shared().map_err(|error| disk::problem("lock", &path, &error))?;
+            // Only now: a sweep of another run that starts at the same instant would take the temporary file away.
+            let version = self.dir.join("version");
+            if !version.exists() {
+                let temporary = self.dir.join(format!(".version-{}", std::process::id()));
+                self.disk.write(&version, &temporary, format!("{VERSION}\n").as_bytes())?;
+            }
             Ok(Session(file))
         };
         prepare().map_err(|problem: Problem| problem.exit(Exit::Missing))

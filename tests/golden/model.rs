@@ -517,9 +517,10 @@ fn merges_agree() {
             let weights = Golden::open(bf16);
             active.merged_save(dir.path(), pipe::model::weights::Element::Bf16).unwrap();
             let written = Golden::open(dir.path().join("model.safetensors"));
+            // PEFT rounds the update to bf16 before it adds it; the bound is that rounding.
             let names = weights.names();
             let off = names.iter().map(|name| beyond(&written.f32(name), &weights.f32(name), 1.0 / 256.0));
-            report.line(&format!("{name}: merged bf16 weights (beyond one rounding)"), off.fold(0.0, f64::max), 0.0);
+            report.line(&format!("{name}: merged bf16 weights (beyond one rounding)"), off.fold(0.0, f64::max), 1e-4);
             active.merged_save(dir.path(), pipe::model::weights::Element::F32).unwrap();
         }
         let again = Model::load(&[&Files::from_dir(dir.path()).unwrap()], &LoadOptions::default()).unwrap();
