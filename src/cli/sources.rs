@@ -55,7 +55,7 @@ impl<'a> Schemes<'a> {
         made.as_ref().map_err(Clone::clone)
     }
 
-    fn from_hub(&self, text: &str, model: bool) -> Result<Resolved, Problem> {
+    fn fetched(&self, text: &str, model: bool) -> Result<Resolved, Problem> {
         let kind = if model { RepoKind::Model } else { RepoKind::Dataset };
         let source = HubSource::parse(text.trim_start_matches("hf:"), kind)?;
         let hub = self.hub()?;
@@ -122,7 +122,7 @@ impl Sources for Schemes<'_> {
         let resolved = match known {
             Some(resolved) => resolved,
             None => {
-                let resolved = self.from_hub(&source.text, model);
+                let resolved = self.fetched(&source.text, model);
                 self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(key, resolved.clone());
                 resolved
             }

@@ -12,9 +12,9 @@ pub fn axes(text: &str) -> Vec<(Range<usize>, &str)> {
     let mut at = 0;
     while let Some(open) = text[at..].find('{').map(|open| at + open) {
         let rest = &text[open + 1..];
-        if rest.starts_with('{') {
+        if let Some(inside) = rest.strip_prefix('{') {
             // Doubled: skip to the matching doubled close.
-            at = rest[1..].find("}}").map_or(text.len(), |close| open + 2 + close + 2);
+            at = inside.find("}}").map_or(text.len(), |close| open + 2 + close + 2);
             continue;
         }
         match rest.find(['{', '}']).filter(|&end| rest[end..].starts_with('}') && is_name(&rest[..end])) {

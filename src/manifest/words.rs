@@ -7,7 +7,7 @@ pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
         .filter_map(|candidate| {
             let length = name.chars().count().max(candidate.chars().count());
             let distance = strsim::osa_distance(name, candidate);
-            let alike = distance < length && distance <= (length / 3).max(1).min(4)
+            let alike = distance < length && distance <= (length / 3).clamp(1, 4)
                 || name.len() > 2
                     && (candidate.starts_with(name) || name.starts_with(candidate) && candidate.len() > 2);
             alike.then_some((distance, candidate))

@@ -670,7 +670,7 @@ impl<'m> Resolver<'m> {
                         let value = self.ids.value_of(*value);
                         let message = format!("axis `{name}` of stage `{owner}` has no value `{value}`");
                         let bad = self.problem("plan::bad_axis_value", message, &entry.value.origin);
-                        let note = self.values_note(name, &values.to_vec());
+                        let note = self.values_note(name, values);
                         let like: Vec<String> = values.iter().map(|v| self.ids.value_of(*v).to_string()).collect();
                         let near =
                             words::nearest(&value.to_string(), like.iter().map(String::as_str)).map(String::from);

@@ -108,7 +108,7 @@ fn sources_are_relative_to_where_their_text_stands() {
         ("study/shared/common.toml", "manifest = 1\n[stage.d]\nkind = \"dataset\"\nsource = \"path:theirs.jsonl\"\n"),
     ];
     let folder = |profiles: &[&str], sets: &[&str]| {
-        let plan = plan::resolve(&load(&files, profiles, sets)).ok().expect("valid");
+        let plan = plan::resolve(&load(&files, profiles, sets)).expect("valid");
         assert_eq!(plan.cells[0].file, Path::new("study/shared/common.toml"));
         let source = &plan.cells[0].sources[0];
         (source.folder.display().to_string(), source.text.clone())
