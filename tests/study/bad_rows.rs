@@ -49,7 +49,7 @@ fn chosen_equal_to_rejected_is_an_error() {
 
 #[test]
 fn a_missing_folder_is_found_before_any_stage_runs() {
-    let study = Study::new();
+    let study = Study::small();
     let stderr = study.fails(3, &["run", "study.toml", "--set", "stage.preferences.source=path:nowhere.jsonl"]);
     assert!(stderr.contains("nowhere.jsonl"), "{stderr}");
     assert!(
@@ -60,7 +60,7 @@ fn a_missing_folder_is_found_before_any_stage_runs() {
 
 #[test]
 fn a_model_folder_with_a_damaged_weight_is_refused_by_name() {
-    let study = Study::new();
+    let study = Study::small();
     study.ok(&["run", "study.toml", "base"]);
     let folder = study.path("weights");
     study.ok(&["export", "study.toml", "base", folder.to_str().expect("UTF-8")]);
@@ -87,7 +87,7 @@ fn a_model_folder_with_a_damaged_weight_is_refused_by_name() {
 
 #[test]
 fn a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused() {
-    let study = Study::new();
+    let study = Study::small();
     let text = MANIFEST.replace("intermediate_size = 48", "intermediate_size = 48, vocab_size = 100");
     study.write("study.toml", &text);
     let stderr = study.fails(1, &["run", "study.toml", "base"]);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 /// Enough steps to be caught in the middle, and a state to resume from after every one of them.
 fn long_study() -> Study {
-    let study = Study::new();
+    let study = Study::small();
     let text = MANIFEST
         .replace("max_steps = 12", "max_steps = 300\nresume_every_s = 0")
         .replace("save_every_steps = 4", "save_every_steps = 100");
@@ -109,7 +109,7 @@ fn two_runs_at_once_train_once() {
 /// At this rate each step's decay multiplies the weights by -99, so they leave f32 within twenty.
 #[test]
 fn a_loss_that_is_not_a_number_names_the_step_and_keeps_the_state_before_it() {
-    let study = Study::new();
+    let study = Study::small();
     let text = MANIFEST.replacen(
         "learning_rate = 5e-3",
         "learning_rate = 10.0\nresume_every_s = 0\noptimizer = { weight_decay = 10.0 }",

@@ -103,7 +103,7 @@ columns = ["alp_chosen", "alp_rejected", "margin"]
 "#;
 
 impl Study {
-    pub fn new() -> Study {
+    pub fn small() -> Study {
         Study::with(MANIFEST, &sums(16), &preferences(8))
     }
 
@@ -179,7 +179,7 @@ fn gather(root: &Path, dir: &Path, into: &mut Vec<(String, Vec<u8>)>) {
 
 #[test]
 fn a_second_run_starts_no_stage_and_prints_the_same_bytes() {
-    let study = Study::new();
+    let study = Study::small();
     let first = study.ok(&["run", "study.toml"]);
     assert!(first.contains("margin"), "{first}");
     let events = study.ok(&["run", "study.toml", "--json"]);
@@ -189,7 +189,7 @@ fn a_second_run_starts_no_stage_and_prints_the_same_bytes() {
 
 #[test]
 fn one_changed_value_reruns_what_depends_on_it_and_nothing_else() {
-    let study = Study::new();
+    let study = Study::small();
     study.ok(&["run", "study.toml"]);
     let changed = ["--set", "stage.dpo.learning_rate=2e-3"];
     let why = study.ok(&[&["why", "study.toml", "dpo"], changed.as_slice()].concat());
@@ -204,7 +204,7 @@ fn one_changed_value_reruns_what_depends_on_it_and_nothing_else() {
 
 #[test]
 fn the_number_of_jobs_changes_no_byte() {
-    let study = Study::new();
+    let study = Study::small();
     study.ok(&["run", "study.toml", "--jobs", "1", "--cache", "one"]);
     study.ok(&["run", "study.toml", "--jobs", "4", "--cache", "four"]);
     for stage in ["base", "sft", "dpo", "probe", "curve"] {
@@ -214,7 +214,7 @@ fn the_number_of_jobs_changes_no_byte() {
 
 #[test]
 fn training_every_weight_and_merging_both_give_a_model_that_loads_again() {
-    let study = Study::new();
+    let study = Study::small();
     let full = study.path("full");
     study.write(
         "full.toml",
