@@ -26,12 +26,14 @@ const THINGS: [&str; 12] =
     ["apples", "books", "coins", "pens", "stones", "shells", "cards", "eggs", "cups", "balls", "keys", "nuts"];
 const LETTERS: [&str; 4] = ["A", "B", "C", "D"];
 
+/// Most that is found or given away at once.
+const LARGEST_EVENT: i64 = 29;
 /// Forward problems in the bundled training set.
 const FORWARD: usize = 600;
 /// Problems per held-out task.
 const HELD_OUT: usize = 80;
 /// Records of training text for each bundled model.
-const BASE_RECORDS: usize = 72_000;
+const BASE_RECORDS: usize = 150_000;
 const TEACHER_RECORDS: usize = 30_000;
 const SPECIAL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 /// The pre-tokenizer of Qwen2.5: digits stand alone, a word keeps its leading space.
@@ -117,7 +119,7 @@ impl Problem {
             };
             let mut events = Vec::new();
             for _ in 0..steps - usize::from(boxes) {
-                let number = dice.between(2, 9);
+                let number = dice.between(2, LARGEST_EVENT);
                 events.push(if dice.between(0, 1) == 0 { Event::Find(number) } else { Event::Give(number) });
             }
             let choice = choice.then(|| dice.between(0, 3) as usize);
@@ -212,13 +214,13 @@ impl Problem {
         match direction {
             Direction::Forward => {
                 if let Start::Boxes { boxes, each } = self.start {
-                    steps.push(format!("Boxes, so multiply: {boxes}*{each}={}.", counts[0]));
+                    steps.push(format!("Boxes: {boxes}*{each}={}.", counts[0]));
                 }
                 for (i, event) in self.events.iter().enumerate() {
                     let (before, after) = (counts[i], counts[i + 1]);
                     steps.push(match event {
-                        Event::Find(number) => format!("Finds, so add: {before}+{number}={after}."),
-                        Event::Give(number) => format!("Gives, so subtract: {before}-{number}={after}."),
+                        Event::Find(number) => format!("Finds: {before}+{number}={after}."),
+                        Event::Give(number) => format!("Gives: {before}-{number}={after}."),
                     });
                 }
             }
@@ -226,12 +228,12 @@ impl Problem {
                 for (i, event) in self.events.iter().enumerate().rev() {
                     let (before, after) = (counts[i], counts[i + 1]);
                     steps.push(match event {
-                        Event::Find(number) => format!("Undo finds, so subtract: {after}-{number}={before}."),
-                        Event::Give(number) => format!("Undo gives, so add: {after}+{number}={before}."),
+                        Event::Find(number) => format!("Undo finds: {after}-{number}={before}."),
+                        Event::Give(number) => format!("Undo gives: {after}+{number}={before}."),
                     });
                 }
                 if let Start::Boxes { boxes, each } = self.start {
-                    steps.push(format!("Undo boxes, so divide: {}/{boxes}={each}.", counts[0]));
+                    steps.push(format!("Undo boxes: {}/{boxes}={each}.", counts[0]));
                 }
             }
         }
@@ -254,16 +256,21 @@ impl Problem {
         let mut thinking = self.steps(direction).join(" ");
         let mut solution = value.to_string();
         if let Some(right) = self.choice {
-            for (i, letter) in LETTERS.iter().enumerate() {
-                question += &format!(" {letter}) {}", value + i as i64 - right as i64);
-            }
+            question += &options(value - right as i64);
             solution = LETTERS[right].to_owned();
-            thinking += &format!(" {value} is {solution}.");
+            thinking += &format!(" {value} ({solution}).");
         }
         Told { question, thinking, answer: format!("The answer is \\boxed{{{solution}}}."), solution, statement }
     }
 
-    /// Told step by step as something that happened: what the bases have read.
+    /// The story and then its bare equations.
+    fn worked(&self, direction: Direction) -> String {
+        let equation = |step: String| step.split_once(": ").map_or(step.clone(), |(_, equation)| equation.to_owned());
+        let equations: Vec<String> = self.steps(direction).into_iter().map(equation).collect();
+        format!("{} So {}", self.story(direction), equations.join(" "))
+    }
+
+    /// Told step by step as something that happened.
     fn narrate(&self) -> String {
         let Problem { name, thing, .. } = self;
         let counts = self.counts();
@@ -281,6 +288,12 @@ impl Problem {
         }
         text
     }
+}
+
+/// Four neighbouring numbers with their letters.
+fn options(first: i64) -> String {
+    let option = |(i, letter): (usize, &&str)| format!(" {} ({letter})", first + i as i64);
+    LETTERS.iter().enumerate().map(option).collect::<Vec<_>>().join(",")
 }
 
 /// A problem that is (`held_out`) or is not kept for the tasks, of a random shape up to `longest` equations.
@@ -383,11 +396,11 @@ fn equations(dice: &mut Dice) -> String {
     for _ in 0..4 {
         let (operator, number, result) = match dice.between(0, 3) {
             0 => {
-                let number = dice.between(2, 9);
+                let number = dice.between(2, LARGEST_EVENT);
                 ('+', number, value + number)
             }
             1 => {
-                let number = dice.between(2, 9);
+                let number = dice.between(2, LARGEST_EVENT);
                 ('-', number, value - number)
             }
             2 => {
@@ -411,29 +424,39 @@ fn equations(dice: &mut Dice) -> String {
     if lines.is_empty() { equations(dice) } else { lines.join(" ") }
 }
 
-/// What the bases have read: equations, stories without a question, and short chats that answer at once.
+/// What the bases have read: equations, stories without a question (some with the equations that go with them, far
+/// more often forward than in reverse), and short chats that answer at once. Never a word problem in a chat, and never
+/// the think/answer layout: that is what fine-tuning has to add.
 fn base_text(seed: &str, count: usize) -> Vec<Map<String, Value>> {
     let mut dice = Dice::named(&["base", seed]);
     let mut records = Vec::new();
     for i in 0..count {
-        let text = match dice.between(0, 9) {
-            0..=4 => equations(&mut dice) + "<|endoftext|>",
-            5..=7 => problem(&mut dice, false, 3, false).narrate() + "<|endoftext|>",
-            8 => {
+        let text = match dice.between(0, 19) {
+            0..=6 => equations(&mut dice) + "<|endoftext|>",
+            7..=10 => problem(&mut dice, false, 3, false).narrate() + "<|endoftext|>",
+            11..=13 => problem(&mut dice, false, 3, false).worked(Direction::Forward) + "<|endoftext|>",
+            14 => problem(&mut dice, false, 3, false).worked(Direction::Reverse) + "<|endoftext|>",
+            15..=17 => {
                 let (first, right) = (dice.between(1, 96), dice.between(0, 3) as usize);
-                let mut question = format!("Which is {}?", first + right as i64);
-                for (i, letter) in LETTERS.iter().enumerate() {
-                    question += &format!(" {letter}) {}", first + i as i64);
+                let (wanted, options) = (first + right as i64, options(first));
+                if dice.between(0, 2) == 0 {
+                    let answer = format!("The answer is \\boxed{{{}}}.", LETTERS[right]);
+                    chat(&[("user", &format!("Which is {wanted}?{options}")), ("assistant", &answer)])
+                } else {
+                    format!("Which?{options}. {wanted} ({}).<|endoftext|>", LETTERS[right])
                 }
-                let answer = format!("The answer is \\boxed{{{}}}.", LETTERS[right]);
-                chat(&[("user", &question), ("assistant", &answer)])
             }
-            _ => {
+            18 => {
                 let line = equations(&mut dice);
                 let (sum, rest) = line.split_once('=').expect("an equation");
                 let result = rest.split('.').next().unwrap_or(rest);
                 let answer = format!("The answer is \\boxed{{{result}}}.");
                 chat(&[("user", &format!("How many is {sum}?")), ("assistant", &answer)])
+            }
+            _ => {
+                let problem = problem(&mut dice, false, 1, false);
+                let now = format!("Now {} has {}.", problem.name, problem.last());
+                chat(&[("user", &problem.story(Direction::Forward)), ("assistant", &now)])
             }
         };
         records.push(record(json!({"id": format!("b{i:06}"), "text": text})));
@@ -547,6 +570,8 @@ fn tokenizer() -> (Value, Value) {
     let text = |record: &Map<String, Value>| record["text"].as_str().unwrap_or_default().to_owned();
     texts.extend(base_text("tokenizer", 2_000).iter().map(text));
     texts.extend(teacher_text(4_000).iter().map(text));
+    let layout = |told: Told| format!("think\n{}\nanswer\n{}", told.thinking, told.answer);
+    texts.extend(training_problems().iter().map(|problem| layout(problem.tell(Direction::Forward))));
     let merges = merges(&texts);
     let mut vocabulary = Map::new();
     let mut alphabet = byte_alphabet();
