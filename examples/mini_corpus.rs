@@ -3,6 +3,7 @@
 //! ```text
 //! cargo run --release --example mini_corpus                    # what is bundled: pipelines/mini/*.jsonl, tokenizer/
 //! cargo run --release --example mini_corpus -- --training DIR  # what the bundled models were trained on
+//! cargo run --release --example mini_corpus -- --bundle DIR mini-3B   # an exported model, rounded to bf16, to models/
 //! ```
 //!
 //! Every byte is a function of this file: numbers are drawn from [`Stream`]s that have names.
@@ -16,6 +17,9 @@
 //! Held out: one arithmetic in five (its numbers and events, whatever the name and the thing) is kept for the three
 //! tasks. No training text of any model tells a story with it, forward or in reverse.
 
+use pipe::files::Files;
+use pipe::model::weights::Element;
+use pipe::model::{LoadOptions, Model};
 use pipe::random::Stream;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -258,16 +262,23 @@ impl Problem {
         if let Some(right) = self.choice {
             question += &options(value - right as i64);
             solution = LETTERS[right].to_owned();
-            thinking += &format!(" {value} ({solution}).");
+            thinking += &format!(" {value}({solution}).");
         }
         Told { question, thinking, answer: format!("The answer is \\boxed{{{solution}}}."), solution, statement }
     }
 
-    /// The story and then its bare equations.
+    /// The story, the options if there are any, and then the bare equations.
     fn worked(&self, direction: Direction) -> String {
         let equation = |step: String| step.split_once(": ").map_or(step.clone(), |(_, equation)| equation.to_owned());
-        let equations: Vec<String> = self.steps(direction).into_iter().map(equation).collect();
-        format!("{} So {}", self.story(direction), equations.join(" "))
+        let mut equations: Vec<String> = self.steps(direction).into_iter().map(equation).collect();
+        let mut text = self.story(direction);
+        if let Some(right) = self.choice {
+            let value = if direction == Direction::Forward { self.last() } else { self.unknown_at_start() };
+            text += &options(value - right as i64);
+            text.push('.');
+            equations.push(format!("{value}({}).", LETTERS[right]));
+        }
+        format!("{text} So {}", equations.join(" "))
     }
 
     /// Told step by step as something that happened.
@@ -292,7 +303,7 @@ impl Problem {
 
 /// Four neighbouring numbers with their letters.
 fn options(first: i64) -> String {
-    let option = |(i, letter): (usize, &&str)| format!(" {} ({letter})", first + i as i64);
+    let option = |(i, letter): (usize, &&str)| format!(" {}({letter})", first + i as i64);
     LETTERS.iter().enumerate().map(option).collect::<Vec<_>>().join(",")
 }
 
@@ -354,7 +365,8 @@ fn training_records(direction: Direction) -> Vec<Map<String, Value>> {
     training_problems().iter().enumerate().map(tell).collect()
 }
 
-/// A held-out task: every second problem is told in reverse.
+/// A held-out task: every second problem is told in reverse. `math500` has one or two equations, `aime24` two to four,
+/// one more than any training problem; `gpqa-diamond` is multiple choice with one or two.
 fn task(name: &str) -> Vec<Map<String, Value>> {
     let mut dice = Dice::named(&["task", name]);
     let mut seen = BTreeSet::new();
@@ -363,7 +375,7 @@ fn task(name: &str) -> Vec<Map<String, Value>> {
         let direction = if records.len() % 2 == 0 { Direction::Forward } else { Direction::Reverse };
         let (longest, choice) = match name {
             "math500" => (2, false),
-            "aime24" => (3, false),
+            "aime24" => (4, false),
             _ => (2, true),
         };
         let problem = problem(&mut dice, true, longest, choice);
@@ -434,8 +446,11 @@ fn base_text(seed: &str, count: usize) -> Vec<Map<String, Value>> {
         let text = match dice.between(0, 19) {
             0..=6 => equations(&mut dice) + "<|endoftext|>",
             7..=10 => problem(&mut dice, false, 3, false).narrate() + "<|endoftext|>",
-            11..=13 => problem(&mut dice, false, 3, false).worked(Direction::Forward) + "<|endoftext|>",
-            14 => problem(&mut dice, false, 3, false).worked(Direction::Reverse) + "<|endoftext|>",
+            at @ 11..=14 => {
+                let direction = if at == 14 { Direction::Reverse } else { Direction::Forward };
+                let choice = dice.between(0, 1) == 0;
+                problem(&mut dice, false, 3, choice).worked(direction) + "<|endoftext|>"
+            }
             15..=17 => {
                 let (first, right) = (dice.between(1, 96), dice.between(0, 3) as usize);
                 let (wanted, options) = (first + right as i64, options(first));
@@ -443,7 +458,11 @@ fn base_text(seed: &str, count: usize) -> Vec<Map<String, Value>> {
                     let answer = format!("The answer is \\boxed{{{}}}.", LETTERS[right]);
                     chat(&[("user", &format!("Which is {wanted}?{options}")), ("assistant", &answer)])
                 } else {
-                    format!("Which?{options}. {wanted} ({}).<|endoftext|>", LETTERS[right])
+                    {
+                        let order = [right, (right + 1) % 4, (right + 3) % 4];
+                        let found = order.map(|i| format!(" {}({}).", first + i as i64, LETTERS[i])).concat();
+                        format!("Which?{options}.{found}<|endoftext|>")
+                    }
                 }
             }
             18 => {
@@ -464,7 +483,7 @@ fn base_text(seed: &str, count: usize) -> Vec<Map<String, Value>> {
     records
 }
 
-/// What the teacher has learned on top: to turn a question round, and to solve in reverse (and forward).
+/// What the teacher has learned on top: to turn a question round, and to solve what comes out, thinking first.
 fn teacher_text(count: usize) -> Vec<Map<String, Value>> {
     let mut dice = Dice::named(&["teacher"]);
     let mut records = Vec::new();
@@ -477,7 +496,7 @@ fn teacher_text(count: usize) -> Vec<Map<String, Value>> {
             let reply = format!("New Question: {}\nNew Answer: {}", reverse.question, reverse.statement);
             chat(&[("user", &prompt), ("assistant", &reply)])
         } else {
-            let reply = format!("{}\n{}", reverse.thinking, reverse.answer);
+            let reply = format!("<think>\n{}\n</think>\n\n{}", reverse.thinking, reverse.answer);
             chat(&[("user", &format!("{SOLVE}\n{}", reverse.question)), ("assistant", &reply)])
         };
         records.push(record(json!({"id": format!("t{i:06}"), "text": text})));
@@ -658,15 +677,25 @@ fn write(folder: &Path, files: &[(&str, Vec<u8>)]) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Writes the weights of an exported model, rounded to bf16, to where `init:NAME` finds them.
+fn bundle(folder: &Path, name: &str) -> std::io::Result<()> {
+    let to = Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines/mini/models").join(name);
+    std::fs::create_dir_all(&to)?;
+    let files = Files::from_dir(folder)?;
+    let saved = Model::load(&[&files], &LoadOptions::default()).and_then(|model| model.save(&to, Element::Bf16));
+    saved.map_err(|problem| std::io::Error::other(problem.to_string()))
+}
+
 fn main() -> std::io::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.as_slice() {
         [] => write(&Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines/mini"), &bundled()),
+        [flag, folder, name] if flag == "--bundle" => bundle(Path::new(folder), name),
         [flag, folder] if flag == "--training" => {
             write(&PathBuf::from(folder), &training(BASE_RECORDS, TEACHER_RECORDS))
         }
         _ => {
-            eprintln!("usage: mini_corpus [--training DIR]");
+            eprintln!("usage: mini_corpus [--training DIR | --bundle DIR NAME]");
             std::process::exit(2);
         }
     }
