@@ -288,13 +288,16 @@ impl Problem {
         let mut text = match self.start {
             Start::Count(count) => format!("{name} has {count} {thing}."),
             Start::Boxes { boxes, each } => {
-                format!("{name} has {boxes} boxes. Each box holds {each} {thing}. Now {name} has {}.", counts[0])
+                format!(
+                    "{name} has {boxes} boxes. Each box holds {each} {thing}. Now {name} has {} {thing}.",
+                    counts[0]
+                )
             }
         };
         for (event, after) in self.events.iter().zip(&counts[1..]) {
             text += &match event {
-                Event::Find(number) => format!(" {name} finds {number} more. Now {name} has {after}."),
-                Event::Give(number) => format!(" {name} gives away {number}. Now {name} has {after}."),
+                Event::Find(number) => format!(" {name} finds {number} more. Now {name} has {after} {thing}."),
+                Event::Give(number) => format!(" {name} gives away {number}. Now {name} has {after} {thing}."),
             };
         }
         text
@@ -474,7 +477,7 @@ fn base_text(seed: &str, count: usize) -> Vec<Map<String, Value>> {
             }
             _ => {
                 let problem = problem(&mut dice, false, 1, false);
-                let now = format!("Now {} has {}.", problem.name, problem.last());
+                let now = format!("Now {} has {} {}.", problem.name, problem.last(), problem.thing);
                 chat(&[("user", &problem.story(Direction::Forward)), ("assistant", &now)])
             }
         };

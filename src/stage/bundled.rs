@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 /// Names after `init:`.
-pub const MODELS: &[&str] = &[];
+pub const MODELS: &[&str] = &["mini-3B", "mini-7B", "mini-14B", "mini-teacher"];
 
 /// Files to be written: from memory or from a folder.
 pub enum Bundle {
@@ -16,7 +16,7 @@ pub enum Bundle {
 }
 
 macro_rules! embedded {
-    ($($name:literal => $path:literal),* $(,)?) => {
+    ($($name:literal => $path:expr),* $(,)?) => {
         Bundle::Embedded(vec![$(($name, include_bytes!(concat!("../../pipelines/mini/", $path)).as_slice())),*])
     };
 }
@@ -33,7 +33,30 @@ pub fn tokenizer(name: &str) -> Option<Bundle> {
 
 /// The bundled model of that name, tokenizer included.
 pub fn model(name: &str) -> Option<Bundle> {
-    MODELS.contains(&name).then(|| tokenizer("mini")).flatten()
+    let Some(Bundle::Embedded(mut files)) = weights(name) else { return None };
+    if let Some(Bundle::Embedded(tokenizer)) = tokenizer("mini") {
+        files.extend(tokenizer);
+    }
+    Some(Bundle::Embedded(files))
+}
+
+macro_rules! weights {
+    ($name:literal) => {
+        embedded! {
+            "config.json" => concat!("models/", $name, "/config.json"),
+            "model.safetensors" => concat!("models/", $name, "/model.safetensors"),
+        }
+    };
+}
+
+fn weights(name: &str) -> Option<Bundle> {
+    Some(match name {
+        "mini-3B" => weights!("mini-3B"),
+        "mini-7B" => weights!("mini-7B"),
+        "mini-14B" => weights!("mini-14B"),
+        "mini-teacher" => weights!("mini-teacher"),
+        _ => return None,
+    })
 }
 
 impl Bundle {
