@@ -249,7 +249,12 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
             return plan::show(global, engine, &report.before);
         }
         let artifacts = wanted.iter().filter_map(|id| Some((*id, report.artifact(*id)?.clone()))).collect();
-        let shown = results::collect(engine.plan, engine.store, &artifacts)?;
+        let folder = results::folder(&global.cache, &arguments.of.manifest, &global.profile);
+        let shown = results::collect(engine.plan, engine.store, &artifacts, &folder)?;
+        if !report.folder.as_os_str().is_empty() {
+            // Beside the events: a note of what was seen. The run is over; want of it harms nothing.
+            let _ = std::fs::write(report.folder.join("printed.txt"), results::page(&shown));
+        }
         match global.json {
             true => {
                 for result in &shown {

@@ -472,7 +472,7 @@ fn refuse_foreign(dir: &Path) -> Result<(), Problem> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(disk::problem("read", dir, &error).exit(Exit::Missing)),
     };
-    let ours = ["README.md", "locks", "blobs", "stages", "work", "runs", "lost+found"];
+    let ours = ["README.md", "locks", "blobs", "stages", "work", "runs", "results", "lost+found"];
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if !name.starts_with('.') && !ours.contains(&name.as_str()) {
