@@ -8,6 +8,7 @@ use pipe::hub::{Hub, RepoKind, Settings, Snapshot, Source as HubSource};
 use pipe::manifest::spec::ArtifactType;
 use pipe::plan::{Cell, Source};
 use pipe::problem::{Exit, Problem};
+use pipe::stage::bundled;
 use pipe::store::Store;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -109,8 +110,8 @@ fn fetch(hub: &Hub, source: &HubSource, text: &str, live: &Arc<Live>, stop: &Ato
 impl Sources for Schemes<'_> {
     fn resolve(&self, cell: &Cell, source: &Source) -> Result<Resolved, Problem> {
         if source.text.starts_with("init:") {
-            // Nothing outside: the text says all, and is itself part of the fingerprint.
-            let digest = Digest::of(source.text.as_bytes());
+            // Nothing outside. What is bundled may change with the program; `init:random` is all said by keys.
+            let digest = bundled::digest(&source.text).unwrap_or_else(|| Digest::of(source.text.as_bytes()));
             return Ok(Resolved { path: PathBuf::new(), digest, identity: source.text.clone() });
         }
         if !source.text.starts_with("hf:") {

@@ -351,6 +351,9 @@ impl<'a> Check<'a> {
     }
 
     fn source(&mut self, text: &str, schemes: &[&str], node: &Node) -> Got {
+        // Where nothing but a file can be meant, its path alone will do.
+        let bare = (schemes == ["path"] && !text.starts_with("path:")).then(|| format!("path:{text}"));
+        let text = bare.as_deref().unwrap_or(text);
         let list = || schemes.iter().map(|scheme| format!("`{scheme}:`")).collect::<Vec<_>>().join(", ");
         let Some((scheme, rest)) = text.split_once(':').filter(|(scheme, _)| schemes.contains(scheme)) else {
             let mut unknown =
@@ -604,7 +607,8 @@ fn takes(ty: &Type) -> String {
         Type::Ref(types) => stage(types),
         Type::Refs(types) | Type::Gather(types) => format!("{}, or a list of them", stage(types)),
         Type::Source(schemes) => {
-            format!("a source ({})", schemes.iter().map(|s| format!("`{s}:...`")).collect::<Vec<_>>().join(", "))
+            let list: Vec<String> = schemes.iter().map(|scheme| format!("`{scheme}:...`")).collect();
+            if *schemes == ["path"] { "the path of a file".into() } else { format!("a source ({})", list.join(", ")) }
         }
         Type::List(_) => "a list".into(),
         Type::Map(_) | Type::Table(_) => "a table".into(),

@@ -65,7 +65,8 @@ pub struct Kind {
     pub floats: bool,
     /// For kinds that yield a model.
     pub lineage: fn(&Params) -> Lineage,
-    /// Rules between keys, after types and ranges held: (key path, what is wrong, help).
+    /// Rules between keys, after types and ranges held. The keys it is given are those of the cell, and
+    /// those that are references with the text that names the stage.
     pub rules: fn(&Params) -> Vec<Broken>,
 }
 
@@ -118,7 +119,7 @@ pub enum Type {
     /// All cells of one stage or of several, with their labels; only axes this stage declares are joined.
     Gather(&'static [ArtifactType]),
     /// `scheme:rest` with one of these schemes; content enters the fingerprint, not the text, for
-    /// `path` (relative to the manifest) and `hf`.
+    /// `path` (relative to the manifest) and `hf`. Where `path` is the only one, it need not be written.
     Source(&'static [&'static str]),
     List(&'static Type),
     Map(&'static Type),

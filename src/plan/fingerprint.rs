@@ -13,8 +13,8 @@ use std::collections::BTreeMap;
 /// |---|---|---|
 /// | `kind`, `recipe` | what the stage does, and the version of its meaning | the stage's name, its description |
 /// | `KEY`, `KEY.KEY` | every resolved key that can change the result, defaults filled in, `{axis}` replaced; JSON, names sorted, floats in shortest form | comments, order of keys, keys marked as without effect (memory, pace), the file a key stands in |
-/// | `source.KEY` | digest of what a `path:` or `hf:` source came to | its path or name, mtimes |
-/// | `KEY` of an `init:` source | the text, which says all | |
+/// | `source.KEY` | digest of what a source came to | its path or name, mtimes |
+/// | `KEY` of an `init:` source | the text, beside the digest of what it stands for | |
 /// | `input.SLOT[i]` | digest of each input artifact: its content, not who made it | the fingerprint, stage name and time of the input |
 /// | `input.SLOT[i]` of a gather | the cell's name too, because the result shows it | |
 /// | `backend`, `dtype` | where floats are made: backends do not round alike | host name, thread count, driver |
@@ -62,8 +62,8 @@ pub fn fingerprint(
     parts.insert("recipe".to_string(), cell.kind.recipe.to_string());
     let mut by_content = Vec::new();
     for outside in &cell.sources {
-        if outside.text.starts_with("path:") || outside.text.starts_with("hf:") {
-            parts.insert(format!("source.{}", outside.key), source(&outside.key)?.hex());
+        parts.insert(format!("source.{}", outside.key), source(&outside.key)?.hex());
+        if !outside.text.starts_with("init:") {
             by_content.push(outside.key.as_str());
         }
     }

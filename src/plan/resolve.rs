@@ -766,7 +766,11 @@ impl<'m> Resolver<'m> {
         sources.sort_by(|a, b| a.key.cmp(&b.key));
         let description = self.description(stage, point);
         if whole {
-            for broken in (kind.rules)(&params) {
+            let mut keys = params.clone();
+            for reference in &owner.found.refs {
+                keys.entry(&reference.slot).or_insert_with(|| Json::String(reference.text.clone()));
+            }
+            for broken in (kind.rules)(&keys) {
                 let at = place_of(&owner.table, broken.key).unwrap_or(&owner.at);
                 let message = format!("stage `{}`: {}", owner.name, broken.message);
                 let mut rule = self.problem("manifest::rule", message, at);

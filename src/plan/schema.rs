@@ -204,6 +204,7 @@ fn type_schema(ty: &Type, partial: bool) -> Json {
                 { "type": "array", "minItems": 1, "items": { "type": "string", "minLength": 1 } }
             ]
         }),
+        Type::Source(["path"]) => json!({ "type": "string", "minLength": 1 }),
         Type::Source(schemes) => {
             json!({ "type": "string", "pattern": format!("^({}):.|{SOME_AXIS}", schemes.join("|")) })
         }

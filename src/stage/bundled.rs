@@ -1,6 +1,7 @@
 //! Small models and their tokenizer that come inside the program, so that a first run needs no
 //! download. `pipelines/mini-base.toml` makes the weights again.
 
+use crate::digest::{Digest, Encoder};
 use crate::files::Files;
 use crate::problem::Problem;
 use std::fs;
@@ -57,6 +58,17 @@ fn weights(name: &str) -> Option<Bundle> {
         "mini-teacher" => weights!("mini-teacher"),
         _ => return None,
     })
+}
+
+/// What is bundled under a source's text (`init:mini-3B`, or `init:mini` for the tokenizer), by content.
+pub fn digest(text: &str) -> Option<Digest> {
+    let name = text.strip_prefix("init:")?;
+    let Bundle::Embedded(files) = model(name).or_else(|| tokenizer(name))? else { return None };
+    let mut encoder = Encoder::new("pipe bundle 1");
+    for (name, bytes) in files {
+        encoder.field(name.as_bytes()).field(Digest::of(bytes).as_bytes());
+    }
+    Some(encoder.finish())
 }
 
 impl Bundle {
