@@ -2,7 +2,8 @@
 
 use std::sync::OnceLock;
 
-/// An instruction set for which there is code. All of them give the same f32 results, bit for bit.
+/// An instruction set for which there is code. All of them give the same f32 results, bit for bit
+/// (the bits of a NaN aside); with bf16 weights all but the first do, whose products round in their own way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     /// AVX-512 with the bf16 dot product.

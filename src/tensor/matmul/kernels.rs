@@ -65,6 +65,8 @@ pub(super) fn tile_panels(isa: Isa, rows: usize) -> usize {
 /// and the processor must have `isa`.
 pub(super) unsafe fn run(isa: Isa, words: Words, rows: usize, panels: usize, narrow: bool, tile: &Tile) {
     debug_assert!(rows >= 1 && rows <= tile_rows(isa));
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = panels; // only x86 has tiles of several panels
     // SAFETY: the caller's promise is passed on.
     unsafe {
         match isa {

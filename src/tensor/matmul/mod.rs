@@ -94,7 +94,7 @@ impl Matrix {
                 Dtype::F32 => to[..rows * k].copy_from_slice(bytemuck::cast_slice(&w[first * k..][..rows * k])),
                 Dtype::Bf16 => {
                     for (to, from) in to.chunks_exact_mut(k.div_ceil(2)).zip(from) {
-                        pack::pair_row(isa, to, from);
+                        pack::pair_slowly(isa, to, from);
                     }
                 }
             }

@@ -45,7 +45,8 @@ pub(super) fn pair_row(isa: Isa, to: &mut [u32], from: &[f32]) {
 }
 
 by_isa! {
-    fn pair_slowly(to: &mut [u32], from: &[f32]) {
+    /// [`pair_row`] that keeps subnormal numbers, for weights: what is stored is the same on every machine.
+    pub(super) fn pair_slowly(to: &mut [u32], from: &[f32]) {
         let pairs = from.chunks_exact(2);
         if let ([last], Some(to)) = (pairs.remainder(), to.get_mut(from.len() / 2)) {
             *to = bf16_bits(*last);
