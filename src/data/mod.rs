@@ -13,9 +13,9 @@ pub mod records;
 pub mod segments;
 pub mod tokenizer;
 
-pub use order::{batches, epoch_order, micro_batches};
+pub use order::{batches, epoch_order, equal_parts, micro_batches};
 pub use records::{Record, read_numbered, read_records, write_jsonl};
-pub use segments::{Eos, Format, Limits, Notes, Overlength, Pair, Sample, Side, pairs, prompt, samples};
+pub use segments::{Eos, Format, Limits, Notes, Overlength, Pair, Sample, Side, is_preference, pairs, prompt, samples};
 pub use tokenizer::Tokenizer;
 
 use crate::problem::Problem;

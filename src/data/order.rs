@@ -32,6 +32,11 @@ pub fn micro_batches(lengths: &[usize], budget: usize) -> Vec<Range<usize>> {
     cuts
 }
 
+/// Cuts `n` samples into consecutive micro-batches of `size`; the last one may be smaller.
+pub fn equal_parts(n: usize, size: usize) -> Vec<Range<usize>> {
+    (0..n).step_by(size.max(1)).map(|start| start..n.min(start + size.max(1))).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,6 +65,12 @@ mod tests {
     fn a_sample_over_the_budget_goes_alone() {
         assert_eq!(micro_batches(&[3, 9, 2, 2, 2], 5), [0..1, 1..2, 2..4, 4..5]);
         assert!(micro_batches(&[], 5).is_empty());
+    }
+
+    #[test]
+    fn equal_parts_leave_the_rest_to_the_last() {
+        assert_eq!(equal_parts(5, 2), [0..2, 2..4, 4..5]);
+        assert!(equal_parts(0, 2).is_empty());
     }
 
     proptest! {

@@ -26,9 +26,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 /// How the texts of a record become a prompt and a completion.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
+    #[default]
     Chat,
     S1,
     Text,
@@ -44,7 +45,9 @@ pub enum Eos {
     /// Whole texts stay as they are: no token is added or taken away.
     Keep,
     /// As TRL 0.24: `eos_token` is added to a preference's completions even where there is one, and to
-    /// other completions unless they end with exactly it.
+    /// other completions unless they end with exactly it. Of these, prompt and completion are tokenised in
+    /// one piece, so a token may reach over the border, and conversations end as the template ends them.
+    /// What is learned is the completion, as ever (TRL learns all of rows that do not set it apart).
     #[serde(rename = "trl-0.24")]
     Trl024,
 }
@@ -80,6 +83,8 @@ pub struct Limits {
     pub on_overlength: Overlength,
     pub truncate_side: Side,
     pub eos: Eos,
+    /// Rows that teach nothing are kept: for looking at them, not for training.
+    pub allow_unlearned: bool,
 }
 
 /// One sequence.
@@ -89,6 +94,18 @@ pub struct Sample {
     pub ids: Vec<u32>,
     /// Whether token `t` is a target, predicted from the tokens before it; never the first. As long as `ids`.
     pub learned: Vec<bool>,
+}
+
+impl Sample {
+    /// Tokens before the first learned one.
+    pub fn prompt_len(&self) -> usize {
+        self.learned.iter().position(|&learned| learned).unwrap_or(self.ids.len())
+    }
+
+    /// How many tokens are learned.
+    pub fn learned_tokens(&self) -> usize {
+        self.learned.iter().filter(|&&learned| learned).count()
+    }
 }
 
 /// Two completions of one prompt. The prompts may differ in white space where whole texts were given.
@@ -138,7 +155,7 @@ impl Notes {
 
     fn count(&mut self, sample: &Sample) {
         self.tokens += sample.ids.len();
-        self.learned_tokens += sample.learned.iter().filter(|&&learned| learned).count();
+        self.learned_tokens += sample.learned_tokens();
         self.longest = self.longest.max(sample.ids.len());
     }
 }
@@ -170,6 +187,11 @@ pub fn pairs(
         notes.count(&pair.rejected);
     }
     Ok((kept, notes))
+}
+
+/// Whether a record has two completions of one prompt to be preferred between.
+pub fn is_preference(record: &Record) -> bool {
+    ["chosen", "chosen_input_ids"].iter().any(|name| present(record, name).is_some())
 }
 
 /// The ids that a model continues for this record: the context, without any completion.
@@ -313,12 +335,69 @@ impl Maker<'_> {
             return self.limited(over, false, || {
                 let mut sample = sample;
                 self.cut(&mut sample.ids, &mut sample.learned);
-                learns(sample, self.limits.on_overlength == Overlength::Truncate)
+                learns(sample, self.limits)
             });
         }
         let (context, completion) = self.texts(record)?;
+        if self.limits.eos == Eos::Trl024 {
+            let (context, completion) = self.joined(record, &context, completion)?;
+            return self.finish(id, context, vec![completion]);
+        }
         let completion = self.completion(completion, false)?;
         self.finish(id, self.context(context), completion)
+    }
+
+    /// Context and completion cut from the ids of both in one piece, as TRL's `SFTTrainer` does it.
+    fn joined(&self, record: &Record, context: &str, completion: Completion) -> Result<(Segment, Segment), Bad> {
+        let answer = match completion {
+            Completion::Text(text) => text,
+            Completion::Parts { thinking: Some(thinking), answer } if self.format == Format::S1 => {
+                format!("<|im_start|>think\n{thinking}\n<|im_start|>answer\n{answer}")
+            }
+            Completion::Parts { thinking: None, answer } if self.format != Format::S1 => answer,
+            // The same refusals as everywhere.
+            parts => return self.completion(parts, false).map(|_| unreachable!("thinking where it has no place")),
+        };
+        let turns = match self.format {
+            Format::Chat => Some(self.turns(record)?),
+            _ => None,
+        };
+        let whole = match turns {
+            Some(mut turns) => {
+                turns.push(json!({"role": "assistant", "content": answer}));
+                self.tokenizer.chat(&Value::Array(turns), present(record, "tools"), false)?
+            }
+            None => {
+                let eos = match self.tokenizer.eos() {
+                    Some(eos) => eos,
+                    None => self.tokenizer.end()?,
+                };
+                let eos = self.tokenizer.decode(&[eos], false);
+                let end = if answer.ends_with(&eos) { "" } else { &eos };
+                format!("{context}{answer}{end}")
+            }
+        };
+        let ids = self.tokenizer.encode(&whole);
+        let prompt = self.tokenizer.encode(context).len().min(ids.len());
+        let (context, completion) = ids.split_at(prompt);
+        Ok((
+            Segment { part: Part::Context, ids: context.to_vec() },
+            Segment { part: Part::Answer, ids: completion.to_vec() },
+        ))
+    }
+
+    /// The turns before a completion of a conversation.
+    fn turns(&self, record: &Record) -> Result<Vec<Value>, Bad> {
+        let mut messages = self.messages(record)?;
+        if let Some(value) = present(record, "completion") {
+            append(&mut messages, completion_of(value, "completion")?.0)?;
+        } else if let (Context::Turns(turns), None) = (&mut messages, present(record, "answer")) {
+            turns.pop_if(|turn| is_assistant(turn));
+        }
+        match messages {
+            Context::Turns(turns) => Ok(turns),
+            Context::Raw(_) => Err(Bad::new("data::wrong_type", "the prompt is a text, not a conversation")),
+        }
     }
 
     fn pair(&self, record: &Record, id: &str) -> Result<Row<Pair>, Bad> {
@@ -379,7 +458,7 @@ impl Maker<'_> {
                 learned.truncate(prompt_kept + max);
             }
             self.cut(&mut ids, &mut learned);
-            learns(Sample { id: id.to_string(), ids, learned }, cut)
+            learns(Sample { id: id.to_string(), ids, learned }, self.limits)
         })
     }
 
@@ -655,13 +734,14 @@ fn completion_of<'v>(value: &'v Value, name: &str) -> Result<(&'v [Value], Compl
 }
 
 /// A sample that teaches something. The first token has nothing to be predicted from.
-fn learns(mut sample: Sample, cut: bool) -> Result<Sample, Bad> {
+fn learns(mut sample: Sample, limits: &Limits) -> Result<Sample, Bad> {
     if let Some(first) = sample.learned.first_mut() {
         *first = false;
     }
-    if sample.learned.contains(&true) {
+    if limits.allow_unlearned || sample.learned.contains(&true) {
         return Ok(sample);
     }
+    let cut = limits.on_overlength == Overlength::Truncate;
     let what = if cut { "no learned token is left after cutting to the limits" } else { "no token is learned" };
     Err(Bad::new("data::nothing_learned", what)
         .help("a sample needs a completion; with `labels`, at least one that is not -100 after the first"))

@@ -2,7 +2,7 @@
 //!
 //! The steps run in one order, whatever the order of the keys: read (`source` or `concat`), `columns`,
 //! `tag`, `filter`, `only_in`/`not_in`, `pair`, `sample`, `shuffle_seed`, `shortest`, `limit`,
-//! `select`/`drop`. Another order is another stage.
+//! `select`/`drop`, `tokenize`. Another order is another stage.
 //!
 //! Every record has an `id`. Where a source has none it is made from the record's content, so it
 //! stays the same when rows are added or columns chosen; a source that gives one twice is an error.
@@ -12,13 +12,15 @@
 //! source moves at most one row in or out of the sample.
 
 use crate::data::records::kind_of;
-use crate::data::{BadRows, Record, Tokenizer, read_numbered, write_jsonl};
+use crate::data::{
+    self, BadRows, Eos, Format, Limits, Overlength, Record, Sample, Side, Tokenizer, read_numbered, write_jsonl,
+};
 use crate::digest::Digest;
 use crate::files::Files;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::{Exit, Problem};
 use crate::random::Stream;
-use crate::stage::{Artifact, Context};
+use crate::stage::{Artifact, Context, inputs, training};
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -151,6 +153,29 @@ pub const KIND: Kind = Kind {
         Key::optional("limit", COUNT, "The first so many records."),
         Key::optional("select", Type::List(&Type::Str), "Fields to keep; `id` stays in any case."),
         Key::optional("drop", Type::List(&Type::Str), "Fields to leave out."),
+        Key::optional(
+            "tokenize",
+            Type::Table(&[
+                Key::required(
+                    "tokenizer",
+                    Type::Ref(&[ArtifactType::Model]),
+                    "The model whose tokenizer and chat template are used.",
+                ),
+                Key::default("format", Type::Choice(training::FORMATS), "\"chat\"", "As in a training stage."),
+                Key::default("eos", Type::Choice(training::ENDS), "\"one\"", "As in a training stage."),
+                Key::optional("max_tokens", COUNT, "Longest example, in tokens."),
+                Key::optional("max_prompt_tokens", COUNT, "Longest prompt, in tokens."),
+                Key::optional("max_completion_tokens", COUNT, "Longest completion, in tokens."),
+                Key::default(
+                    "on_overlength",
+                    Type::Choice(training::OVERLENGTH),
+                    "\"error\"",
+                    "As in a training stage.",
+                ),
+                Key::default("truncate_side", Type::Choice(&["left", "right"]), "\"right\"", "As in a training stage."),
+            ]),
+            "Write what a training stage would see, in place of the text: `input_ids` and `labels` (-100: not learned); for preferences `prompt_input_ids`, `chosen_input_ids`, `rejected_input_ids`. Training stages use such records as they stand.",
+        ),
     ],
     floats: false,
     lineage: no_lineage,
@@ -180,6 +205,23 @@ struct Spec {
     limit: Option<usize>,
     select: Option<Vec<String>>,
     drop: Option<Vec<String>>,
+    tokenize: Option<Tokenize>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Tokenize {
+    #[serde(default)]
+    format: Format,
+    #[serde(default)]
+    eos: Eos,
+    max_tokens: Option<usize>,
+    max_prompt_tokens: Option<usize>,
+    max_completion_tokens: Option<usize>,
+    #[serde(default)]
+    on_overlength: Overlength,
+    #[serde(default)]
+    truncate_side: Side,
 }
 
 #[derive(Deserialize)]
@@ -254,6 +296,12 @@ fn rules(params: &Params) -> Vec<Broken> {
     let mut say = |key: &'static str, message: &str, help: &str| {
         broken.push(Broken { key, message: message.into(), help: help.into() });
     };
+    let example = "`source = \"path:data.jsonl\"`, or `concat = [\"one\", \"other\"]`";
+    match (params.contains_key("source"), params.contains_key("concat")) {
+        (true, true) => say("concat", "`source` and `concat` are two origins; a dataset has one", example),
+        (false, false) => say("source", "a dataset needs `source` or `concat`", example),
+        _ => {}
+    }
     for key in ["file", "split"] {
         if params.contains_key(key) && !params.contains_key("source") {
             say(
@@ -345,18 +393,69 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
             .help("loosen `filter`, `only_in` or `not_in`"));
     }
     ctx.progress.note(&format!("{read} records read, {} written", rows.len()));
-    let records: Vec<Record> = rows.into_iter().map(|row| row.record).collect();
+    let mut records: Vec<Record> = rows.into_iter().map(|row| row.record).collect();
+    if let Some(spec) = &spec.tokenize {
+        records = tokenize(ctx, &records, spec)?;
+    }
     write_jsonl(&ctx.out.join("data.jsonl"), &records)
+}
+
+/// What a training stage with the same keys would see of the records.
+fn tokenize(ctx: &Context, records: &[Record], spec: &Tokenize) -> Result<Vec<Record>, Problem> {
+    let tokenizer = inputs::tokenizer(ctx, "tokenize.tokenizer")?;
+    let limits = Limits {
+        max_tokens: spec.max_tokens,
+        max_prompt_tokens: spec.max_prompt_tokens,
+        max_completion_tokens: spec.max_completion_tokens,
+        on_overlength: spec.on_overlength,
+        truncate_side: spec.truncate_side,
+        eos: spec.eos,
+        ..Limits::default()
+    };
+    let fields = |pairs: Vec<(&str, Value)>| pairs.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
+    if !records.first().is_some_and(data::is_preference) {
+        let (samples, notes) = data::samples(records, &tokenizer, spec.format, &limits)?;
+        inputs::warn(ctx, &notes);
+        let labels = |sample: &Sample| -> Vec<i64> {
+            sample
+                .ids
+                .iter()
+                .zip(&sample.learned)
+                .map(|(id, learned)| if *learned { i64::from(*id) } else { -100 })
+                .collect()
+        };
+        let record = |sample: Sample| {
+            let labels = labels(&sample);
+            fields(vec![("id", json!(sample.id)), ("input_ids", json!(sample.ids)), ("labels", json!(labels))])
+        };
+        return Ok(samples.into_iter().map(record).collect());
+    }
+    let (pairs, notes) = data::pairs(records, &tokenizer, spec.format, &limits)?;
+    inputs::warn(ctx, &notes);
+    let (mut made, mut bad) = (Vec::new(), BadRows::default());
+    for pair in pairs {
+        let (prompt, chosen) = pair.chosen.ids.split_at(pair.chosen.prompt_len());
+        let (other, rejected) = pair.rejected.ids.split_at(pair.rejected.prompt_len());
+        if prompt != other {
+            let what = "the two prompts differ, and a tokenised pair has one";
+            bad.push("data::prompts_differ", &format!("record `{}`", pair.id), what);
+            bad.help("give the prompt as `prompt` and only the answers as `chosen` and `rejected`");
+            continue;
+        }
+        made.push(fields(vec![
+            ("id", json!(pair.id)),
+            ("prompt_input_ids", json!(prompt)),
+            ("chosen_input_ids", json!(chosen)),
+            ("rejected_input_ids", json!(rejected)),
+        ]));
+    }
+    bad.finish(records.len(), None)?;
+    Ok(made)
 }
 
 /// The records of `source` or `concat`, their columns mapped, each with an id.
 fn read(ctx: &Context, spec: &Spec) -> Result<Vec<Row>, Problem> {
     let inputs = ctx.inputs("concat");
-    if spec.source.is_some() != inputs.is_empty() {
-        return Err(Problem::new("dataset::source", "a dataset is made of either `source` or `concat`")
-            .exit(Exit::Usage)
-            .help("`source = \"path:data.jsonl\"`, or `concat = [\"one\", \"other\"]`"));
-    }
     let mut rows = Vec::new();
     if let Some(source) = &spec.source {
         let path = ctx.sources.get("source").ok_or_else(|| {

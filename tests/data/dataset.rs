@@ -3,7 +3,7 @@
 use pipe::data::{Record, read_records, write_jsonl};
 use pipe::files::Files;
 use pipe::plan::Axes;
-use pipe::problem::{Exit, Problem};
+use pipe::problem::Problem;
 use pipe::stage::{Artifact, Context, Device, Progress, dataset};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -263,24 +263,17 @@ fn an_id_moved_away_is_made_again_and_one_in_a_second_file_is_taken() {
 }
 
 #[test]
-fn a_dataset_is_made_of_a_source_or_of_datasets_and_not_of_both() {
-    for stage in [Stage::new(), Stage::new().input("concat", "s1k", &forward(1)).source("a.jsonl", "{}\n")] {
-        let params = if stage.sources.is_empty() { json!({}) } else { json!({"source": "path:source"}) };
-        let problem = stage.run(params).unwrap_err();
-        assert_eq!((problem.code, problem.exit), ("dataset::source", Exit::Usage));
-    }
-}
-
-#[test]
 fn keys_that_contradict_each_other_are_found_before_anything_runs() {
     let broken = |params: Value| -> Vec<&'static str> {
         (dataset::KIND.rules)(params.as_object().unwrap()).into_iter().map(|broken| broken.key).collect()
     };
-    assert_eq!(broken(json!({"file": "a", "split": "b"})), ["file", "split", "split"]);
-    assert_eq!(broken(json!({"select": ["a"], "drop": ["b"]})), ["drop"]);
-    assert_eq!(broken(json!({"sample": {"by": "id"}})), ["sample"]);
+    assert_eq!(broken(json!({})), ["source"]);
+    assert_eq!(broken(json!({"source": "path:x", "concat": "other"})), ["concat"]);
+    assert_eq!(broken(json!({"concat": "other", "file": "a", "split": "b"})), ["file", "split", "split"]);
+    assert_eq!(broken(json!({"concat": "other", "select": ["a"], "drop": ["b"]})), ["drop"]);
+    assert_eq!(broken(json!({"concat": "other", "sample": {"by": "id"}})), ["sample"]);
     assert_eq!(
-        broken(json!({"filter": [{"field": "a", "invert": false}, {"field": "a", "matches": "("}]})),
+        broken(json!({"concat": "other", "filter": [{"field": "a", "invert": false}, {"field": "a", "matches": "("}]})),
         ["filter", "filter"]
     );
     assert!(broken(json!({"source": "path:x", "split": "train", "sample": {"rows": 3}, "select": ["a"]})).is_empty());

@@ -1,6 +1,6 @@
-//! What the reference stack computed, for whoever has it: `PIPE_GOLDENS` names a folder with golden
-//! model folders below it, `PIPE_DATA` one with `qwen-tokenizer/` and the paper's released sample.
-//! Without them these tests say so and pass; the rules they rest on are tested in `samples.rs` too.
+//! What the reference stack computed: the project's own goldens, and for whoever has them those below
+//! the folder that `PIPE_GOLDENS` names. `PIPE_DATA` names one with `qwen-tokenizer/` and the paper's
+//! released sample; without it those tests say so and pass.
 
 use pipe::data::{Eos, Format, Limits, Overlength, Side, Tokenizer, pairs, read_records, samples};
 use pipe::files::Files;
@@ -23,13 +23,16 @@ fn ids_of(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-/// Every folder below `PIPE_GOLDENS` that has a tokenization, whatever its name.
+/// Every golden folder that has a tokenization, whatever its name.
 fn models() -> Vec<(PathBuf, Tokenizer)> {
-    let Some(root) = folder("PIPE_GOLDENS") else { return Vec::new() };
-    let mut folders: Vec<PathBuf> = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()).collect();
-    folders.retain(|folder| folder.join("tokenization.json").exists());
-    folders.sort();
-    assert!(!folders.is_empty(), "PIPE_GOLDENS holds no model folder");
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data");
+    let mut folders = Vec::new();
+    for root in [own].into_iter().chain(folder("PIPE_GOLDENS")) {
+        let mut found: Vec<PathBuf> = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()).collect();
+        found.retain(|folder| folder.join("tokenization.json").exists());
+        found.sort();
+        folders.extend(found);
+    }
     let load = |folder: PathBuf| {
         let tokenizer = Tokenizer::load(&Files::from_dir(&folder.join("model")).unwrap()).unwrap();
         (folder, tokenizer)
@@ -90,6 +93,36 @@ fn rows_are_those_of_trl_where_trl_is_asked_for() {
             }
         }
         println!("{}: {} rows", folder.display(), rows.as_array().unwrap().len());
+    }
+}
+
+#[test]
+fn training_rows_are_those_of_trl_where_trl_is_asked_for() {
+    for (folder, tokenizer) in models() {
+        let golden = json_of(&folder.join("sft/trl_sft.json"));
+        let mut count = 0;
+        for (name, rows) in golden.as_object().unwrap() {
+            let Some((shape, max)) = name.split_once("|max_length=") else { continue };
+            let format = if shape.contains("chat") || shape == "messages" { Format::Chat } else { Format::Text };
+            let limits = Limits {
+                max_tokens: max.parse().ok(),
+                on_overlength: Overlength::Truncate,
+                eos: Eos::Trl024,
+                allow_unlearned: true,
+                ..Limits::default()
+            };
+            for row in rows.as_array().unwrap() {
+                let (made, _) = samples(&super::records(&[row["row"].clone()]), &tokenizer, format, &limits).unwrap();
+                assert_eq!(made[0].ids, ids_of(&row["input_ids"]), "{name}: {}", row["row"]);
+                // TRL learns all of a row that does not set its completion apart; here that is never done.
+                if row["completion_mask"].is_array() {
+                    let mask: Vec<bool> = ids_of(&row["completion_mask"]).iter().map(|&mask| mask == 1).collect();
+                    assert_eq!(made[0].learned, mask, "{name}: {}", row["row"]);
+                }
+                count += 1;
+            }
+        }
+        println!("{}: {count} rows", folder.display());
     }
 }
 

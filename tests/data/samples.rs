@@ -242,6 +242,7 @@ fn cutting_keeps_the_end_of_the_prompt_and_the_asked_side_of_the_whole() {
             on_overlength,
             truncate_side,
             eos: Eos::One,
+            ..Limits::default()
         };
         limited(limits).map(|(made, _)| (made[0].0.clone(), made[0].1.clone()))
     };
