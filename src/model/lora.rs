@@ -42,6 +42,22 @@ impl LoraSpec {
         (self.alpha / self.rank as f64) as f32
     }
 
+    /// Whether both are the same shape; the order in which targets are written says nothing.
+    pub fn is(&self, other: &LoraSpec) -> bool {
+        let targets = |spec: &LoraSpec| TARGETS.map(|target| spec.targets.iter().any(|there| there == target));
+        (self.rank, self.alpha, targets(self)) == (other.rank, other.alpha, targets(other))
+    }
+
+    /// Of an `adapter_config.json`, whose targets are taken as they stand.
+    pub fn read(path: &Path) -> Result<LoraSpec, Problem> {
+        let text = std::fs::read_to_string(path).map_err(|error| Problem::io("model::read", "read", path, &error))?;
+        let mut spec = parse_config(&text).map_err(|problem| problem.at_file(path))?;
+        let config: Value = serde_json::from_str(&text).unwrap_or_default();
+        let names = config["target_modules"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        spec.targets = names.map(String::from).collect();
+        Ok(spec)
+    }
+
     /// `Err` if a target is not a linear of the model or the rank is 0.
     pub fn check(&self) -> Result<(), Problem> {
         if let Some(unknown) = self.targets.iter().find(|target| !TARGETS.contains(&target.as_str())) {

@@ -563,6 +563,20 @@ impl Model {
         x
     }
 
+    /// The residual stream of one sequence as embedded, after each layer, and after the final norm:
+    /// layers + 2 times `[T, H]`.
+    pub fn hidden_states(&self, ids: &[u32]) -> Vec<Vec<f32>> {
+        let sequences = Sequences::new(&self.config, &[ids.len()]);
+        let mut x = self.embed_ids(ids);
+        let mut states = vec![x.clone()];
+        for layer in &self.layers {
+            self.layer_forward(layer, &mut x, &sequences);
+            states.push(x.clone());
+        }
+        states.push(self.final_norm(&x).0);
+        states
+    }
+
     /// Adds to `grads` the gradient of `sum_r dlogprobs[r] * logprobs[r]`.
     pub fn backward(&self, tape: Tape, dlogprobs: &[f32], grads: &mut Gradients) {
         assert_eq!(grads.values.len(), self.params.len(), "gradients of other parameters");

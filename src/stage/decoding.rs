@@ -86,6 +86,7 @@ pub const BATCH: Key = Key::default(
 .no_result();
 
 /// How completions are drawn, as the keys above say.
+#[derive(Default)]
 pub struct Decoding {
     pub format: Format,
     pub prefill: Option<String>,
@@ -98,6 +99,12 @@ pub struct Decoding {
     pub seed: u64,
     pub dtype: Storage,
     pub batch: usize,
+    /// Ids that end a completion beside those of the tokenizer.
+    pub stop_token_ids: Vec<u32>,
+    /// The tokenizer's own end tokens end nothing.
+    pub ignore_eos: bool,
+    /// Ids without a token may be drawn.
+    pub unmapped_ids: bool,
 }
 
 /// One completion asked for.
@@ -118,12 +125,17 @@ pub struct Reply {
     /// Without the prefill, special tokens written out.
     pub text: String,
     /// Tokens made, the end token included.
-    pub tokens: usize,
+    pub ids: Vec<u32>,
     /// Ended by `max_tokens`.
     pub cut: bool,
 }
 
 impl Reply {
+    /// How many tokens were made.
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+
     pub fn finish(&self) -> &'static str {
         if self.cut { "length" } else { "stop" }
     }
@@ -140,9 +152,12 @@ impl Decoding {
     }
 
     fn sampling(&self, tokenizer: &Tokenizer) -> Result<Sampling, Problem> {
-        let mut stop_ids = vec![tokenizer.end()?];
-        stop_ids.extend(tokenizer.eos());
-        stop_ids.extend(tokenizer.id("<|endoftext|>"));
+        let mut stop_ids = self.stop_token_ids.clone();
+        if !self.ignore_eos {
+            stop_ids.push(tokenizer.end()?);
+            stop_ids.extend(tokenizer.eos());
+            stop_ids.extend(tokenizer.id("<|endoftext|>"));
+        }
         stop_ids.sort_unstable();
         stop_ids.dedup();
         Ok(Sampling {
@@ -154,7 +169,7 @@ impl Decoding {
             seed: self.seed,
             stop: self.stop.clone(),
             stop_ids,
-            id_limit: tokenizer.id_limit(),
+            id_limit: if self.unmapped_ids { 0 } else { tokenizer.id_limit() },
         })
     }
 
@@ -169,7 +184,12 @@ impl Decoding {
             record.insert(if user.is_array() { "messages" } else { "prompt" }.into(), user);
             record.extend(system.map(|system| ("system".to_string(), Value::String(system))));
         }
-        let mut ids = crate::data::prompt(&record, tokenizer, self.format)?;
+        self.continued(tokenizer, &record)
+    }
+
+    /// The ids a model continues for a record as it stands, the opening of the answer included.
+    pub fn continued(&self, tokenizer: &Tokenizer, record: &Record) -> Result<Vec<u32>, Problem> {
+        let mut ids = crate::data::prompt(record, tokenizer, self.format)?;
         ids.extend(tokenizer.encode(self.opening()));
         Ok(ids)
     }
@@ -238,7 +258,7 @@ impl Decoding {
         let reply = |(&i, made): (&usize, model::Completion)| Reply {
             key: keys[i].clone(),
             text: made.text,
-            tokens: made.ids.len(),
+            ids: made.ids,
             cut: made.finish == Finish::Length,
         };
         Ok(batch.iter().zip(made).map(reply).collect())

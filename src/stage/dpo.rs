@@ -1,21 +1,22 @@
 //! `dpo`: direct preference optimisation (Rafailov et al., 2023) against a frozen reference.
 //!
-//! The reference is the model training starts from. Its sequence log-probs (sums over the completion,
-//! in f64 over f32 tokens) are computed once, before the first step, and are part of the artifact; no
-//! second model is held. With them
+//! The reference is the model training starts from, or with `reference = "base"` the same without the
+//! adapter that is continued. Its sequence log-probs (sums over the completion, in f64 over f32 tokens)
+//! are computed once, before the first step, and are part of the artifact; no second model is held. With
+//! them
 //!
 //! ```text
 //! margin = beta * ((logp(chosen) - ref(chosen)) - (logp(rejected) - ref(rejected)))
 //! loss   = mean over the pairs of the batch of -log sigmoid(margin)
 //! ```
 //!
-//! At step 0 policy and reference are the same, so the loss is ln 2; anything else is a bug and stops.
+//! At step 0 a policy that starts at its reference has the loss ln 2; anything else is a bug and stops.
 
 use super::Context;
 use super::inputs;
 use super::training::{self, Packed, Session, Spec, training_keys};
 use crate::data::{self, Pair};
-use crate::manifest::spec::{ArtifactType, Key, Kind, Type};
+use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type};
 use crate::model::Model;
 use crate::problem::Problem;
 use crate::train::{clip, global_norm, require_finite};
@@ -34,6 +35,12 @@ pub const KIND: Kind = Kind {
             "0.1",
             "Strength of the pull towards the reference.",
         ),
+        Key::default(
+            "reference",
+            Type::Choice(&["start", "base"]),
+            "\"start\"",
+            "What the policy is pulled towards: the model training starts from, or that model without the adapter that is continued (as TRL does when it is given neither a reference model nor a reference adapter).",
+        ),
         Key::optional(
             "max_prompt_tokens",
             training::COUNT,
@@ -42,14 +49,36 @@ pub const KIND: Kind = Kind {
     ],
     floats: true,
     lineage: training::lineage,
-    rules: training::rules,
+    rules,
 };
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Own {
     beta: f64,
+    reference: Reference,
     max_prompt_tokens: Option<usize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Reference {
+    Start,
+    Base,
+}
+
+fn rules(params: &Params) -> Vec<Broken> {
+    let mut broken = training::rules(params);
+    let says = |key: &str, value: &str| params.get(key).is_some_and(|there| there == value);
+    if says("reference", "base") && !says("adapter", "continue") {
+        broken.push(Broken {
+            key: "reference",
+            message: "`reference = \"base\"` takes away the adapter that is continued, and none is".into(),
+            help: "`adapter = \"continue\"`, or leave `reference` out: then it is the model training starts from"
+                .into(),
+        });
+    }
+    broken
 }
 
 /// Sequence log-probs of one pair.
@@ -60,7 +89,7 @@ struct Logps {
 }
 
 pub fn run(ctx: &Context) -> Result<(), Problem> {
-    let (spec, own): (Spec, Own) = training::specs(ctx, &["beta", "max_prompt_tokens"])?;
+    let (spec, own): (Spec, Own) = training::specs(ctx, &["beta", "reference", "max_prompt_tokens"])?;
     let tokenizer = inputs::tokenizer(ctx, "model")?;
     let mut limits = spec.limits();
     limits.max_prompt_tokens = own.max_prompt_tokens;
@@ -69,7 +98,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
 
     let mut model = spec.model(ctx)?;
     training::check_ids(&model, pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]))?;
-    let reference = reference(ctx, &model, &pairs, spec.micro_batch_tokens)?;
+    let reference = reference(ctx, &mut model, own.reference, &pairs, spec.micro_batch_tokens)?;
     let steps = spec.steps(pairs.len());
     let schedule = spec.schedule(steps);
     let saved = spec.saved(steps);
@@ -96,19 +125,22 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
                 // d loss / d logp(chosen) = -beta sigmoid(-margin) / pairs, and its opposite for rejected
                 let margin = sums.add(policy, reference[i], own.beta);
                 let slope = (own.beta * sigmoid(-margin) / batch.len() as f64) as f32;
-                dlogprobs.extend(std::iter::repeat_n(-slope, training::learned_tokens(&pairs[i].chosen)));
-                dlogprobs.extend(std::iter::repeat_n(slope, training::learned_tokens(&pairs[i].rejected)));
+                dlogprobs.extend(std::iter::repeat_n(-slope, pairs[i].chosen.learned_tokens()));
+                dlogprobs.extend(std::iter::repeat_n(slope, pairs[i].rejected.learned_tokens()));
             }
             model.backward(forward.tape, &dlogprobs, &mut grads);
         }
         let count = batch.len() as f64;
         let loss = sums.loss / count;
-        if step == 0 && (loss - std::f64::consts::LN_2).abs() > 1e-6 {
+        if step == 0 && own.reference == Reference::Start && (loss - std::f64::consts::LN_2).abs() > 1e-6 {
             return Err(Problem::new("dpo::reference", format!("the loss before any update is {loss}, not ln 2"))
                 .note("policy and reference are the same model then; this is a bug of the engine"));
         }
         let grad_norm = global_norm(&grads);
         require_finite(loss, grad_norm, step + 1)?;
+        if spec.keep_gradients.contains(&(step + 1)) {
+            session.keep_gradients(&model, &grads, step + 1)?;
+        }
         clip(&mut grads, grad_norm, spec.optimizer.clip_norm);
         let learning_rate = schedule.rate(step);
         model.update(|params| optimizer.step(params, &grads, learning_rate));
@@ -183,13 +215,23 @@ fn policy_logps(packed: &Packed, logprobs: &[f32]) -> Vec<Logps> {
 }
 
 /// The reference's log-probs of every pair, by the model as it stands before the first update.
-fn reference(ctx: &Context, model: &Model, pairs: &[Pair], budget: usize) -> Result<Vec<Logps>, Problem> {
+fn reference(
+    ctx: &Context,
+    model: &mut Model,
+    which: Reference,
+    pairs: &[Pair],
+    budget: usize,
+) -> Result<Vec<Logps>, Problem> {
     ctx.progress.begin(pairs.len() as u64, "reference pairs");
     let lengths: Vec<usize> = pairs.iter().map(training::pair_tokens).collect();
     let mut all = Vec::with_capacity(pairs.len());
     for part in data::micro_batches(&lengths, budget) {
         let packed = Packed::new(pairs[part].iter().flat_map(|pair| [&pair.chosen, &pair.rejected]));
-        all.extend(policy_logps(&packed, &model.logprobs(&packed.batch())));
+        let logprobs = match which {
+            Reference::Start => model.logprobs(&packed.batch()),
+            Reference::Base => model.base_logprobs(&packed.batch()),
+        };
+        all.extend(policy_logps(&packed, &logprobs));
         ctx.progress.at(all.len() as u64);
         ctx.stopped()?;
     }

@@ -173,6 +173,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         seed: spec.seed,
         dtype: spec.dtype,
         batch: spec.batch,
+        ..Decoding::default()
     };
     let templates = Templates {
         prompt: spec.prompt.as_deref().map(|text| Template::new("prompt", text)).transpose()?,
@@ -219,7 +220,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
             "verdict": graded.verdict.name(),
             "found": graded.found,
             "rule": graded.rule,
-            "tokens": reply.tokens,
+            "tokens": reply.tokens(),
             "finish": reply.finish(),
         });
         if let Some(order) = &question.order {
@@ -384,7 +385,7 @@ impl Tally {
         self.undecided += u64::from(graded.verdict == Verdict::Undecided);
         self.unparsed += u64::from(graded.extracted.is_none());
         self.truncated += u64::from(reply.cut);
-        self.tokens += reply.tokens as u64;
+        self.tokens += reply.tokens() as u64;
     }
 
     /// Rates in percent.

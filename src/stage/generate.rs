@@ -29,7 +29,7 @@ pub const KIND: Kind = Kind {
         Key::optional(
             "prompt",
             Type::Str,
-            "What the model is asked: a minijinja template over the record (`{{ question }}`). Absent, and no `prompt_file`: the record's `messages`, or its `prompt`, `question` or `problem`.",
+            "What the model is asked: a minijinja template over the record (`{{ question }}`). Absent, and no `prompt_file`: the record's `input_ids` as they stand, its `messages`, or its `prompt`, `question` or `problem`.",
         ),
         Key::optional("prompt_file", Type::Source(&["path"]), "The same from a file."),
         decoding::SYSTEM,
@@ -48,6 +48,19 @@ pub const KIND: Kind = Kind {
         decoding::REPETITION_PENALTY,
         decoding::SEED,
         decoding::STOP,
+        Key::default(
+            "stop_token_ids",
+            Type::List(&Type::Int { min: 0, max: u32::MAX as i64 }),
+            "[]",
+            "A completion also ends with the first of these tokens.",
+        ),
+        Key::default("ignore_eos", Type::Bool, "false", "Go on behind the tokenizer's own end tokens."),
+        Key::default(
+            "unmapped_ids",
+            Type::Bool,
+            "false",
+            "Also draw ids that stand for no text: the embedding has more rows than the tokenizer has ids (transformers draws them).",
+        ),
         decoding::DTYPE,
         decoding::BATCH,
         Key::default(
@@ -84,6 +97,12 @@ pub const KIND: Kind = Kind {
             "\"completion\"",
             "The field that gets the whole completion; empty: none does. Training stages learn a field `completion` as it stands, before `thinking` and `answer`.",
         ),
+        Key::default(
+            "token_ids",
+            Type::Str,
+            "\"\"",
+            "The field that gets the ids of the tokens made, the end token included; empty: none does.",
+        ),
     ],
     floats: true,
     lineage: no_lineage,
@@ -107,6 +126,9 @@ struct Spec {
     repetition_penalty: f64,
     seed: u64,
     stop: Vec<String>,
+    stop_token_ids: Vec<u32>,
+    ignore_eos: bool,
+    unmapped_ids: bool,
     dtype: Storage,
     batch: usize,
     parse: Parse,
@@ -114,6 +136,7 @@ struct Spec {
     keep: Option<Vec<String>>,
     rename: Map<String, Value>,
     completion: String,
+    token_ids: String,
 }
 
 #[derive(Deserialize)]
@@ -223,6 +246,9 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         seed: spec.seed,
         dtype: spec.dtype,
         batch: spec.batch,
+        stop_token_ids: spec.stop_token_ids.clone(),
+        ignore_eos: spec.ignore_eos,
+        unmapped_ids: spec.unmapped_ids,
     };
     let prompts = prompts(ctx, &spec, &decoding, &tokenizer, &records)?;
     let mut requests = Vec::with_capacity(records.len() * spec.n);
@@ -238,7 +264,13 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         let text = format!("{}{}", decoding.opening(), reply.text);
         let id = if spec.n == 1 { request.id.clone() } else { format!("{}#{}", request.id, request.sample) };
         match parsed(&parser, &text, reply) {
-            Ok(fields) => made.push(output(&spec, &records[i / spec.n], &id, fields, text)),
+            Ok(fields) => {
+                let mut record = output(&spec, &records[i / spec.n], &id, fields, text);
+                if !spec.token_ids.is_empty() {
+                    record.insert(spec.token_ids.clone(), json!(reply.ids));
+                }
+                made.push(record);
+            }
             Err(reason) => {
                 failed.push(json!({"id": id, "reason": reason, "finish": reply.finish(), "completion": text}))
             }
@@ -273,13 +305,16 @@ fn prompts(
     };
     let system = spec.system.as_deref().map(|text| Template::new("system", text)).transpose()?;
     let one = |record: &Record| -> Result<Vec<u32>, String> {
+        if prompt.is_none() && record.contains_key("input_ids") {
+            return decoding.continued(tokenizer, record).map_err(|problem| problem.message);
+        }
         let user = match &prompt {
             Some(template) => Value::String(template.render(record)?),
             None => match record.get("messages") {
                 Some(messages) => messages.clone(),
                 None => decoding::text_field(record, QUESTIONS)
                     .map(|text| Value::String(text.into()))
-                    .ok_or("neither `messages` nor `prompt`, `question` or `problem`, and the stage has no `prompt`")?,
+                    .ok_or("neither `input_ids`, `messages` nor `prompt`, `question` or `problem`, and the stage has no `prompt`")?,
             },
         };
         let system = system.as_ref().map(|template| template.render(record)).transpose()?;
@@ -328,7 +363,7 @@ fn settle(ctx: &Context, spec: &Spec, total: usize, failed: &[Value], none_left:
 
 fn parsed(parser: &Parser, text: &str, reply: &Reply) -> Result<Vec<(String, String)>, String> {
     if reply.cut && parser.kind != ParseKind::Text {
-        return Err(format!("cut off after {} tokens by `max_tokens`", reply.tokens));
+        return Err(format!("cut off after {} tokens by `max_tokens`", reply.tokens()));
     }
     parser.fields(text)
 }

@@ -11,9 +11,10 @@ use std::fs;
 use std::path::Path;
 
 /// How weights are held, as a manifest says it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Storage {
+    #[default]
     F32,
     Bf16,
 }

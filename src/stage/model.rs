@@ -1,10 +1,12 @@
-//! `model`: base weights, tokenizer and chat template, from a folder, the hub, or made here.
+//! `model`: base weights, tokenizer and chat template, from a folder, the hub, or made here; or an adapter
+//! that PEFT wrote, on top of another model.
 
-use super::{Context, bundled};
+use super::{Context, bundled, inputs};
 use crate::data::Tokenizer;
 use crate::files::Files;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Lineage, Params, Type};
-use crate::model::weights::Element;
+use crate::model::lora::{self, ADAPTER_CONFIG};
+use crate::model::weights::{ADAPTER_FILE, Element};
 use crate::model::{Config, LoadOptions, Model};
 use crate::problem::{Exit, Problem};
 use crate::tensor::Dtype;
@@ -51,7 +53,7 @@ const SHAPE: &[Key] = &[
 
 pub const KIND: Kind = Kind {
     name: "model",
-    about: "base weights, tokenizer and chat template",
+    about: "base weights, tokenizer and chat template; or an adapter on another model",
     recipe: 1,
     yields: ArtifactType::Model,
     keys: &[
@@ -66,9 +68,15 @@ pub const KIND: Kind = Kind {
             "Folder with tokenizer.json and tokenizer_config.json, in place of the model's own; needed by `init:random`.",
         ),
         Key::optional("init", Type::Table(SHAPE), "Shape of an `init:random` model, by the names of config.json."),
+        Key::optional(
+            "model",
+            Type::Ref(&[ArtifactType::Model]),
+            "The model that an adapter sits on: `source` is then a PEFT folder, with adapter_config.json and adapter_model.safetensors.",
+        ),
     ],
     floats: false,
-    lineage: |_| Lineage::Whole,
+    // On top of nothing, where there is no `model`: the whole of it.
+    lineage: |_| Lineage::OnTop,
     rules,
 };
 
@@ -101,6 +109,21 @@ struct Shape {
 fn rules(params: &Params) -> Vec<Broken> {
     let text = |key: &str| params.get(key).and_then(|value| value.as_str()).unwrap_or("");
     let mut broken = Vec::new();
+    if params.contains_key("model") {
+        for key in ["tokenizer", "init"].into_iter().filter(|key| params.contains_key(*key)) {
+            let message = format!("an adapter has no `{key}` of its own");
+            broken.push(Broken { key, message, help: "write it where the model beneath is declared".into() });
+        }
+        if text("source").starts_with("init:") {
+            broken.push(Broken {
+                key: "source",
+                message: "`source` is no adapter".into(),
+                help: "source = \"path:FOLDER\", or leave `model` out; training stages make new adapters themselves"
+                    .into(),
+            });
+        }
+        return broken;
+    }
     match text("source").strip_prefix("init:") {
         Some("random") => {
             for key in ["init", "tokenizer"] {
@@ -156,6 +179,9 @@ fn tokenizer_file(name: &str) -> bool {
 
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
+    if !ctx.inputs("model").is_empty() {
+        return adapter(ctx);
+    }
     let tokenizer = match spec.tokenizer.as_deref().map(|text| text.strip_prefix("init:")) {
         None => None,
         Some(Some(name)) => bundled::tokenizer(name),
@@ -171,9 +197,35 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
             write_random(&shape, ctx.out)?;
         }
         Some(name) => bundled::model(name).expect("a rule names the bundled models").write(ctx.out, keep)?,
-        None => bundled::Bundle::Folder(folder(&ctx.sources["source"])?).write(ctx.out, keep)?,
+        None => {
+            let files = folder(&ctx.sources["source"])?;
+            if lora::is_adapter(&files) && files.get("config.json").is_none() {
+                return Err(Problem::new("model::no_base", "the folder holds an adapter and no model")
+                    .at_file(&ctx.sources["source"])
+                    .help("name what it sits on: model = \"STAGE\", a stage of kind `model`"));
+            }
+            bundled::Bundle::Folder(files).write(ctx.out, keep)?;
+        }
     }
     check(ctx)
+}
+
+/// Takes in an adapter, and loads it on its model once.
+fn adapter(ctx: &Context) -> Result<(), Problem> {
+    let source = &ctx.sources["source"];
+    let files = folder(source)?;
+    for name in [ADAPTER_CONFIG, ADAPTER_FILE] {
+        if files.get(name).is_none() {
+            return Err(Problem::new("model::no_adapter", format!("an adapter folder needs `{name}`"))
+                .at_file(source)
+                .exit(Exit::Missing)
+                .help("leave `model` out if the folder holds a whole model"));
+        }
+    }
+    bundled::Bundle::Folder(files).write(ctx.out, |name| [ADAPTER_CONFIG, ADAPTER_FILE].contains(&name))?;
+    let out = folder(ctx.out)?;
+    let chain: Vec<&Files> = inputs::chain(ctx, "model").into_iter().chain([&out]).collect();
+    Model::load(&chain, &LoadOptions { dtype: Dtype::Bf16, fold_last: false }).map(drop)
 }
 
 fn folder(path: &Path) -> Result<Files, Problem> {

@@ -5,13 +5,14 @@ use super::{Context, inputs};
 use crate::data::{Eos, Format, Limits, Overlength, Pair, Sample, Side};
 use crate::files::Files;
 use crate::manifest::spec::{Broken, Key, Lineage, Params, Type};
-use crate::model::weights::Element;
+use crate::model::weights::{self, Element};
 use crate::model::{Batch, Gradients, LoadOptions, LoraSpec, Model, Parameter, Recompute};
 use crate::problem::Problem;
 use crate::train::{self, Checkpoint, Curve, Optimizer, Options, Schedule};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
@@ -52,6 +53,7 @@ macro_rules! training_keys {
             Key::default("checkpointing", Type::Choice(&["none", "layers"]), "\"layers\"", "`layers` keeps one activation per layer and computes the rest again in the backward pass: less memory, same bits.").no_result(),
             Key::optional("save_every_epochs", Type::Float { min: 0.0, max: 1e6, above: true }, "Keep a checkpoint in the artifact at the start, after every so many epochs and at the end, for `probe`."),
             Key::optional("save_every_steps", training::COUNT, "The same, counted in steps."),
+            Key::default("keep_gradients", Type::List(&training::COUNT), "[]", "Steps (from 1) whose gradients, before clipping, are kept in the artifact as `gradients/step-000001.safetensors`."),
             Key::default("resume_every_s", Type::Int { min: 0, max: 86400 }, "60", "Seconds between the states an interrupted run resumes from.").no_result(),
         ]
     };
@@ -148,6 +150,7 @@ pub struct Spec {
     checkpointing: String,
     save_every_epochs: Option<f64>,
     save_every_steps: Option<u64>,
+    pub keep_gradients: Vec<u64>,
     pub resume_every_s: u64,
 }
 
@@ -168,7 +171,7 @@ impl Spec {
         match (&self.lora, model.lora()) {
             (None, _) => model.train_all()?,
             (Some(lora), None) => model.add_lora(lora, self.seed)?,
-            (Some(lora), Some(there)) if lora == there => {}
+            (Some(lora), Some(there)) if lora.is(there) => {}
             (Some(lora), Some(there)) => {
                 return Err(Problem::new(
                     "train::other_adapter",
@@ -387,11 +390,6 @@ pub fn pair_tokens(pair: &Pair) -> usize {
     pair.chosen.ids.len() + pair.rejected.ids.len()
 }
 
-/// How many tokens of a sample are learned.
-pub fn learned_tokens(sample: &Sample) -> usize {
-    sample.learned.iter().filter(|&&learned| learned).count()
-}
-
 /// What survives an interruption: the log so far, the kept checkpoints and the state to go on from.
 pub struct Session<'a> {
     ctx: &'a Context<'a>,
@@ -443,7 +441,16 @@ impl<'a> Session<'a> {
         write(&dir.join("checkpoint.json"), format!("{about}\n").as_bytes())
     }
 
-    /// Puts weights, log and checkpoints into the output folder.
+    /// Keeps the gradients of a step, named as the tensors they belong to, among the artifact's files.
+    pub fn keep_gradients(&self, model: &Model, grads: &Gradients, step: u64) -> Result<(), Problem> {
+        let dir = self.ctx.work.join("gradients");
+        create(&dir)?;
+        let tensors: Vec<_> = model.params().iter().map(|param| (param.name.clone(), param.shape.clone())).collect();
+        let path = dir.join(format!("step-{step:06}.safetensors"));
+        weights::write(&path, Element::F32, &tensors, |i| Ok(Cow::Borrowed(&grads.values[i])))
+    }
+
+    /// Puts weights, log, checkpoints and gradients into the output folder.
     pub fn publish(self, model: &Model) -> Result<(), Problem> {
         save_trained(model, self.ctx.out)?;
         if model.lora().is_none() {
@@ -457,12 +464,15 @@ impl<'a> Session<'a> {
         let lines: String = self.log.iter().map(|line| format!("{line}\n")).collect();
         write(&self.ctx.out.join("log.jsonl"), lines.as_bytes())?;
         // Linked, not moved: until the artifact is published, a kill must find them in the work folder.
-        let kept = self.ctx.work.join("checkpoints");
-        if kept.exists() {
+        for folder in ["checkpoints", "gradients"] {
+            let kept = self.ctx.work.join(folder);
+            if !kept.exists() {
+                continue;
+            }
             let files =
                 Files::from_dir(&kept).map_err(|error| Problem::io("stage::unreadable", "read", &kept, &error))?;
             for (name, from) in files.iter() {
-                let to = self.ctx.out.join("checkpoints").join(name);
+                let to = self.ctx.out.join(folder).join(name);
                 create(to.parent().unwrap_or(self.ctx.out))?;
                 fs::hard_link(from, &to)
                     .or_else(|_| fs::copy(from, &to).map(drop))
