@@ -1,20 +1,36 @@
-//! Numbers of another implementation, when there are some: walks the folder that `PIPE_GOLDENS` names and prints
-//! one line per golden (largest difference, bound). Without the variable it says so and passes.
+//! Numbers of another implementation: walks `tests/golden/data` and the folder that `PIPE_GOLDENS` names, if it
+//! does, and prints one line per golden (largest difference, bound).
+//!
+//!     cargo test --release --test golden -- --nocapture
 
 mod model;
 mod optimizer;
+mod study;
 
 use pipe::train::Curve;
 use safetensors::{Dtype, SafeTensors};
 use std::path::PathBuf;
 
-/// The folder of golden data, or a printed note that there is none.
-fn goldens() -> Option<PathBuf> {
-    let folder = std::env::var_os("PIPE_GOLDENS").map(PathBuf::from).filter(|folder| folder.is_dir());
-    if folder.is_none() {
-        println!("PIPE_GOLDENS names no folder: nothing is compared");
+/// Where goldens lie: the project's own, and those of `PIPE_GOLDENS`.
+fn roots() -> Vec<PathBuf> {
+    let own = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data");
+    let other = std::env::var_os("PIPE_GOLDENS").map(PathBuf::from);
+    if other.is_none() {
+        println!("PIPE_GOLDENS names no folder: only the project's own goldens are compared");
     }
-    folder
+    [own].into_iter().chain(other).collect()
+}
+
+/// Every folder in them, whatever its name.
+fn folders() -> Vec<PathBuf> {
+    let below = |root: PathBuf| {
+        let entries = std::fs::read_dir(&root).unwrap_or_else(|error| panic!("{}: {error}", root.display()));
+        let mut folders: Vec<PathBuf> =
+            entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
+        folders.sort();
+        folders
+    };
+    roots().into_iter().flat_map(below).collect()
 }
 
 fn json(path: PathBuf) -> serde_json::Value {
@@ -94,6 +110,20 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
         max = max.max(difference);
     }
     max
+}
+
+/// Largest |a - b| beyond `relative` of |b|; NaN if there is one.
+fn beyond(a: &[f32], b: &[f32], relative: f64) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let mut worst = 0.0f64;
+    for (a, b) in a.iter().zip(b) {
+        let over = f64::from((a - b).abs()) - relative * f64::from(b.abs());
+        if over.is_nan() {
+            return f64::NAN;
+        }
+        worst = worst.max(over);
+    }
+    worst
 }
 
 /// Prints the line of one golden and counts it as failed when out of bounds.

@@ -1,15 +1,17 @@
-//! Schedules of transformers, 8-bit AdamW of bitsandbytes.
+//! Parts with numbers of their own: schedules and sampling filters of transformers, 8-bit AdamW of bitsandbytes.
 
-use super::{Golden, Report, curve, distance, goldens, json};
+use super::{Golden, Report, curve, distance, folders, json, roots};
+use pipe::model::Sampling;
 use pipe::model::{Gradients, Parameter};
 use pipe::train::adamw8bit::{SIGNED, UNSIGNED};
 use pipe::train::{AdamW8bit, Options, Schedule};
+use std::path::Path;
 
 #[test]
 fn schedules_are_those_of_transformers() {
-    let Some(folder) = goldens() else { return };
     let mut report = Report::new();
-    for case in json(folder.join("schedules.json")).as_array().unwrap() {
+    let files = roots().into_iter().map(|root| root.join("schedules.json")).filter(|file| file.is_file());
+    for case in files.flat_map(|file| json(file).as_array().unwrap().clone()) {
         let name = case["scheduler"].as_str().unwrap();
         let curve = curve(&case["scheduler"], &case["num_cycles"]);
         let steps = case["total_steps"].as_u64().unwrap();
@@ -28,8 +30,14 @@ fn schedules_are_those_of_transformers() {
 
 #[test]
 fn eight_bit_adamw_is_that_of_bitsandbytes() {
-    let Some(folder) = goldens().map(|folder| folder.join("adamw8bit")) else { return };
     let mut report = Report::new();
+    for folder in folders().into_iter().filter(|folder| folder.join("adamw8bit.json").is_file()) {
+        eight_bit_adamw(&mut report, &folder);
+    }
+    report.done();
+}
+
+fn eight_bit_adamw(report: &mut Report, folder: &Path) {
     let maps = json(folder.join("dynamic_maps.json"));
     for (name, map) in [("signed", &SIGNED), ("unsigned", &UNSIGNED)] {
         let expected: Vec<f32> = maps[name].as_array().unwrap().iter().map(|v| v.as_f64().unwrap() as f32).collect();
@@ -66,6 +74,32 @@ fn eight_bit_adamw_is_that_of_bitsandbytes() {
                     report.line(&format!("8-bit step {step} {what} {name} (codes that differ)"), differing as f64, 0.0);
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn sampling_filters_are_those_of_transformers() {
+    let mut report = Report::new();
+    for folder in folders().into_iter().filter(|folder| folder.join("sampling.json").is_file()) {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let golden = Golden::open(folder.join("sampling.safetensors"));
+        let context = golden.ids("context_ids");
+        for case in json(folder.join("sampling.json"))["cases"].as_array().unwrap() {
+            let number = |key: &str| case[key].as_f64().unwrap();
+            let sampling = Sampling {
+                temperature: number("temperature"),
+                top_p: number("top_p"),
+                top_k: number("top_k") as usize,
+                repetition_penalty: number("repetition_penalty"),
+                ..Sampling::default()
+            };
+            let want = golden.f32(&format!("probs.{}", case["case"]));
+            let mut got = vec![0.0; want.len()];
+            for (id, probability) in sampling.candidates(&mut golden.f32("logits"), &context) {
+                got[id as usize] = probability as f32;
+            }
+            report.line(&format!("{name}: sampling probabilities, case {}", case["case"]), distance(&got, &want), 1e-6);
         }
     }
     report.done();
