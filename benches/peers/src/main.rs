@@ -14,7 +14,6 @@ use pipe::random::Stream;
 use pipe::tensor::{self, Dtype, Matrix};
 use rten_gemm::{GemmExecutor, GemmInputA, GemmInputB, GemmOptions};
 use rten_tensor::NdTensorView;
-use rten_tensor::prelude::*;
 use std::time::{Duration, Instant};
 
 /// One way to compute the product of a shape into the f32 slice it is given.
@@ -72,13 +71,13 @@ impl Bench {
         let (x16, w16) = (halves(&x), halves(&w));
         let (packed, packed16) = (Matrix::pack(&w, n, k, Dtype::F32), Matrix::pack(&w, n, k, Dtype::Bf16));
         let threads = self.threads;
+        let executor = GemmExecutor::<f32, f32, f32>::new();
+        let prepacked = executor.prepack_b(NdTensorView::from_data([n, k], &w[..]).transposed());
         let mut all = vec![
             contender("pipe f32", F32, |y| tensor::linear(y, &x, m, &packed, false)),
             contender("pipe f32 plain", F32, |y| tensor::gemm(y, m, n, k, 1.0, &x, false, &w, true, false)),
         ];
         all.extend(others(threads, (m, n, k), Plain { data: &x, turned: false }, Plain { data: &w, turned: true }));
-        let executor = GemmExecutor::<f32, f32, f32>::new();
-        let prepacked = executor.prepack_b(NdTensorView::from_data([n, k], &w[..]).transposed());
         all.push(contender("rten prepacked", F32, |y| {
             let a = GemmInputA::Unpacked(NdTensorView::from_data([m, k], &x[..]));
             executor.gemm(y, a, GemmInputB::Packed(&prepacked), GemmOptions::default()).expect("sizes fit");
