@@ -2,6 +2,7 @@
 //! happens when it is stopped, killed, changed or fed with bad rows.
 
 mod bad_rows;
+mod insides;
 mod interrupted;
 
 use serde_json::{Value, json};
