@@ -1,0 +1,113 @@
+//! One launch, its arguments gathered in the order of the kernel's parameters.
+
+use super::{Buffer, Gpu};
+use crate::problem::Problem;
+use bytemuck::Pod;
+use std::ffi::c_void;
+
+/// Blocks of a grid or threads of a block: x, y, z.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dim(pub u32, pub u32, pub u32);
+
+impl From<usize> for Dim {
+    fn from(x: usize) -> Dim {
+        Dim(u32::try_from(x).expect("a grid has fewer than 2^32 blocks"), 1, 1)
+    }
+}
+
+impl From<(usize, usize)> for Dim {
+    fn from((x, y): (usize, usize)) -> Dim {
+        Dim(Dim::from(x).0, Dim::from(y).0, 1)
+    }
+}
+
+impl From<(usize, usize, usize)> for Dim {
+    fn from((x, y, z): (usize, usize, usize)) -> Dim {
+        Dim(Dim::from(x).0, Dim::from(y).0, Dim::from(z).0)
+    }
+}
+
+impl Dim {
+    fn count(self) -> u64 {
+        u64::from(self.0) * u64::from(self.1) * u64::from(self.2)
+    }
+}
+
+/// A launch in the making.
+#[must_use = "nothing is launched before `run`"]
+pub struct Launch<'g> {
+    gpu: &'g Gpu,
+    kernel: &'static str,
+    grid: Dim,
+    block: Dim,
+    shared_bytes: u32,
+    /// One value each, in its low bytes.
+    arguments: Vec<u64>,
+}
+
+impl Gpu {
+    /// A launch of `kernel`, one of those below `kernels/`.
+    pub fn launch(&self, kernel: &'static str, grid: impl Into<Dim>, block: impl Into<Dim>) -> Launch<'_> {
+        Launch { gpu: self, kernel, grid: grid.into(), block: block.into(), shared_bytes: 0, arguments: Vec::new() }
+    }
+}
+
+impl Launch<'_> {
+    /// Dynamic shared memory per block.
+    pub fn shared(mut self, bytes: usize) -> Self {
+        self.shared_bytes = u32::try_from(bytes).expect("shared memory is small");
+        self
+    }
+
+    /// A pointer to the first element.
+    pub fn buffer<T: Pod>(self, buffer: &Buffer<T>) -> Self {
+        self.address(buffer.address())
+    }
+
+    /// A pointer that may be null.
+    pub fn optional<T: Pod>(self, buffer: Option<&Buffer<T>>) -> Self {
+        self.address(buffer.map_or(0, Buffer::address))
+    }
+
+    /// A pointer, as a number.
+    pub fn address(mut self, address: u64) -> Self {
+        self.arguments.push(address);
+        self
+    }
+
+    /// An `int`.
+    pub fn int(mut self, value: usize) -> Self {
+        let value = i32::try_from(value).expect("sizes given to kernels are below 2^31");
+        self.arguments.push(u64::from(value as u32));
+        self
+    }
+
+    /// A `float`.
+    pub fn float(mut self, value: f32) -> Self {
+        self.arguments.push(u64::from(value.to_bits()));
+        self
+    }
+
+    /// Queues it; an empty grid is nothing. `Err` names the kernel and its shape.
+    ///
+    /// # Safety
+    /// The arguments must be the kernel's, in number, order and type, and the buffers as large as it reads
+    /// and writes. Launchers below `ops/` see to that; nothing else launches.
+    pub unsafe fn run(mut self) -> Result<(), Problem> {
+        if self.grid.count() == 0 {
+            return Ok(());
+        }
+        let mut pointers: Vec<*mut c_void> =
+            self.arguments.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        // SAFETY: the caller's promise.
+        let done =
+            unsafe { self.gpu.driver().launch(self.kernel, self.grid, self.block, self.shared_bytes, &mut pointers) };
+        done.map_err(|problem| {
+            let Launch { kernel, grid, block, shared_bytes, .. } = &self;
+            problem.note(format!(
+                "kernel `{kernel}`, grid {} x {} x {}, block {} x {} x {}, {shared_bytes} bytes of shared memory",
+                grid.0, grid.1, grid.2, block.0, block.1, block.2
+            ))
+        })
+    }
+}
