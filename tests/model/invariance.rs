@@ -28,6 +28,23 @@ fn packed_sequences_give_what_each_gives_alone() {
 }
 
 #[test]
+fn padding_behind_a_sequence_changes_no_bit_of_it() {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let model = Model::random(config(false), 5, dtype);
+        let all = sequences(&[1, 17, 3, 33]);
+        let alone = Packed::of(&all);
+        // What a padded batch would be: all as long as the longest, the rows of the padding not asked for.
+        let padded: Vec<Vec<u32>> = all.iter().map(|ids| [ids.as_slice(), &[7; 33][ids.len()..]].concat()).collect();
+        let mut batch = Packed::of(&padded);
+        let real = |row: usize| row % 33 + 1 < all[row / 33].len();
+        let kept: Vec<usize> = (0..batch.rows.len()).filter(|&i| real(batch.rows[i])).collect();
+        batch.targets = kept.iter().map(|&i| batch.targets[i]).collect();
+        batch.rows = kept.iter().map(|&i| batch.rows[i]).collect();
+        assert_eq!(bits(&model.logprobs(&batch.batch())), bits(&model.logprobs(&alone.batch())), "{dtype:?}");
+    }
+}
+
+#[test]
 fn recomputing_layers_changes_no_bit() {
     for mut model in [with_adapter(true, 3, &ALL), everything_trained(false)] {
         let packed = Packed::of(&sequences(&[20, 7, 31]));

@@ -90,6 +90,32 @@ fn find(dir: &std::path::Path, name: &str) -> Option<std::path::PathBuf> {
     None
 }
 
+/// The second one ends the process where it stands, without waiting for the stage; that is as good as a kill.
+#[test]
+fn ctrl_c_twice_ends_at_once_and_loses_nothing_finished() {
+    let study = long_study();
+    let child = study
+        .pipe(&["run", "study.toml", "sft"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("pipe starts");
+    let begun = Instant::now();
+    while !has_state(&study) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "no state to resume from appeared");
+        sleep(Duration::from_millis(5));
+    }
+    for _ in 0..2 {
+        // SAFETY: kill(2) on a child that has not been waited for.
+        unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+        sleep(Duration::from_millis(2));
+    }
+    let output = child.wait_with_output().expect("a child");
+    assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
+    study.ok(&["run", "study.toml", "sft"]);
+    study.ok(&["cache", "verify"]);
+}
+
 #[test]
 fn two_runs_at_once_train_once() {
     let study = long_study();
