@@ -18,7 +18,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("hub", &["digest", "files", "problem"]),
     ("data", &["digest", "files", "problem", "random"]),
     ("tensor", &["random"]),
-    ("model", &["files", "problem", "random", "tensor"]),
+    ("cuda", &["problem", "tensor"]),
+    ("model", &["cuda", "files", "problem", "random", "tensor"]),
     ("train", &["digest", "files", "model", "problem", "random", "tensor"]),
     (
         "stage",
@@ -150,12 +151,24 @@ fn every_op_has_a_reference_and_a_test_against_it() {
         }
     }
     assert!(seen >= 6, "only {seen} ops found");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_kernel_has_a_launcher_a_test_and_its_row() {
     let mut kernels = Vec::new();
     files_below(&root().join("kernels"), &[".cu"], &mut kernels);
+    let rows = fs::read_to_string(root().join("kernels/README.md")).expect("kernels/README.md");
+    let mut wrong = Vec::new();
     for path in kernels {
         let stem = path.file_stem().expect("stem").to_string_lossy().into_owned();
-        if !root().join(format!("src/tensor/ops/{stem}.rs")).exists() {
-            wrong.push(format!("kernels/{stem}.cu has no src/tensor/ops/{stem}.rs"));
+        for partner in [format!("src/cuda/ops/{stem}.rs"), format!("tests/kernels/{stem}.rs")] {
+            if !root().join(&partner).exists() {
+                wrong.push(format!("kernels/{stem}.cu has no {partner}"));
+            }
+        }
+        if !rows.contains(&format!("| `{stem}`")) {
+            wrong.push(format!("kernels/{stem}.cu has no row in kernels/README.md"));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -174,8 +187,23 @@ fn architecture_md_stays_short_and_draws_these_arrows() {
 #[test]
 fn no_path_of_one_machine_is_in_a_text() {
     let mut texts = Vec::new();
-    for folder in ["src", "tests", "pipelines", "kernels", "benches", "examples", "cache"] {
-        files_below(&root().join(folder), &[".rs", ".toml", ".md", ".cu", ".csv", ".sh", ".py"], &mut texts);
+    for folder in [
+        "src",
+        "tests",
+        "pipelines",
+        "kernels",
+        "benches",
+        "examples",
+        "cache",
+        "fuzz/src",
+        "fuzz/fuzz_targets",
+        "xtask/src",
+    ] {
+        files_below(
+            &root().join(folder),
+            &[".rs", ".toml", ".md", ".cu", ".cuh", ".cpp", ".csv", ".sh", ".py"],
+            &mut texts,
+        );
     }
     for name in ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "Cargo.toml", ".ci/run"] {
         texts.push(root().join(name));
@@ -213,7 +241,11 @@ fn every_accepted_manifest_key_is_read() {
             }
         }
     }
-    let stage = |name: &str| fs::read_to_string(root().join(format!("src/stage/{name}.rs"))).unwrap_or_default();
+    let stage = |name: &str| {
+        let mut parts = vec![root().join(format!("src/stage/{name}.rs"))];
+        files_below(&root().join(format!("src/stage/{name}")), &[".rs"], &mut parts);
+        parts.iter().map(|path| fs::read_to_string(path).unwrap_or_default()).collect::<String>()
+    };
     // `lora` is read as the model's own `LoraSpec`.
     let lora = fs::read_to_string(root().join("src/model/lora.rs")).expect("lora.rs");
     let shared = ["training", "decoding", "inputs", "readings"].map(stage).concat() + &lora;
