@@ -23,6 +23,11 @@ pub(crate) struct Template {
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
+/// Steps a rendering may take: a template is a program, and this one comes with a model. A long conversation with
+/// tools takes some ten thousand.
+const FUEL: u64 = 20_000_000;
+/// Wider indentation is taken for a mistake.
+const INDENT_MAX: usize = 64;
 
 impl Template {
     /// `sources`: (name, text); one is called `default`, another may be `tool_use`.
@@ -32,6 +37,7 @@ impl Template {
                 .help("put a template that Jinja accepts into `chat_template.jinja` beside the tokenizer")
         };
         let mut env = Environment::new();
+        env.set_fuel(Some(FUEL));
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(invalid)?;
         env.set_syntax(syntax);
         env.set_auto_escape_callback(|_| AutoEscape::None);
@@ -100,7 +106,8 @@ fn without_generation_tags(text: &str) -> String {
     let mut kept = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
+        // Behind the opening, so that `{%}` is not taken for both.
+        let Some(length) = rest[start + 2..].find("%}").map(|at| at + 2) else { break };
         let tag = &rest[start..start + length + 2];
         let word = tag[2..length].trim_matches('-').trim();
         // A trimming tag keeps trimming as an empty comment of the same form.
@@ -132,6 +139,9 @@ fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
     let ascii: Option<bool> = options.get("ensure_ascii")?;
     let sort: Option<bool> = options.get("sort_keys")?;
     options.assert_all_used()?;
+    if indent.is_some_and(|width| width > INDENT_MAX) {
+        return Err(Error::new(ErrorKind::InvalidOperation, format!("`indent` is at most {INDENT_MAX}")));
+    }
     let failed = |error: serde_json::Error| Error::new(ErrorKind::InvalidOperation, error.to_string());
     let mut json = serde_json::to_value(&value).map_err(failed)?;
     if sort == Some(true) {

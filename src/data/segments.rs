@@ -564,7 +564,9 @@ impl Maker<'_> {
             (preference || !there).then_some(eos)
         } else {
             // However many, and whatever white space stands between or behind them: one is left.
-            while let Some(shorter) = answer.trim_end().strip_suffix(&end_text) {
+            while !end_text.is_empty()
+                && let Some(shorter) = answer.trim_end().strip_suffix(&end_text)
+            {
                 answer.truncate(shorter.len());
             }
             Some(end)

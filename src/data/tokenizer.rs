@@ -33,12 +33,16 @@ impl Tokenizer {
         let broken = |error: String| {
             Problem::new("data::tokenizer", format!("the tokenizer cannot be used: {error}")).at_file(path)
         };
-        let mut inner = tokenizers::Tokenizer::from_file(path).map_err(|error| broken(error.to_string()))?;
-        // Both may be stored in the file and would cut or pad every text.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|error| broken(error.to_string()))?;
-        // The one way left to fail is an unknown token that is named but missing: find out now.
-        inner.encode_fast("a \u{e000}\u{10ffff}\0", false).map_err(|error| broken(error.to_string()))?;
+        let read = || -> Result<tokenizers::Tokenizer, Problem> {
+            let mut inner = tokenizers::Tokenizer::from_file(path).map_err(|error| broken(error.to_string()))?;
+            // Both may be stored in the file and would cut or pad every text.
+            inner.with_padding(None);
+            inner.with_truncation(None).map_err(|error| broken(error.to_string()))?;
+            // The one way left to fail is an unknown token that is named but missing: find out now.
+            inner.encode_fast("a \u{e000}\u{10ffff}\0", false).map_err(|error| broken(error.to_string()))?;
+            Ok(inner)
+        };
+        let inner = contained(read).unwrap_or_else(|| Err(broken("its parts do not fit one another".into())))?;
 
         let config = match files.get("tokenizer_config.json") {
             Some(path) => read_config(path)?,
@@ -62,7 +66,8 @@ impl Tokenizer {
     /// The ids of a text; none are added in front or behind.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         // `load` has ruled out the one error there is.
-        self.inner.encode_fast(text, false).map(|encoding| encoding.get_ids().to_vec()).unwrap_or_default()
+        let encode = || self.inner.encode_fast(text, false).map(|encoding| encoding.get_ids().to_vec());
+        contained(encode).and_then(Result::ok).unwrap_or_default()
     }
 
     /// As [`Tokenizer::encode`] for many texts, on all threads.
@@ -73,7 +78,7 @@ impl Tokenizer {
     /// The text of ids. Bytes that are not UTF-8 become U+FFFD. `skip_special` leaves out tokens marked
     /// special (not `<tool_call>` and its like). Ids without a token give nothing.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
-        self.inner.decode(ids, skip_special).unwrap_or_default()
+        contained(|| self.inner.decode(ids, skip_special)).and_then(Result::ok).unwrap_or_default()
     }
 
     /// The id of a token by its exact text.
@@ -125,6 +130,11 @@ impl Tokenizer {
         })?;
         template.render(messages, tools, add_generation_prompt)
     }
+}
+
+/// What the library gives, or nothing where it panics: it does so on files that were cut or mixed up.
+fn contained<T>(work: impl FnOnce() -> T) -> Option<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).ok()
 }
 
 fn read_config(path: &std::path::Path) -> Result<Map<String, Value>, Problem> {

@@ -66,6 +66,9 @@ impl Source {
         let (Some(owner), Some(name)) = (parts.next(), parts.next()) else {
             return Err(wrong("it needs an owner and a name"));
         };
+        if ["datasets", "models"].contains(&owner) {
+            return Err(wrong(&format!("`{owner}` is no owner")));
+        }
         let (name, revision) = name.split_once('@').unwrap_or((name, "main"));
         for part in [owner, name, revision] {
             if !plain(part) {

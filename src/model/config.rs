@@ -35,6 +35,8 @@ pub struct Config {
 
 /// No dimension of a real model is near this; it keeps products far from overflow.
 const DIMENSION_LIMIT: u64 = 1 << 28;
+/// Nor has one as many layers; each is named before its weights are looked for.
+const LAYER_LIMIT: usize = 1 << 12;
 
 impl Config {
     /// Reads `config.json` of a model folder.
@@ -85,7 +87,7 @@ impl Config {
             vocab_size: read.count("vocab_size")?,
             hidden_size,
             intermediate_size: read.count("intermediate_size")?,
-            num_hidden_layers: read.count("num_hidden_layers")?,
+            num_hidden_layers: read.layers()?,
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
             head_dim,
@@ -171,6 +173,13 @@ impl Reader<'_> {
         match value.as_u64() {
             Some(n) if (1..=DIMENSION_LIMIT).contains(&n) => Ok(n as usize),
             _ => Err(bad(format!("`{key}` is {value}; a count from 1 to {DIMENSION_LIMIT} is needed"))),
+        }
+    }
+
+    fn layers(&self) -> Result<usize, Problem> {
+        match self.count("num_hidden_layers")? {
+            n if n <= LAYER_LIMIT => Ok(n),
+            n => Err(bad(format!("`num_hidden_layers` is {n}; at most {LAYER_LIMIT} are read"))),
         }
     }
 

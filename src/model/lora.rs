@@ -18,6 +18,7 @@ use crate::random::Stream;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::path::Path;
 
 /// The configuration file of an adapter folder.
@@ -153,16 +154,16 @@ impl AdapterFolder {
         let mut spec = parse_config(&text).map_err(|problem| problem.at_file(path))?;
         let path = files.get(ADAPTER_FILE).ok_or_else(|| missing(ADAPTER_FILE))?;
         let tensors = Tensors::open(path)?;
-        let known = linears(config);
+        let halves =
+            |(linear, target, _): (String, &'static str, _)| ['A', 'B'].map(|half| (peft_name(&linear, half), target));
+        let known: HashMap<String, &str> = linears(config).into_iter().flat_map(halves).collect();
         let mut targets = Vec::new();
         for name in tensors.names() {
             if name.ends_with(".base_layer.weight") {
                 continue;
             }
-            let linear =
-                known.iter().find(|(linear, ..)| ['A', 'B'].iter().any(|half| peft_name(linear, *half) == name));
-            match linear {
-                Some((_, target, _)) => targets.push(*target),
+            match known.get(name) {
+                Some(target) => targets.push(*target),
                 None => {
                     return Err(Problem::new(
                         "model::adapter_mismatch",

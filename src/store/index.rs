@@ -55,7 +55,7 @@ impl Index {
             return index;
         }
         let mut index = Index::from_records(stages);
-        index.rebuild = !text.is_empty() || !index.made.is_empty();
+        index.rebuild = path.exists() || !index.made.is_empty();
         index
     }
 

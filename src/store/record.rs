@@ -42,7 +42,7 @@ impl Artifact {
 
     /// In bytes, all files together.
     pub fn size(&self) -> u64 {
-        self.entries.iter().map(|entry| entry.size).sum()
+        self.entries.iter().fold(0, |sum, entry| sum.saturating_add(entry.size))
     }
 }
 

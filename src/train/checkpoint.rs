@@ -199,14 +199,14 @@ fn verify(path: &Path) -> Result<(BufReader<File>, Header), Problem> {
     let mut size = [0; 8];
     file.read_exact(&mut size).map_err(io)?;
     let size = u64::from_le_bytes(size);
-    if magic != *MAGIC || size > body - least + blake3::OUT_LEN as u64 {
+    if magic != *MAGIC || size > length - least {
         return Err(damaged("is of another format"));
     }
     let mut header = vec![0; size as usize];
     file.read_exact(&mut header).map_err(io)?;
     let header: Header = serde_json::from_slice(&header).map_err(|_| damaged("has another header"))?;
-    let data: u64 = header.tensors.iter().map(|(_, bytes)| bytes).sum();
-    if data != body - (MAGIC.len() + 8) as u64 - size {
+    let data = header.tensors.iter().try_fold(0u64, |sum, (_, bytes)| sum.checked_add(*bytes));
+    if data != Some(length - least - size) {
         return Err(damaged("has another length than its header says"));
     }
     Ok((file, header))

@@ -368,3 +368,33 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_tokenizer_file_cut_in_the_middle_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = std::fs::read_to_string("pipelines/mini/tokenizer/tokenizer.json").unwrap();
+    for cut in [0, 1, 100, whole.find("\"decoder\"").unwrap() + 20, whole.len() / 2, whole.len() - 2] {
+        std::fs::write(folder.path().join("tokenizer.json"), &whole[..cut]).unwrap();
+        let problem = Tokenizer::load(&Files::from_dir(folder.path()).unwrap()).err().unwrap();
+        assert_eq!(problem.code, "data::tokenizer", "cut at {cut}");
+    }
+}
+
+#[test]
+fn a_chat_template_that_does_not_end_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(format!("pipelines/mini/tokenizer/{name}"), folder.path().join(name)).unwrap();
+    }
+    for template in [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "{{ messages | tojson(indent=70000) }}",
+        "{%}",
+    ] {
+        std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+        let messages = json!([{"role": "user", "content": "hi"}]);
+        let made = Tokenizer::load(&Files::from_dir(folder.path()).unwrap())
+            .and_then(|tokenizer| tokenizer.chat(&messages, None, true));
+        assert!(made.is_err(), "{template}");
+    }
+}
