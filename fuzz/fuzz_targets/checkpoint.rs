@@ -10,7 +10,7 @@ use pipe::train::{Checkpoint, Kind, Optimizer, Options};
 use pipe_fuzz::{Folder, seeds, taken};
 use serde_json::Value;
 
-fuzz_target!(init: seeds::plant("checkpoint"), |input: &[u8]| {
+fuzz_target!(init: pipe_fuzz::start("checkpoint"), |input: &[u8]| {
     let bytes = file(input);
     for kind in [Kind::AdamW, Kind::AdamW8bit] {
         let folder = Folder::with(&[("step-00000007.checkpoint", &bytes)]);

@@ -15,7 +15,7 @@ use std::path::Path;
 /// Plans with more cells are made, but not walked through.
 const WALKED: usize = 2_000;
 
-fuzz_target!(init: pipe_fuzz::seeds::plant("manifest"), |input: &[u8]| {
+fuzz_target!(init: pipe_fuzz::start("manifest"), |input: &[u8]| {
     let [main, other, profiles, sets] = pipe_fuzz::parts(input).map(pipe_fuzz::text);
     let read = |path: &Path| match path.to_str() {
         Some("m.toml") => Ok(main.to_string()),
@@ -57,7 +57,7 @@ fn in_order(plan: &Plan) {
     for (id, cell) in plan.cells.iter().enumerate() {
         assert!(plan.needs(id).into_iter().all(|need| need < id), "{cell} comes before what it needs");
         let fingerprint = || {
-            let input = |need| Some((Digest::of(b"input"), plan.cells.get(need)?.to_string()));
+            let input = |need: usize| Some((Digest::of(b"input"), plan.cells.get(need)?.to_string()));
             let made = plan::fingerprint(cell, machine, input, |_| Some(Digest::of(b"source")));
             made.expect("nothing is left open").digest()
         };

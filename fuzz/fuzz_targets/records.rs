@@ -9,7 +9,7 @@ use pipe::data::{
     write_jsonl,
 };
 use pipe::stage::bundled::{self, Bundle};
-use pipe_fuzz::{Folder, seeds, taken};
+use pipe_fuzz::{Folder, taken};
 use std::sync::LazyLock;
 
 static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| {
@@ -17,7 +17,7 @@ static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| {
     Tokenizer::load(&Folder::with(&files).files()).expect("the bundled tokenizer loads")
 });
 
-fuzz_target!(init: seeds::plant("records"), |input: &[u8]| {
+fuzz_target!(init: pipe_fuzz::start("records"), |input: &[u8]| {
     let [options, file] = pipe_fuzz::parts(input);
     let option = |at: usize| usize::from(options.get(at).copied().unwrap_or(b'0'));
     let folder = Folder::with(&[("data.jsonl", file)]);

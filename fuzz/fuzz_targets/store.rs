@@ -8,11 +8,11 @@
 use libfuzzer_sys::fuzz_target;
 use pipe::digest::Digest;
 use pipe::store::{Artifact, Entry, Keep, Lookup, Record, Store};
-use pipe_fuzz::{Folder, seeds, taken};
+use pipe_fuzz::{Folder, taken};
 use serde_json::{Map, Value};
 use std::collections::HashSet;
 
-fuzz_target!(init: seeds::plant("store"), |input: &[u8]| {
+fuzz_target!(init: pipe_fuzz::start("store"), |input: &[u8]| {
     let [version, index, stat, record, blob] = pipe_fuzz::parts(input);
     let (bytes, fingerprint) = completed(record);
     let folder = Folder::with(&[

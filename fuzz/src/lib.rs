@@ -6,7 +6,16 @@ pub mod seeds;
 use pipe::files::Files;
 use pipe::problem::Problem;
 use std::borrow::Cow;
+use std::panic;
 use std::path::Path;
+
+/// What a target does before its first input. Parallel work is done where it is asked for: one thread, the
+/// same coverage each time, and no waiting for others.
+pub fn start(target: &str) {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread();
+    pool.build_global().expect("nothing has run in parallel yet");
+    seeds::plant(target);
+}
 
 /// Stands between the parts of an input. Text, so that a reproducer can be read and written by hand.
 pub const CUT: &[u8] = b"\n%%%\n";
@@ -90,6 +99,19 @@ pub fn check(problem: &Problem) {
 /// The value, or nothing after a look at the refusal.
 pub fn taken<T>(result: Result<T, Problem>) -> Option<T> {
     result.inspect_err(check).ok()
+}
+
+/// For work that is to catch panics of a library by itself: the fuzzer's hook would end the process before
+/// anything can be caught. What is not caught still ends it, with the message of the panic.
+pub fn quietly<T>(work: impl FnOnce() -> T) -> T {
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| {}));
+    let made = panic::catch_unwind(panic::AssertUnwindSafe(work));
+    panic::set_hook(hook);
+    made.unwrap_or_else(|payload| {
+        let said = payload.downcast_ref::<String>().map(String::as_str);
+        panic!("not contained: {}", said.or(payload.downcast_ref::<&str>().copied()).unwrap_or("?"))
+    })
 }
 
 /// Bytes to which data of a made-up safetensors file is filled up.
