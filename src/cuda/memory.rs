@@ -19,6 +19,8 @@ pub struct Gpu {
 struct Inner {
     driver: Box<dyn Driver>,
     pool: Mutex<Pool>,
+    /// Blocks of the size asked for, given back at once: so that an emulator notices what goes beyond.
+    exact: bool,
 }
 
 #[derive(Default)]
@@ -49,7 +51,13 @@ fn block_bytes(bytes: usize) -> usize {
 
 impl Gpu {
     pub fn new(driver: Box<dyn Driver>) -> Gpu {
-        Gpu { inner: Arc::new(Inner { driver, pool: Mutex::default() }) }
+        Gpu { inner: Arc::new(Inner { driver, pool: Mutex::default(), exact: false }) }
+    }
+
+    /// A device whose blocks are exactly as large as their buffers and are not kept for reuse: slower, but an
+    /// access beyond a buffer is one beyond what the driver gave.
+    pub fn exact(driver: Box<dyn Driver>) -> Gpu {
+        Gpu { inner: Arc::new(Inner { driver, pool: Mutex::default(), exact: true }) }
     }
 
     pub fn driver(&self) -> &dyn Driver {
@@ -68,7 +76,8 @@ impl Gpu {
     /// Room for `len` elements whose values are not defined. `Err` (`cuda::out_of_memory`) tells how much was
     /// asked for and how much is taken.
     pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<T>, Problem> {
-        let bytes = block_bytes(len * size_of::<T>());
+        let bytes = len * size_of::<T>();
+        let bytes = if self.inner.exact { bytes.max(1) } else { block_bytes(bytes) };
         let mut pool = self.pool();
         let reused = pool.free.get_mut(&bytes).and_then(Vec::pop);
         let address = match reused {
@@ -179,6 +188,9 @@ impl<T: Pod> Drop for Buffer<T> {
     fn drop(&mut self) {
         let mut pool = self.gpu.pool();
         pool.usage.now -= self.bytes;
+        if self.gpu.inner.exact {
+            return self.gpu.driver().free(self.address);
+        }
         pool.usage.pooled += self.bytes;
         pool.free.entry(self.bytes).or_default().push(self.address);
     }

@@ -8,12 +8,18 @@
 //! |---|---|
 //! | `memory.rs` | [`Gpu`] and [`Buffer`]: allocation from a pool, the peak, copies |
 //! | `launch.rs` | one launch: name, grid, shared memory, arguments |
+//! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none |
+//! | `prebuilt.rs` | the compiled kernels, embedded, and which of them a device runs; its table is generated |
 //! | `ops/` | the launcher of each kernel, under the stem of its `.cu` and of its reference in `tensor::ops` |
 
+mod driver;
 mod launch;
 mod memory;
 pub mod ops;
+pub mod prebuilt;
+mod prebuilt_table;
 
+pub use driver::open;
 pub use launch::{Dim, Launch};
 pub use memory::{Buffer, Gpu, Usage};
 

@@ -1,0 +1,139 @@
+// What the attention kernels share: tiles of bf16 rows in shared memory, products of tiles, the online softmax.
+//
+// A warp owns 16 rows of every product. With g = lane / 4 and t = lane % 4, a lane holds of an accumulator
+// c [16, N], as c[n][i]:  row g + 8 * (i / 2),  column 8 * n + 2 * t + i % 2.
+#pragma once
+#include "dev.cuh"
+
+// What a test may plant, one at a time, by a macro: the emulator, or the comparison with the reference, has to
+// notice. NONE is what is shipped.
+enum Fault { NONE, NO_END_BARRIER, LAX_WAIT, NO_WAIT_BARRIER, NO_MERGE_BARRIER, MASK_OFF_BY_ONE, NO_RESCALE };
+#if defined(FAULT_NO_END_BARRIER)
+constexpr Fault FAULT = NO_END_BARRIER;
+#elif defined(FAULT_LAX_WAIT)
+constexpr Fault FAULT = LAX_WAIT;
+#elif defined(FAULT_NO_WAIT_BARRIER)
+constexpr Fault FAULT = NO_WAIT_BARRIER;
+#elif defined(FAULT_NO_MERGE_BARRIER)
+constexpr Fault FAULT = NO_MERGE_BARRIER;
+#elif defined(FAULT_MASK_OFF_BY_ONE)
+constexpr Fault FAULT = MASK_OFF_BY_ONE;
+#elif defined(FAULT_NO_RESCALE)
+constexpr Fault FAULT = NO_RESCALE;
+#else
+constexpr Fault FAULT = NONE;
+#endif
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// How many groups of copies may still be under way when a tile is used: the next tile's.
+constexpr int IN_FLIGHT = FAULT == LAX_WAIT ? 2 : 1;
+
+// Place of 16-byte piece `piece` of row `row` in a tile of rows [D]. Pieces are permuted within a row, so that
+// the same piece of 8 rows in turn, which is what ldmatrix reads at once, lies in 8 different groups of banks.
+template <int D> DEV u32 place(int row, int piece) { return (u32)(row * (D / 8) + (piece ^ (row & 7))) * 16; }
+
+// Starts to copy ROWS rows of D elements to a tile; `from` is the first, the next is `stride` elements on. Only
+// `count` rows exist (it may be less than 1): the others become zeros, and are not read.
+template <int D, int ROWS, int THREADS>
+DEV void start_copy(sptr tile, const bf16* from, size_t stride, int count, int thread) {
+    static_assert(ROWS * D / 8 % THREADS == 0, "every thread copies equally much");
+#pragma unroll
+    for (int i = 0; i < ROWS * D / 8 / THREADS; i++) {
+        const int at = i * THREADS + thread, row = at / (D / 8), piece = at % (D / 8);
+        const bool exists = row < count;
+        cp_async16(tile + place<D>(row, piece), from + (exists ? row * stride + piece * 8 : 0), exists);
+    }
+}
+
+// Left operand: rows row..row + 16 and columns 16 * k..16 * k + 16 of a tile.
+template <int D> DEV void left_operand(u32 (&a)[4], sptr tile, int row, int k, int lane) {
+    ldmatrix_x4(a, tile + place<D>(row + (lane & 15), 2 * k + (lane >> 4)));
+}
+
+// Right operand of a product with a turned tile: b[0], b[1] for its rows 16 * n..+8, b[2], b[3] for the next 8.
+template <int D> DEV void right_operand_turned(u32 (&b)[4], sptr tile, int n, int k, int lane) {
+    ldmatrix_x4(b, tile + place<D>(16 * n + (lane & 7) + (lane >> 4) * 8, 2 * k + ((lane >> 3) & 1)));
+}
+
+// Right operand of a product with a tile: rows 16 * k..+16, columns 16 * n..+8 and the next 8.
+template <int D> DEV void right_operand(u32 (&b)[4], sptr tile, int n, int k, int lane) {
+    ldmatrix_x4_trans(b, tile + place<D>(16 * k + (lane & 15), 2 * n + (lane >> 4)));
+}
+
+// c [16, N] += a [16, 16] . b^T, where b are columns 16 * k..16 * k + 16 of a tile [N, D].
+template <int D, int N> DEV void add_turned(float (&c)[N / 8][4], const u32 (&a)[4], sptr tile, int k, int lane) {
+#pragma unroll
+    for (int n = 0; n < N / 16; n++) {
+        u32 b[4];
+        right_operand_turned<D>(b, tile, n, k, lane);
+        mma_bf16_16816(c[2 * n], a, b[0], b[1]);
+        mma_bf16_16816(c[2 * n + 1], a, b[2], b[3]);
+    }
+}
+
+// c [16, D] += p [16, K] . tile [K, D]. The accumulator p, rounded to bf16, has the layout of a left operand
+// already: 16 columns of it are two neighbouring p[n].
+template <int D, int K> DEV void add_product(float (&c)[D / 8][4], const float (&p)[K / 8][4], sptr tile, int lane) {
+#pragma unroll
+    for (int k = 0; k < K / 16; k++) {
+        const u32 a[4] = {pack_bf16(p[2 * k][0], p[2 * k][1]), pack_bf16(p[2 * k][2], p[2 * k][3]),
+                          pack_bf16(p[2 * k + 1][0], p[2 * k + 1][1]), pack_bf16(p[2 * k + 1][2], p[2 * k + 1][3])};
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) {
+            u32 b[4];
+            right_operand<D>(b, tile, n, k, lane);
+            mma_bf16_16816(c[2 * n], a, b[0], b[1]);
+            mma_bf16_16816(c[2 * n + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// Reductions over the four lanes that hold a row.
+DEV float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
+    return fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
+}
+DEV float row_sum(float x) {
+    x += __shfl_xor_sync(FULL_WARP, x, 1);
+    return x + __shfl_xor_sync(FULL_WARP, x, 2);
+}
+
+// What a lane keeps of the two rows it has a part in, g and g + 8, while it walks along the keys.
+template <int D> struct Rows {
+    float o[D / 8][4] = {};               // sum of p v
+    float top[2] = {-INFINITY, -INFINITY};  // the largest score so far, before any scaling
+    float sum[2] = {};                    // sum of p over this lane's columns
+};
+
+// Scores of N more keys, -inf where a key may not be seen, become p = 2^(scale * (score - top)); what was summed
+// under the old top is shrunk. At least one of the keys seen so far must be visible to each row.
+template <int D, int N> DEV void online_softmax(Rows<D>& rows, float (&scores)[N / 8][4], float scale) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float top = rows.top[r];
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) top = fmaxf(top, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
+        top = row_max(top);
+        const float level = top * scale;
+        const float shrink = exp2_approx(rows.top[r] * scale - level);
+        float sum = 0.0f;
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+            for (int i = 2 * r; i < 2 * r + 2; i++) {
+                scores[n][i] = exp2_approx(scores[n][i] * scale - level);
+                sum += scores[n][i];
+            }
+        }
+        rows.top[r] = top;
+        rows.sum[r] = rows.sum[r] * shrink + sum;
+        if (FAULT != NO_RESCALE) {
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) {
+                rows.o[n][2 * r] *= shrink;
+                rows.o[n][2 * r + 1] *= shrink;
+            }
+        }
+    }
+}

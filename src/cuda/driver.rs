@@ -1,0 +1,408 @@
+//! NVIDIA's driver, through `cudarc`: the [`Driver`] of a real device.
+//!
+//! `libcuda.so.1` is opened at run time, so the same binary runs where there is none; [`open`] then says so.
+//! `cudarc` would panic in its first call, hence the look before it, and in any call to a function that the
+//! driver lacks: those used here are all in every driver from 525 on, under the same names, whichever version
+//! of CUDA its bindings are for. They should be for the newest: a driver's error that they do not know has no
+//! place in their enumeration. Errors are told by number and name, for `cudarc`'s own way to print them calls
+//! the driver again. Its buffers, which record two events each, are not used: there is one queue, and its
+//! order is all we need.
+
+use super::prebuilt::{self, Blob, Capability};
+use super::{Dim, Driver, Gpu};
+use crate::problem::{Exit, Problem};
+use cudarc::driver::DriverError;
+use cudarc::driver::result;
+use cudarc::driver::sys;
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// As the driver counts: 12.0, which driver 525 brought. Our cubins need no more.
+const NEEDED_VERSION: i32 = 12_000;
+const NEEDED_DRIVER: u32 = 525;
+/// Drivers from this on compile our PTX, which is for devices that we have no cubin for.
+const NEEDED_FOR_PTX: u32 = 545;
+const NEEDED_CAPABILITY: Capability = Capability { major: 8, minor: 0 };
+
+/// More dynamic shared memory than this has to be asked for, kernel by kernel.
+const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
+
+/// The `ordinal`-th device that the driver shows. `Err`: `cuda::no_driver`, `cuda::old_driver`,
+/// `cuda::no_device`, `cuda::old_device`, each with what to do about it.
+pub fn open(ordinal: usize) -> Result<Gpu, Problem> {
+    Ok(Gpu::new(Box::new(Nvidia::open(ordinal)?)))
+}
+
+struct Nvidia {
+    name: String,
+    capability: Capability,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    /// The one queue.
+    stream: sys::CUstream,
+    loaded: Mutex<Loaded>,
+}
+
+// SAFETY: the driver's functions may be called from any thread; the handles are theirs to share.
+unsafe impl Send for Nvidia {}
+// SAFETY: as above; what changes on our side is behind a mutex.
+unsafe impl Sync for Nvidia {}
+
+/// Kernels are loaded when first launched.
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<&'static str, sys::CUmodule>,
+    functions: HashMap<&'static str, Function>,
+    /// The kernel that was queued last, for messages about a failure that shows only later.
+    last: Option<&'static str>,
+}
+
+#[derive(Clone, Copy)]
+struct Function {
+    handle: sys::CUfunction,
+    /// How much dynamic shared memory it may be given.
+    shared_bytes: u32,
+}
+
+impl Nvidia {
+    fn open(ordinal: usize) -> Result<Nvidia, Problem> {
+        // SAFETY: opens and closes the library, as its first use would.
+        if !unsafe { sys::is_culib_present() } {
+            let help = format!("install NVIDIA's driver, {NEEDED_DRIVER} or later");
+            return Err(missing("cuda::no_driver", "there is no CUDA driver: libcuda.so.1 is not found", help));
+        }
+        driver_is_new_enough()?;
+        result::init().map_err(no_start)?;
+        let count = result::device::get_count().map_err(no_start)?;
+        if ordinal >= count as usize {
+            return Err(match count {
+                0 => no_device("the CUDA driver shows no device"),
+                _ => no_device(format!("there is no CUDA device {ordinal}: the driver shows {count}, counted from 0")),
+            });
+        }
+        let device = result::device::get(ordinal as i32).map_err(no_start)?;
+        let name = result::device::get_name(device).map_err(no_start)?;
+        let capability = capability(device).map_err(no_start)?;
+        if capability < NEEDED_CAPABILITY {
+            let message = format!("{name} is too old: its compute capability is {capability}, needed is 8.0 or more");
+            return Err(missing("cuda::old_device", message, "use a GPU of 2020 or later: A100, RTX 30, or newer"));
+        }
+        // SAFETY: the device is one that the driver named.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(|error| match error.0 as u32 {
+            code::DEVICE_UNAVAILABLE => no_device(format!("{name} is taken: another process has it for itself")),
+            code::OUT_OF_MEMORY => out_of_memory(&name),
+            _ => no_device(format!("{name} cannot be used: {}", error_name(error))),
+        })?;
+        let mut nvidia =
+            Nvidia { name, capability, device, context, stream: std::ptr::null_mut(), loaded: Mutex::default() };
+        nvidia.enter()?;
+        // Not the default stream, which waits for others of the process.
+        nvidia.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(|error| nvidia.failed("making a queue", error))?;
+        Ok(nvidia)
+    }
+
+    /// The driver acts on the context of the calling thread.
+    fn enter(&self) -> Result<(), Problem> {
+        // SAFETY: the context is kept until `self` goes away.
+        unsafe { result::ctx::set_current(self.context) }.map_err(|error| self.failed("taking up its context", error))
+    }
+
+    fn loaded(&self) -> MutexGuard<'_, Loaded> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The driver's answer to something that was asked of the device, as a problem. Answers come late: what
+    /// fails may be a kernel queued long before, which is why the last one is named.
+    fn failed(&self, doing: &str, error: DriverError) -> Problem {
+        let (name, reason) = (&self.name, error_name(error));
+        let number = error.0 as u32;
+        if number == code::OUT_OF_MEMORY {
+            return out_of_memory(name);
+        }
+        let problem = if code::LOST.contains(&number) {
+            Problem::new("cuda::lost", format!("{name} was lost while {doing}: {reason}"))
+                .help("`nvidia-smi -q` and the system's log say why; run again, what is finished is kept")
+        } else if code::KERNEL.contains(&number) {
+            Problem::new("cuda::launch", format!("a kernel failed on {name}, seen while {doing}: {reason}"))
+                .help("CUDA_LAUNCH_BLOCKING=1 makes every launch wait, so that the kernel that fails is named")
+        } else {
+            Problem::new("cuda::driver", format!("the CUDA driver failed while {doing}: {reason}"))
+        };
+        match self.loaded.try_lock().ok().and_then(|loaded| loaded.last) {
+            Some(last) => problem.note(format!("queued last: kernel `{last}`")),
+            None => problem,
+        }
+    }
+
+    /// The kernel, loaded, and allowed so much shared memory.
+    fn function(&self, kernel: &'static str, shared_bytes: u32) -> Result<sys::CUfunction, Problem> {
+        let mut loaded = self.loaded();
+        let mut function = match loaded.functions.get(kernel) {
+            Some(function) => *function,
+            None => Function { handle: self.load(&mut loaded, kernel)?, shared_bytes: SHARED_WITHOUT_ASKING },
+        };
+        if shared_bytes > function.shared_bytes {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function was loaded above or before, and modules stay.
+            unsafe { result::function::set_function_attribute(function.handle, attribute, shared_bytes as i32) }
+                .map_err(|error| {
+                    let message = format!(
+                        "kernel `{kernel}` cannot have {shared_bytes} bytes of shared memory on {}: {}",
+                        self.name,
+                        error_name(error)
+                    );
+                    Problem::new("cuda::launch", message)
+                })?;
+            function.shared_bytes = shared_bytes;
+        }
+        loaded.functions.insert(kernel, function);
+        Ok(function.handle)
+    }
+
+    fn load(&self, loaded: &mut Loaded, kernel: &'static str) -> Result<sys::CUfunction, Problem> {
+        let unit = prebuilt::unit_of(kernel)?;
+        let module = match loaded.modules.get(unit.name) {
+            Some(module) => *module,
+            None => {
+                let module = self.load_module(unit.blob_for(self.capability, &self.name)?, unit.name)?;
+                loaded.modules.insert(unit.name, module);
+                module
+            }
+        };
+        let name = CString::new(kernel).expect("names of kernels are C identifiers");
+        // SAFETY: the module was loaded above or before and stays.
+        unsafe { result::module::get_function(module, name) }
+            .map_err(|error| self.failed(&format!("looking for kernel `{kernel}`"), error))
+    }
+
+    fn load_module(&self, blob: &Blob, unit: &str) -> Result<sys::CUmodule, Problem> {
+        let image = blob.unpack();
+        let mut module = std::ptr::null_mut();
+        let mut log = vec![0u8; if blob.is_ptx() { 8 << 10 } else { 0 }];
+        let mut options =
+            [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+        let mut values = [log.as_mut_ptr().cast::<c_void>(), std::ptr::without_provenance_mut(log.len())];
+        let used = if blob.is_ptx() { options.len() } else { 0 };
+        // SAFETY: the image is a whole cubin, or PTX ending with zero; the log is as large as said.
+        let done = unsafe {
+            sys::cuModuleLoadDataEx(
+                &mut module,
+                image.as_ptr().cast(),
+                used as u32,
+                options.as_mut_ptr(),
+                values.as_mut_ptr(),
+            )
+        };
+        done.result().map_err(|error| match error.0 as u32 {
+            code::UNSUPPORTED_PTX_VERSION => {
+                let message = format!("the CUDA driver is too old to compile kernels for {}", self.name);
+                missing("cuda::old_driver", message, format!("install driver {NEEDED_FOR_PTX} or later"))
+            }
+            _ => {
+                let problem = self.failed(&format!("loading the kernels of `{unit}` ({})", blob.arch), error);
+                let said = String::from_utf8_lossy(&log);
+                match said.trim_end_matches('\0').trim() {
+                    "" => problem,
+                    said => problem.note(format!("its compiler says: {said}")),
+                }
+            }
+        })?;
+        Ok(module)
+    }
+}
+
+impl Driver for Nvidia {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    /// `cuMemAlloc` waits and is slow; the pool above asks seldom.
+    fn alloc(&self, bytes: usize) -> Result<u64, Problem> {
+        self.enter()?;
+        // SAFETY: nothing is assumed of the memory; its owner is the pool.
+        unsafe { result::malloc_sync(bytes) }.map_err(|error| self.failed("making room on it", error))
+    }
+
+    fn free(&self, address: u64) {
+        // There is nobody to tell: a device that refuses this refuses the next launch too.
+        if self.enter().is_ok() {
+            // SAFETY: the caller's: it came from `alloc` and is not used any more. The driver waits.
+            let _ = unsafe { result::free_sync(address) };
+        }
+    }
+
+    fn memory(&self) -> Result<(usize, usize), Problem> {
+        self.enter()?;
+        result::mem_get_info().map_err(|error| self.failed("asking for its memory", error))
+    }
+
+    fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Problem> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the caller owns so much memory there. Where the GPU reads ordinary memory by itself the
+        // copy may still run when the call returns, so wait: the bytes are only lent.
+        let done = unsafe {
+            result::memcpy_htod_async(to, bytes, self.stream).and_then(|()| result::stream::synchronize(self.stream))
+        };
+        done.map_err(|error| self.failed("copying to it", error))
+    }
+
+    fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Problem> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the caller owns so much memory there, and the copy is over before the call returns.
+        let done = unsafe {
+            let queued = result::memcpy_dtoh_async(bytes, from, self.stream);
+            queued.and_then(|()| result::stream::synchronize(self.stream))
+        };
+        done.map_err(|error| self.failed("copying from it", error))
+    }
+
+    fn zero(&self, at: u64, bytes: usize) -> Result<(), Problem> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the caller owns so much memory there.
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }
+            .map_err(|error| self.failed("filling its memory with zeros", error))
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: Dim,
+        block: Dim,
+        shared_bytes: u32,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), Problem> {
+        self.enter()?;
+        let function = self.function(kernel, shared_bytes)?;
+        // SAFETY: the caller's promise; the driver copies the arguments before it returns.
+        let done = unsafe {
+            result::launch_kernel(
+                function,
+                (grid.0, grid.1, grid.2),
+                (block.0, block.1, block.2),
+                shared_bytes,
+                self.stream,
+                arguments,
+            )
+        };
+        done.map_err(|error| match self.failed(&format!("launching `{kernel}`"), error) {
+            problem if problem.code == "cuda::driver" => {
+                let message = format!("{} refuses kernel `{kernel}`: {}", self.name, error_name(error));
+                Problem { code: "cuda::launch", message, ..problem }
+            }
+            problem => problem,
+        })?;
+        self.loaded().last = Some(kernel);
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<(), Problem> {
+        self.enter()?;
+        // SAFETY: the stream is there until `self` goes away.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(|error| self.failed("waiting for it", error))
+    }
+}
+
+impl Drop for Nvidia {
+    fn drop(&mut self) {
+        // Modules go with the context. What fails now has failed before.
+        if self.enter().is_ok() && !self.stream.is_null() {
+            // SAFETY: nothing is queued by anyone any more.
+            let _ = unsafe { result::stream::destroy(self.stream) };
+        }
+        // SAFETY: retained once, in `open`.
+        let _ = unsafe { result::primary_ctx::release(self.device) };
+    }
+}
+
+/// The driver's error numbers that mean something to us. By number: which names `cudarc` has depends on the
+/// version of CUDA that its bindings are for.
+mod code {
+    pub const OUT_OF_MEMORY: u32 = 2;
+    pub const STUB_LIBRARY: u32 = 34;
+    pub const DEVICE_UNAVAILABLE: u32 = 46;
+    pub const NO_DEVICE: u32 = 100;
+    pub const UNSUPPORTED_PTX_VERSION: u32 = 222;
+    pub const SYSTEM_DRIVER_MISMATCH: u32 = 803;
+
+    /// The device, or the way to it, is broken: uncorrectable memory, NVLink, contained fault, destroyed
+    /// context, hardware stack, a system that is not ready.
+    pub const LOST: &[u32] = &[214, 220, 226, 709, 714, 802];
+
+    /// Something a kernel did: an illegal address, too many resources, a time-out, an assertion, an illegal
+    /// instruction, a misaligned address, a wrong address space or program counter, anything else.
+    pub const KERNEL: &[u32] = &[700, 701, 702, 710, 715, 716, 717, 718, 719];
+}
+
+/// `CUDA_ERROR_NO_DEVICE`.
+fn error_name(error: DriverError) -> String {
+    format!("{:?}", error.0)
+}
+
+fn driver_is_new_enough() -> Result<(), Problem> {
+    let mut version = 0;
+    // SAFETY: writes the number, and needs nothing to have been started.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(no_start)?;
+    if version >= NEEDED_VERSION {
+        return Ok(());
+    }
+    let (major, minor) = (version / 1000, version % 1000 / 10);
+    let message = format!("the CUDA driver is too old: it is for CUDA {major}.{minor}, needed is 12.0");
+    let help = format!("install driver {NEEDED_DRIVER} or later; `nvidia-smi` shows which is there");
+    Err(missing("cuda::old_driver", message, help))
+}
+
+fn capability(device: sys::CUdevice) -> Result<Capability, DriverError> {
+    use sys::CUdevice_attribute_enum as Attribute;
+    // SAFETY: the device is one that the driver named.
+    let number = |attribute| unsafe { result::device::get_attribute(device, attribute) };
+    Ok(Capability {
+        major: number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32,
+        minor: number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
+    })
+}
+
+/// The driver's answer before there is a device.
+fn no_start(error: DriverError) -> Problem {
+    let (message, help) = match error.0 as u32 {
+        code::NO_DEVICE => return no_device("the CUDA driver shows no device"),
+        code::STUB_LIBRARY => (
+            "there is no CUDA driver: the libcuda.so.1 that is found is the toolkit's stub".to_string(),
+            "install NVIDIA's driver, or take the toolkit's `stubs` folder out of LD_LIBRARY_PATH",
+        ),
+        code::SYSTEM_DRIVER_MISMATCH => (
+            "the CUDA driver's library and its kernel module are of different versions".to_string(),
+            "restart the machine after an update of the driver",
+        ),
+        _ => (
+            format!("the CUDA driver does not start: {}", error_name(error)),
+            "`nvidia-smi` says whether the driver works at all",
+        ),
+    };
+    missing("cuda::no_driver", message, help)
+}
+
+fn no_device(message: impl Into<String>) -> Problem {
+    let help = "`nvidia-smi -L` lists the devices; CUDA_VISIBLE_DEVICES and a container's options hide some";
+    missing("cuda::no_device", message, help)
+}
+
+fn out_of_memory(name: &str) -> Problem {
+    let help = "make batches smaller, or end what else uses the device: `nvidia-smi` lists it";
+    missing("cuda::out_of_memory", format!("{name} has not enough free memory"), help)
+}
+
+/// All of these have a way out.
+fn missing(code: &'static str, message: impl Into<String>, help: impl Into<String>) -> Problem {
+    Problem::new(code, message).help(help).help("or run on the CPU: `--device cpu`").exit(Exit::Missing)
+}

@@ -1,0 +1,215 @@
+//! Launchers of `kernels/attention.cu`: causal attention over packed sequences, forward and backward.
+
+use crate::cuda::{Buffer, Launch};
+use crate::problem::{Exit, Problem};
+use half::bf16;
+
+/// Threads of a block.
+const THREADS: usize = 128;
+/// Queries or keys that a block owns.
+const OWN: usize = 64;
+/// Keys that the forward kernel visits at once, and rows that the backward kernels visit.
+const FORWARD_VISIT: usize = 64;
+const BACKWARD_VISIT: usize = 32;
+
+/// Sizes of an attention: q and o are [T, heads, head_dim], k and v [T, kv_heads, head_dim].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dims {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+impl Dims {
+    /// `Err` (`cuda::head_dim`) if there is no kernel for heads of this size.
+    pub fn check(&self) -> Result<(), Problem> {
+        assert!(self.kv_heads > 0 && self.heads > 0 && self.heads.is_multiple_of(self.kv_heads), "{self:?}");
+        if matches!(self.head_dim, 64 | 128) {
+            return Ok(());
+        }
+        let message = format!("the attention kernels do not take heads of {} elements", self.head_dim);
+        Err(Problem::new("cuda::head_dim", message)
+            .exit(Exit::Missing)
+            .note("they take heads of 64 and of 128 elements"))
+    }
+
+    /// Of these two kernels, which differ in the size of a head, the one for this size.
+    pub(super) fn pick(&self, of_64: &'static str, of_128: &'static str) -> &'static str {
+        if self.head_dim == 64 { of_64 } else { of_128 }
+    }
+
+    /// Elements of a token's queries, and of its keys.
+    pub(super) fn widths(&self) -> (usize, usize) {
+        (self.heads * self.head_dim, self.kv_heads * self.head_dim)
+    }
+
+    pub(super) fn scale(&self) -> f32 {
+        (self.head_dim as f32).sqrt().recip()
+    }
+}
+
+impl Launch<'_> {
+    /// The sizes and the factor of the scores: the last arguments of most kernels here.
+    pub(super) fn dims(self, dims: Dims) -> Self {
+        self.int(dims.heads).int(dims.kv_heads).float(dims.scale())
+    }
+}
+
+/// Shared memory of kernels that keep `kept` tiles of OWN rows and have two pairs of tiles of `visit` rows take turns.
+fn tile_bytes(kept: usize, visit: usize, dims: Dims) -> usize {
+    (kept * OWN + 4 * visit) * dims.head_dim * size_of::<bf16>()
+}
+
+fn forward_bytes(dims: Dims) -> usize {
+    tile_bytes(1, FORWARD_VISIT, dims)
+}
+
+fn query_gradients_bytes(dims: Dims) -> usize {
+    tile_bytes(2, BACKWARD_VISIT, dims)
+}
+
+/// Also lse and delta of two tiles.
+fn key_gradients_bytes(dims: Dims) -> usize {
+    tile_bytes(2, BACKWARD_VISIT, dims) + 4 * BACKWARD_VISIT * size_of::<f32>()
+}
+
+/// o [T, H, D] = and lse [T, H] =, of q [T, H, D] and k, v [T, KV, D].
+///
+/// Sequence i is the tokens `cu_seqlens[i]..cu_seqlens[i + 1]`; the first entry is 0, the last T, and none is below
+/// the one before. `longest` is at least the length of the longest sequence. The device's memory is not looked at:
+/// the caller sees to this.
+#[expect(clippy::too_many_arguments, reason = "two results, the operands, where sequences lie, and sizes")]
+pub fn forward(
+    o: &mut Buffer<bf16>,
+    lse: &mut Buffer<f32>,
+    q: &Buffer<bf16>,
+    k: &Buffer<bf16>,
+    v: &Buffer<bf16>,
+    cu_seqlens: &Buffer<i32>,
+    longest: usize,
+    dims: Dims,
+) -> Result<(), Problem> {
+    dims.check()?;
+    let (sequences, tokens) = sequences_and_tokens(q, k, cu_seqlens, longest, dims);
+    assert!(v.len() == k.len() && o.len() == q.len() && lse.len() == tokens * dims.heads);
+    let kernel = dims.pick("attention_forward_64", "attention_forward_128");
+    let launch = o
+        .gpu()
+        .launch(kernel, (dims.heads * sequences, longest.div_ceil(OWN)), THREADS)
+        .shared(forward_bytes(dims))
+        .buffer(o)
+        .buffer(lse)
+        .buffer(q)
+        .buffer(k)
+        .buffer(v)
+        .buffer(cu_seqlens)
+        .dims(dims);
+    // SAFETY: the arguments of `attention_forward_*` in their order; q and o have T * H * D elements, k and v
+    // T * KV * D, lse T * H. The kernel reads and writes rows of tokens below cu_seqlens' last entry, by the contract T.
+    unsafe { launch.run() }
+}
+
+/// dq [T, H, D] =, dk and dv [T, KV, D] =, of d_o [T, H, D], of what the forward pass was given and of its results.
+/// `cu_seqlens` and `longest` as in [`forward`].
+#[expect(clippy::too_many_arguments, reason = "three gradients, the forward's arrays and its sizes")]
+pub fn backward(
+    dq: &mut Buffer<bf16>,
+    dk: &mut Buffer<bf16>,
+    dv: &mut Buffer<bf16>,
+    d_o: &Buffer<bf16>,
+    q: &Buffer<bf16>,
+    k: &Buffer<bf16>,
+    v: &Buffer<bf16>,
+    o: &Buffer<bf16>,
+    lse: &Buffer<f32>,
+    cu_seqlens: &Buffer<i32>,
+    longest: usize,
+    dims: Dims,
+) -> Result<(), Problem> {
+    dims.check()?;
+    let (sequences, tokens) = sequences_and_tokens(q, k, cu_seqlens, longest, dims);
+    let rows = tokens * dims.heads;
+    assert!([o.len(), d_o.len(), dq.len()] == [q.len(); 3] && lse.len() == rows);
+    assert!([v.len(), dk.len(), dv.len()] == [k.len(); 3]);
+    let (gpu, tiles) = (dq.gpu(), longest.div_ceil(OWN));
+
+    let delta = gpu.alloc::<f32>(rows)?;
+    let rows_per_block = THREADS * 8 / dims.head_dim;
+    let launch = gpu
+        .launch(dims.pick("attention_delta_64", "attention_delta_128"), rows.div_ceil(rows_per_block), THREADS)
+        .buffer(&delta)
+        .buffer(d_o)
+        .buffer(o)
+        .int(rows);
+    // SAFETY: the arguments of `attention_delta_*` in their order; delta has `rows` elements, o and d_o D times as
+    // many.
+    unsafe { launch.run()? };
+
+    let kernel = dims.pick("attention_key_gradients_64", "attention_key_gradients_128");
+    let launch = gpu
+        .launch(kernel, (dims.kv_heads * sequences, tiles), THREADS)
+        .shared(key_gradients_bytes(dims))
+        .buffer(dk)
+        .buffer(dv)
+        .buffer(d_o)
+        .buffer(q)
+        .buffer(k)
+        .buffer(v)
+        .buffer(lse)
+        .buffer(&delta)
+        .buffer(cu_seqlens)
+        .dims(dims);
+    // SAFETY: the arguments of `attention_key_gradients_*` in their order; sizes as in `forward`, those of a gradient
+    // are those of what it belongs to, lse and delta have T * H elements.
+    unsafe { launch.run()? };
+
+    let kernel = dims.pick("attention_query_gradients_64", "attention_query_gradients_128");
+    let launch = gpu
+        .launch(kernel, (dims.heads * sequences, tiles), THREADS)
+        .shared(query_gradients_bytes(dims))
+        .buffer(dq)
+        .buffer(d_o)
+        .buffer(q)
+        .buffer(k)
+        .buffer(v)
+        .buffer(lse)
+        .buffer(&delta)
+        .buffer(cu_seqlens)
+        .dims(dims);
+    // SAFETY: the arguments of `attention_query_gradients_*` in their order; sizes as above.
+    unsafe { launch.run() }
+}
+
+/// The numbers of sequences and of tokens.
+fn sequences_and_tokens(
+    q: &Buffer<bf16>,
+    k: &Buffer<bf16>,
+    cu_seqlens: &Buffer<i32>,
+    longest: usize,
+    dims: Dims,
+) -> (usize, usize) {
+    let (width, kv_width) = dims.widths();
+    assert!(q.len().is_multiple_of(width), "{} elements for {dims:?}", q.len());
+    let tokens = q.len() / width;
+    assert_eq!(k.len(), tokens * kv_width, "keys of {tokens} tokens, {dims:?}");
+    assert!(!cu_seqlens.is_empty() && longest <= tokens, "the longest of {tokens} tokens has {longest}");
+    (cu_seqlens.len() - 1, tokens)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What every device since sm_80 grants a block that asks for more than 48 KiB.
+    const GRANTED: usize = 99 * 1024;
+
+    #[test]
+    fn a_block_needs_no_more_shared_memory_than_any_device_grants() {
+        for head_dim in [64, 128] {
+            let dims = Dims { heads: 1, kv_heads: 1, head_dim };
+            for bytes in [forward_bytes(dims), key_gradients_bytes(dims), query_gradients_bytes(dims)] {
+                assert!(bytes <= GRANTED, "{dims:?}: {bytes}");
+            }
+        }
+    }
+}
