@@ -21,8 +21,11 @@ mod why;
 
 use crate::report;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pipe::cuda;
 use pipe::manifest::Text;
+use pipe::plan::Machine;
 use pipe::problem::{Exit, Problem};
+use pipe::stage;
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
@@ -60,7 +63,7 @@ pub struct Global {
     /// Replace one key, for example `stage.sft.epochs=1`; may be given again
     #[arg(long, global = true, value_name = "KEY=VALUE", help_heading = "Everywhere")]
     set: Vec<String>,
-    /// Where to compute
+    /// Where to compute; `auto` is the CPU as long as the CUDA backend has not been proved on a GPU
     #[arg(long, global = true, value_enum, default_value_t = Device::Auto, help_heading = "Everywhere")]
     device: Device,
     /// Stages that run at once [default: 2, or 1 on a single core]
@@ -97,6 +100,24 @@ enum Command {
     Cache(cache::Arguments),
     Gc(gc::Arguments),
     Completions(completions::Arguments),
+}
+
+impl Global {
+    /// What floats are made by: part of fingerprints, whether the device is there or not.
+    pub fn machine(&self) -> Machine<'static> {
+        match self.device {
+            Device::Auto | Device::Cpu => Machine { backend: "cpu", dtype: "f32" },
+            Device::Cuda => Machine { backend: "cuda", dtype: "bf16" },
+        }
+    }
+
+    /// The device itself. `Err` (exit 3) says what is missing.
+    pub fn open_device(&self) -> Result<stage::Device, Problem> {
+        match self.device {
+            Device::Auto | Device::Cpu => Ok(stage::Device::Cpu),
+            Device::Cuda => cuda::open(0).map(stage::Device::Cuda),
+        }
+    }
 }
 
 /// The manifest a command is about.
@@ -161,12 +182,6 @@ pub fn main() -> ExitCode {
 
 fn dispatch(line: &Line) -> Done {
     let global = &line.global;
-    if global.device == Device::Cuda {
-        return Err(Problem::new("device::no_cuda", "this build has only the CPU backend")
-            .help("leave out `--device cuda`, or say `--device cpu`")
-            .exit(Exit::Missing)
-            .into());
-    }
     match &line.command {
         Command::Run(arguments) => run::run(global, arguments),
         Command::Plan(arguments) => plan::run(global, arguments),

@@ -4,15 +4,11 @@ use super::session::{self, Session};
 use super::sources::{Network, Schemes};
 use super::{Global, Stop};
 use pipe::exec::Engine;
-use pipe::plan::Machine;
 use pipe::plan::{CellId, Plan};
 use pipe::problem::Problem;
 use pipe::store::Store;
 use std::collections::BTreeSet;
 use std::path::Path;
-
-/// The CPU backend: products accumulate in f32.
-const MACHINE: Machine<'static> = Machine { backend: "cpu", dtype: "f32" };
 
 /// Loads everything a command about a manifest and its cache needs, and hands it to `then`.
 ///
@@ -26,7 +22,7 @@ pub fn with_engine<T>(
     let session = session::load(global, manifest)?;
     let store = Store::open(&global.cache)?;
     let sources = Schemes::new(&store, network);
-    let engine = Engine { plan: &session.plan, store: &store, sources: &sources, machine: MACHINE };
+    let engine = Engine { plan: &session.plan, store: &store, sources: &sources, machine: global.machine() };
     match then(&engine, &session) {
         // Problems after loading may be about places in the manifest too.
         Err(Stop::Problems(problems, texts)) if texts.is_empty() => {

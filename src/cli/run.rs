@@ -64,7 +64,7 @@ fn catch_interrupts() {
 }
 
 /// The bridge between the engine and the kinds: the only place that knows both.
-fn run_stage(cell: &Cell, task: &Task) -> Result<(), Problem> {
+fn run_stage(device: &Device, cell: &Cell, task: &Task) -> Result<(), Problem> {
     let mut inputs = BTreeMap::new();
     for (slot, given) in &task.inputs {
         let artifacts = given.iter().map(|input| Artifact {
@@ -85,7 +85,7 @@ fn run_stage(cell: &Cell, task: &Task) -> Result<(), Problem> {
             sources: &task.sources,
             out: task.out,
             work: task.work,
-            device: Device::Cpu,
+            device: device.clone(),
             progress: &progress,
             stop: task.stop,
         },
@@ -225,6 +225,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
     let live = Arc::new(Live::new(global.quiet, global.json));
     let network = Network::Fetch { live: live.clone(), stop: &STOP, offline: arguments.offline };
     catch_interrupts();
+    let device = if arguments.dry_run { Device::Cpu } else { global.open_device()? };
     with_engine(global, &arguments.of.manifest, network, |engine, session| {
         let selection = select(engine.plan, &arguments.stages)?;
         let force = if arguments.force.is_empty() { Vec::new() } else { select(engine.plan, &arguments.force)? };
@@ -244,7 +245,13 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
             running: Mutex::default(),
             peak_bytes: AtomicU64::new(0),
         };
-        let report = engine.run(&selection, &options, &run_stage, &screen, &STOP)?;
+        let report = engine.run(
+            &selection,
+            &options,
+            &|cell: &Cell, task: &Task| run_stage(&device, cell, task),
+            &screen,
+            &STOP,
+        )?;
         if arguments.dry_run {
             return plan::show(global, engine, &report.before);
         }

@@ -6,6 +6,9 @@
 //! tokens alone as in any company, to the bit, because every row is computed by itself and draws its own
 //! random numbers.
 
+use super::device::DeviceModel;
+use super::device_decode::DeviceCache;
+use super::placed::Placed;
 use super::qwen2::{Layer, Model, Sequences};
 use super::sampling::Sampling;
 use crate::problem::Problem;
@@ -66,9 +69,32 @@ pub fn generate(
     generate_at_most(model, prompts, sampling, decode, on_step, MOST_LIVE)
 }
 
+/// [`generate`] where the model computes.
+pub fn generate_placed(
+    placed: &Placed,
+    prompts: &[Prompt],
+    sampling: &Sampling,
+    decode: &dyn Fn(&[u32]) -> String,
+    on_step: &mut dyn FnMut(usize) -> Result<(), Problem>,
+) -> Result<Vec<Completion>, Problem> {
+    generate_on(placed, placed.device(), prompts, sampling, decode, on_step, MOST_LIVE)
+}
+
 /// [`generate`] with at most `live` completions at once, and no more than memory allows.
 pub fn generate_at_most(
     model: &Model,
+    prompts: &[Prompt],
+    sampling: &Sampling,
+    decode: &dyn Fn(&[u32]) -> String,
+    on_step: &mut dyn FnMut(usize) -> Result<(), Problem>,
+    live: usize,
+) -> Result<Vec<Completion>, Problem> {
+    generate_on(model, None, prompts, sampling, decode, on_step, live)
+}
+
+fn generate_on(
+    model: &Model,
+    device: Option<&DeviceModel>,
     prompts: &[Prompt],
     sampling: &Sampling,
     decode: &dyn Fn(&[u32]) -> String,
@@ -83,14 +109,15 @@ pub fn generate_at_most(
     }
     let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0) + sampling.max_tokens;
     let width = live.min(most_live(model, longest)).max(1);
-    let rope = RopeTable::new(longest, model.config.head_dim, model.config.rope_theta);
+    let mut engine = Engine::new(model, device, width, longest)?;
     let mut completions: Vec<Option<Completion>> = prompts.iter().map(|_| None).collect();
     let mut waiting: VecDeque<usize> = (0..prompts.len()).collect();
     let mut live: Vec<Live> = Vec::new();
     let mut finished = 0;
-    let mut end = |live: &mut Vec<Live>, logits: &mut [f32]| -> Result<(), Problem> {
-        for (prompt, completion) in advance(model, live, logits, sampling, decode)? {
-            completions[prompt] = Some(completion);
+    let mut end = |engine: &mut Engine, live: &mut Vec<Live>, logits: &mut [f32]| -> Result<(), Problem> {
+        for (mut one, completion) in advance(model, live, logits, sampling, decode)? {
+            engine.release(&mut one);
+            completions[one.prompt] = Some(completion);
             finished += 1;
         }
         on_step(finished)
@@ -98,15 +125,15 @@ pub fn generate_at_most(
     loop {
         while live.len() < width && !waiting.is_empty() {
             let mut new = admit(model, prompts, &mut waiting, width - live.len(), sampling);
-            let mut logits = prefill(model, prompts, &mut new);
-            end(&mut new, &mut logits)?;
+            let mut logits = engine.prefill(prompts, &mut new)?;
+            end(&mut engine, &mut new, &mut logits)?;
             live.append(&mut new);
         }
         if live.is_empty() {
             break;
         }
-        let mut logits = step(model, &mut live, &rope);
-        end(&mut live, &mut logits)?;
+        let mut logits = engine.step(&mut live)?;
+        end(&mut engine, &mut live, &mut logits)?;
     }
     Ok(completions.into_iter().flatten().collect())
 }
@@ -119,8 +146,83 @@ struct Live {
     prompt_len: usize,
     random: Stream,
     logprobs: Vec<f32>,
-    /// Keys and values of each layer, `[tokens, KV, D]`.
+    /// Keys and values of each layer, `[tokens, KV, D]`; empty on a device.
     cache: Vec<[Vec<f32>; 2]>,
+    /// Where they are on a device.
+    pages: Vec<u32>,
+}
+
+/// Who runs prompts and tokens.
+enum Engine<'m> {
+    Host(&'m Model, RopeTable),
+    Device(Box<DeviceCache<'m>>),
+}
+
+impl<'m> Engine<'m> {
+    fn new(
+        model: &'m Model,
+        device: Option<&'m DeviceModel>,
+        live: usize,
+        longest: usize,
+    ) -> Result<Engine<'m>, Problem> {
+        Ok(match device {
+            None => Engine::Host(model, RopeTable::new(longest, model.config.head_dim, model.config.rope_theta)),
+            Some(device) => Engine::Device(Box::new(DeviceCache::new(model, device, live, longest)?)),
+        })
+    }
+
+    /// Runs whole prompts, filling their caches; equal prompts are run once. Returns the logits after each,
+    /// `[live, V]`.
+    fn prefill(&mut self, prompts: &[Prompt], new: &mut [Live]) -> Result<Vec<f32>, Problem> {
+        let (different, same) = distinct(prompts, new);
+        match self {
+            Engine::Host(model, _) => Ok(prefill(model, &different, &same, new)),
+            Engine::Device(cache) => {
+                let mut owners: Vec<Vec<&mut Vec<u32>>> = different.iter().map(|_| Vec::new()).collect();
+                for (live, &at) in new.iter_mut().zip(&same) {
+                    owners[at].push(&mut live.pages);
+                }
+                let logits = cache.prefill(&different, &mut owners)?;
+                let width = logits.len() / different.len();
+                Ok(same.iter().flat_map(|&at| &logits[at * width..(at + 1) * width]).copied().collect())
+            }
+        }
+    }
+
+    /// One token further for all. Returns their next logits `[live, V]`.
+    fn step(&mut self, live: &mut [Live]) -> Result<Vec<f32>, Problem> {
+        match self {
+            Engine::Host(model, rope) => Ok(step(model, live, rope)),
+            Engine::Device(cache) => {
+                let ids: Vec<u32> = live.iter().map(|live| live.ids[live.ids.len() - 1]).collect();
+                let positions: Vec<u32> = live.iter().map(|live| live.ids.len() as u32 - 1).collect();
+                let mut pages: Vec<&mut Vec<u32>> = live.iter_mut().map(|live| &mut live.pages).collect();
+                cache.step(&ids, &positions, &mut pages)
+            }
+        }
+    }
+
+    /// What a completion that has ended took.
+    fn release(&mut self, live: &mut Live) {
+        if let Engine::Device(cache) = self {
+            cache.release(&mut live.pages);
+        }
+    }
+}
+
+/// The different ones among the prompts of `new`, and which of them each has.
+fn distinct<'p>(prompts: &'p [Prompt], new: &[Live]) -> (Vec<&'p [u32]>, Vec<usize>) {
+    let mut first_of: HashMap<&[u32], usize> = HashMap::new();
+    let mut different: Vec<&[u32]> = Vec::new();
+    let same = new.iter().map(|live| {
+        let ids = prompts[live.prompt].ids.as_slice();
+        *first_of.entry(ids).or_insert_with(|| {
+            different.push(ids);
+            different.len() - 1
+        })
+    });
+    let same = same.collect();
+    (different, same)
 }
 
 fn most_live(model: &Model, longest: usize) -> usize {
@@ -154,34 +256,22 @@ fn admit(
             random: Stream::new(sampling.seed, *stream),
             logprobs: Vec::new(),
             cache: model.layers.iter().map(|_| Default::default()).collect(),
+            pages: Vec::new(),
         });
         waiting.pop_front();
     }
     new
 }
 
-/// Runs whole prompts, filling their caches; equal prompts are run once. Returns the logits after each,
-/// `[live, V]`.
-fn prefill(model: &Model, prompts: &[Prompt], new: &mut [Live]) -> Vec<f32> {
-    let mut first_of: HashMap<&[u32], usize> = HashMap::new();
-    let mut different: Vec<&[u32]> = Vec::new();
-    let same: Vec<usize> = new
-        .iter()
-        .map(|live| {
-            let ids = prompts[live.prompt].ids.as_slice();
-            *first_of.entry(ids).or_insert_with(|| {
-                different.push(ids);
-                different.len() - 1
-            })
-        })
-        .collect();
+/// [`Engine::prefill`] on the host: `same[i]` is the place of `new[i]`'s prompt in `different`.
+fn prefill(model: &Model, different: &[&[u32]], same: &[usize], new: &mut [Live]) -> Vec<f32> {
     let lengths: Vec<usize> = different.iter().map(|ids| ids.len()).collect();
     let ends: Vec<usize> = lengths.iter().scan(0, |end, length| (*end += length, Some(*end)).1).collect();
     let sequences = Sequences::new(&model.config, &lengths);
     let mut x = model.embed_ids(&different.concat());
     for (i, layer) in model.layers.iter().enumerate() {
         let (k, v) = model.layer_keys_values(layer, &mut x, &sequences);
-        for (live, &at) in new.iter_mut().zip(&same) {
+        for (live, &at) in new.iter_mut().zip(same) {
             let width = model.config.key_size();
             let range = (ends[at] - lengths[at]) * width..ends[at] * width;
             live.cache[i] = [k[range.clone()].to_vec(), v[range].to_vec()];
@@ -192,7 +282,7 @@ fn prefill(model: &Model, prompts: &[Prompt], new: &mut [Live]) -> Vec<f32> {
     head(model, &last.copied().collect::<Vec<f32>>())
 }
 
-/// One token further for all. Returns their next logits `[live, V]`.
+/// [`Engine::step`] on the host.
 fn step(model: &Model, live: &mut [Live], rope: &RopeTable) -> Vec<f32> {
     let ids: Vec<u32> = live.iter().map(|live| live.ids[live.ids.len() - 1]).collect();
     let positions: Vec<u32> = live.iter().map(|live| live.ids.len() as u32 - 1).collect();
@@ -241,7 +331,7 @@ fn advance(
     logits: &mut [f32],
     sampling: &Sampling,
     decode: &dyn Fn(&[u32]) -> String,
-) -> Result<Vec<(usize, Completion)>, Problem> {
+) -> Result<Vec<(Live, Completion)>, Problem> {
     if sampling.max_tokens > 0 {
         live.par_iter_mut().zip(logits.par_chunks_exact_mut(model.config.vocab_size)).for_each(|(live, logits)| {
             let mut plain = logits.to_vec();
@@ -265,7 +355,8 @@ fn advance(
         match finish(&one.ids[one.prompt_len..], sampling, decode) {
             Some((finish, text)) => {
                 let ids = one.ids.split_off(one.prompt_len);
-                done.push((one.prompt, Completion { ids, text, finish, logprobs: one.logprobs }));
+                let logprobs = std::mem::take(&mut one.logprobs);
+                done.push((one, Completion { ids, text, finish, logprobs }));
             }
             None => kept.push(one),
         }

@@ -6,22 +6,28 @@
 //! | `weights.rs` | safetensors in and out |
 //! | `lora.rs` | adapters and PEFT folders |
 //! | `qwen2.rs` | the model: forward, backward, what is trained |
+//! | `device.rs`, `device_decode.rs` | the same on a CUDA device |
+//! | `placed.rs` | a model where it computes |
 //! | `load.rs` | a chain of folders to a model, and back to folders |
 //! | `decode.rs` | generation with a key/value cache |
 //! | `sampling.rs` | logits to the next token |
 
 pub mod config;
 pub mod decode;
+pub mod device;
+mod device_decode;
 pub mod load;
 pub mod lora;
+pub mod placed;
 pub mod qwen2;
 pub mod sampling;
 pub mod weights;
 
 pub use config::Config;
-pub use decode::{Completion, Finish, Prompt, generate};
+pub use decode::{Completion, Finish, Prompt, generate, generate_placed};
 pub use load::LoadOptions;
 pub use lora::LoraSpec;
+pub use placed::{Device, Placed};
 pub use qwen2::{Batch, Forward, Model, Recompute, Tape};
 pub use sampling::Sampling;
 

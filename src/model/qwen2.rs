@@ -41,7 +41,7 @@ pub enum Recompute {
 }
 
 impl Recompute {
-    fn of(self, layer: usize) -> bool {
+    pub(super) fn of(self, layer: usize) -> bool {
         match self {
             Recompute::None => false,
             Recompute::All => true,
@@ -143,17 +143,17 @@ pub(super) struct Linear {
     pub(super) weight: Option<Matrix>,
     pub(super) bias: Option<Vec<f32>>,
     /// The active adapter.
-    lora: Option<LoraSlot>,
+    pub(super) lora: Option<LoraSlot>,
     /// Place of the weight among the parameters, the bias after it, when every weight is trained.
     trained: Option<usize>,
 }
 
 #[derive(Clone, Copy)]
-struct LoraSlot {
+pub(super) struct LoraSlot {
     /// Place of A among the parameters; B is the next.
-    at: usize,
-    rank: usize,
-    scale: f32,
+    pub(super) at: usize,
+    pub(super) rank: usize,
+    pub(super) scale: f32,
 }
 
 pub(super) struct Layer {
@@ -165,13 +165,13 @@ pub(super) struct Layer {
     trained: Option<[usize; 2]>,
 }
 
-const Q: usize = 0;
-const K: usize = 1;
-const V: usize = 2;
-const O: usize = 3;
-const GATE: usize = 4;
-const UP: usize = 5;
-const DOWN: usize = 6;
+pub(super) const Q: usize = 0;
+pub(super) const K: usize = 1;
+pub(super) const V: usize = 2;
+pub(super) const O: usize = 3;
+pub(super) const GATE: usize = 4;
+pub(super) const UP: usize = 5;
+pub(super) const DOWN: usize = 6;
 
 /// What is trained.
 #[derive(Debug, Clone, PartialEq)]
@@ -193,7 +193,7 @@ pub struct Model {
     pub(super) head: Linear,
     params: Vec<Parameter>,
     pub(super) trained: Trained,
-    adapter_on: bool,
+    pub(super) adapter_on: bool,
     /// Places of embedding and final norm among the parameters.
     embed_trained: Option<usize>,
     norm_trained: Option<usize>,
@@ -464,7 +464,7 @@ impl Model {
     }
 
     /// Layers below it have nothing to train.
-    fn first_trained_layer(&self) -> usize {
+    pub(super) fn first_trained_layer(&self) -> usize {
         let trained =
             |layer: &Layer| layer.linears.iter().any(|linear| linear.lora.is_some() || linear.trained.is_some());
         self.layers.iter().position(trained).unwrap_or(self.layers.len())

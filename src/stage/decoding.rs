@@ -10,7 +10,7 @@ use super::{Context, training};
 use crate::data::{Format, Record, Tokenizer};
 use crate::digest::Encoder;
 use crate::manifest::spec::{Key, Type};
-use crate::model::{self, Finish, LoadOptions, Model, Prompt, Sampling};
+use crate::model::{self, Finish, LoadOptions, Model, Placed, Prompt, Sampling};
 use crate::problem::Problem;
 use crate::tensor::Dtype;
 use minijinja::value::Serde;
@@ -215,6 +215,7 @@ impl Decoding {
             // round what the adapter has learned.
             let dtype = self.dtype.dtype();
             let model = Model::load(&chain, &LoadOptions { dtype, fold_last: matches!(dtype, Dtype::F32) })?;
+            let model = Placed::new(model, &ctx.device)?;
             tokenizer.fits(model.config.vocab_size)?;
             self.fits(&model, requests)?;
             let mut journal = Journal::open(&path)?;
@@ -237,7 +238,7 @@ impl Decoding {
     fn batch(
         &self,
         ctx: &Context,
-        model: &Model,
+        model: &Placed,
         tokenizer: &Tokenizer,
         requests: &[Request],
         keys: &[String],
@@ -254,7 +255,7 @@ impl Decoding {
             ctx.progress.at((done + finished) as u64);
             ctx.stopped()
         };
-        let made = model::generate(model, &prompts, sampling, &decode, &mut on_step)?;
+        let made = model::generate_placed(model, &prompts, sampling, &decode, &mut on_step)?;
         let reply = |(&i, made): (&usize, model::Completion)| Reply {
             key: keys[i].clone(),
             text: made.text,
@@ -353,6 +354,7 @@ pub struct Template(Environment<'static>);
 impl Template {
     pub fn new(key: &str, text: &str) -> Result<Template, Problem> {
         let mut env = Environment::new();
+        env.set_fuel(Some(20_000_000));
         env.set_undefined_behavior(UndefinedBehavior::Strict);
         env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);

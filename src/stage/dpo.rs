@@ -17,7 +17,7 @@ use super::inputs;
 use super::training::{self, Packed, Session, Spec, training_keys};
 use crate::data::{self, Pair};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type};
-use crate::model::Model;
+use crate::model::Placed;
 use crate::problem::Problem;
 use crate::train::{clip, global_norm, require_finite};
 use serde::Deserialize;
@@ -119,7 +119,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         for part in data::micro_batches(&lengths, spec.micro_batch_tokens) {
             let part = &batch[part];
             let packed = Packed::new(part.iter().flat_map(|&i| [&pairs[i].chosen, &pairs[i].rejected]));
-            let forward = model.forward(&packed.batch());
+            let forward = model.forward(&packed.batch())?;
             let mut dlogprobs = Vec::with_capacity(forward.logprobs.len());
             for (policy, &i) in policy_logps(&packed, &forward.logprobs).into_iter().zip(part) {
                 // d loss / d logp(chosen) = -beta sigmoid(-margin) / pairs, and its opposite for rejected
@@ -128,7 +128,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
                 dlogprobs.extend(std::iter::repeat_n(-slope, pairs[i].chosen.learned_tokens()));
                 dlogprobs.extend(std::iter::repeat_n(slope, pairs[i].rejected.learned_tokens()));
             }
-            model.backward(forward.tape, &dlogprobs, &mut grads);
+            model.backward(forward.tape, &dlogprobs, &mut grads)?;
         }
         let count = batch.len() as f64;
         let loss = sums.loss / count;
@@ -143,7 +143,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         }
         clip(&mut grads, grad_norm, spec.optimizer.clip_norm);
         let learning_rate = schedule.rate(step);
-        model.update(|params| optimizer.step(params, &grads, learning_rate));
+        model.update(|params| optimizer.step(params, &grads, learning_rate))?;
 
         let updates = step + 1;
         if saved.contains(&updates) {
@@ -217,7 +217,7 @@ fn policy_logps(packed: &Packed, logprobs: &[f32]) -> Vec<Logps> {
 /// The reference's log-probs of every pair, by the model as it stands before the first update.
 fn reference(
     ctx: &Context,
-    model: &mut Model,
+    model: &mut Placed,
     which: Reference,
     pairs: &[Pair],
     budget: usize,
@@ -228,8 +228,8 @@ fn reference(
     for part in data::micro_batches(&lengths, budget) {
         let packed = Packed::new(pairs[part].iter().flat_map(|pair| [&pair.chosen, &pair.rejected]));
         let logprobs = match which {
-            Reference::Start => model.logprobs(&packed.batch()),
-            Reference::Base => model.base_logprobs(&packed.batch()),
+            Reference::Start => model.logprobs(&packed.batch())?,
+            Reference::Base => model.base_logprobs(&packed.batch())?,
         };
         all.extend(policy_logps(&packed, &logprobs));
         ctx.progress.at(all.len() as u64);

@@ -67,11 +67,7 @@ pub fn run(kind: &str, ctx: &Context) -> Result<(), Problem> {
     }
 }
 
-/// Where a stage computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Device {
-    Cpu,
-}
+pub use crate::model::Device;
 
 /// One artifact given to a stage.
 pub struct Artifact {

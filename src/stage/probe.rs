@@ -14,7 +14,7 @@ use crate::data::{self, Eos, Format, Limits, Overlength, Pair, Sample};
 use crate::files::Files;
 use crate::manifest::spec::{ArtifactType, Key, Kind, Type, no_lineage, no_rules};
 use crate::model::weights::{self, Element};
-use crate::model::{LoadOptions, Model};
+use crate::model::{LoadOptions, Model, Placed};
 use crate::problem::Problem;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -136,6 +136,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
     for (number, point) in points.iter().enumerate() {
         let chain: Vec<&Files> = point.chain.iter().collect();
         let model = Model::load(&chain, &LoadOptions { dtype: spec.dtype.dtype(), fold_last: false })?;
+        let model = Placed::new(model, &ctx.device)?;
         training::check_ids(&model, examples.iter().flat_map(|example| &example.sides))?;
         let mut sums = vec![Sums::default(); examples[0].sides.len()];
         let lengths: Vec<usize> = examples.iter().map(Example::tokens).collect();
@@ -143,7 +144,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
             let done = number * examples.len() + part.end;
             let part = &examples[part];
             let packed = Packed::new(part.iter().flat_map(|example| &example.sides));
-            let logprobs = model.logprobs(&packed.batch());
+            let logprobs = model.logprobs(&packed.batch())?;
             for (example, sides) in part.iter().zip(packed.per_sequence(&logprobs).chunks_exact(sums.len())) {
                 sums.iter_mut().zip(sides).for_each(|(sums, side)| sums.add(side));
                 let mut line = json!({ "checkpoint": point.name, "id": example.id });

@@ -101,7 +101,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         let count = parts.len();
         for part in parts {
             let packed = Packed::new(batch[part].iter().copied());
-            let forward = model.forward(&packed.batch());
+            let forward = model.forward(&packed.batch())?;
             let tokens = match own.normalization {
                 Normalization::Tokens => learned,
                 Normalization::MeanOfMeans => forward.logprobs.len() * count,
@@ -109,7 +109,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
             loss -= forward.logprobs.iter().map(|&logprob| f64::from(logprob)).sum::<f64>() / tokens as f64;
             // d loss / d logprob, the same for every learned token of the micro-batch
             let dlogprobs = vec![-1.0 / tokens as f32; forward.logprobs.len()];
-            model.backward(forward.tape, &dlogprobs, &mut grads);
+            model.backward(forward.tape, &dlogprobs, &mut grads)?;
         }
         let grad_norm = global_norm(&grads);
         require_finite(loss, grad_norm, step + 1)?;
@@ -118,7 +118,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         }
         clip(&mut grads, grad_norm, spec.optimizer.clip_norm);
         let learning_rate = schedule.rate(step);
-        model.update(|params| optimizer.step(params, &grads, learning_rate));
+        model.update(|params| optimizer.step(params, &grads, learning_rate))?;
 
         let updates = step + 1;
         if saved.contains(&updates) {

@@ -6,7 +6,7 @@ use crate::data::{Eos, Format, Limits, Overlength, Pair, Sample, Side};
 use crate::files::Files;
 use crate::manifest::spec::{Broken, Key, Lineage, Params, Type};
 use crate::model::weights::{self, Element};
-use crate::model::{Batch, Gradients, LoadOptions, LoraSpec, Model, Parameter, Recompute};
+use crate::model::{Batch, Gradients, LoadOptions, LoraSpec, Model, Parameter, Placed, Recompute};
 use crate::problem::Problem;
 use crate::train::{self, Checkpoint, Curve, Optimizer, Options, Schedule};
 use serde::Deserialize;
@@ -163,7 +163,7 @@ pub fn specs<Own: DeserializeOwned>(ctx: &Context, own: &[&str]) -> Result<(Spec
 
 impl Spec {
     /// The model at the start: earlier adapters folded in, the trained one attached.
-    pub fn model(&self, ctx: &Context) -> Result<Model, Problem> {
+    pub fn model(&self, ctx: &Context) -> Result<Placed, Problem> {
         let continues = self.lora.is_some() && self.adapter == "continue";
         let options = LoadOptions { dtype: self.dtype.dtype(), fold_last: !continues };
         let mut model = Model::load(&inputs::chain(ctx, "model"), &options)?;
@@ -187,7 +187,7 @@ impl Spec {
                 .help("write the shape that is there, or `adapter = \"new\"` to fold it in and put a new one on top"));
             }
         }
-        Ok(model)
+        Placed::new(model, &ctx.device)
     }
 
     pub fn limits(&self) -> Limits {
@@ -403,12 +403,12 @@ impl<'a> Session<'a> {
     /// Goes on from the last state in the work folder, if there is one. Returns the updates done.
     pub fn resume(
         ctx: &'a Context<'a>,
-        model: &mut Model,
+        model: &mut Placed,
         optimizer: &mut Optimizer,
         every_s: u64,
     ) -> Result<(Session<'a>, u64), Problem> {
         let states = Checkpoint::in_folder(&ctx.work.join("resume"))?;
-        let restored = model.update(|params| states.restore(params, optimizer))?;
+        let restored = model.update(|params| states.restore(params, optimizer))??;
         let mut session =
             Session { ctx, states, log: Vec::new(), every: Duration::from_secs(every_s), last: Instant::now() };
         let Some(restored) = restored else { return Ok((session, 0)) };

@@ -14,6 +14,16 @@ impl Model {
         &self.params
     }
 
+    /// Whether every weight is trained.
+    pub fn trains_everything(&self) -> bool {
+        self.trained == Trained::Everything
+    }
+
+    /// Uses the active adapter or does not.
+    pub(in crate::model) fn switch_adapter(&mut self, on: bool) {
+        self.adapter_on = on;
+    }
+
     /// Number of trained values.
     pub fn trained_values(&self) -> usize {
         self.params.iter().map(|param| param.value.len()).sum()
