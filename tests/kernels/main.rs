@@ -1,0 +1,23 @@
+//! Every kernel on the emulator, against its reference in `f64`; the model and its stages through all of them.
+
+mod adamw;
+mod attention;
+mod attention_decode;
+#[path = "../stages/bench.rs"]
+#[allow(dead_code, reason = "the tests of the stages use more of it")]
+mod bench;
+mod bias;
+mod cast;
+mod embedding;
+mod emulator;
+mod grad_norm;
+mod head_logprob;
+mod lora_matmul;
+mod model;
+mod prebuilt;
+mod residual;
+mod rmsnorm;
+mod rope;
+mod sampling;
+mod support;
+mod swiglu;
