@@ -328,6 +328,8 @@ enum Step {
     Busy(Holder),
     /// The same fingerprint is at work in this run; the cell waits there.
     Parked,
+    /// An input is being made again.
+    Early,
     /// Artifacts of these inputs are damaged.
     Redo(Vec<CellId>),
 }
@@ -437,6 +439,10 @@ impl Scheduler<'_> {
         let engine = self.engine;
         let (artifacts, forced, fingerprint) = {
             let mut state = self.lock();
+            // Between its turn and now, another cell may have found one of its inputs damaged.
+            if inputs(engine.plan, cell).any(|input| state.artifacts[input].is_none()) {
+                return (Step::Early, None);
+            }
             let of_input = |input: CellId| state.artifacts[input].as_ref().map(|(_, artifact)| artifact.digest);
             let Some(fingerprint) = engine.fingerprint(cell, &self.sources.sources[cell], of_input) else {
                 let label = engine.plan.cells[cell].to_string();
@@ -660,6 +666,7 @@ impl Scheduler<'_> {
                 state.later.push((Instant::now() + GLANCE, cell));
             }
             Step::Parked => {}
+            Step::Early => state.enqueue(self.engine, cell),
             Step::Redo(bad) => self.redo(state, cell, bad),
         }
     }
