@@ -9,6 +9,7 @@ use pipe::cuda::{Buffer, Dim, Driver, Gpu};
 use pipe::problem::Problem;
 use pipe::random::Stream;
 use std::ffi::c_void;
+use std::sync::OnceLock;
 
 /// The emulator, as a device.
 pub struct Emulated;
@@ -70,13 +71,27 @@ impl Driver for Emulated {
     }
 }
 
-/// A new device: its memory is poisoned, and each buffer ends at a page out of bounds.
+/// Whether the tests run on a GPU: `PIPE_TEST_GPU=1`, for whoever has one.
+pub fn on_device() -> bool {
+    std::env::var_os("PIPE_TEST_GPU").is_some()
+}
+
+/// A new emulated device, its memory poisoned, blocks exactly as large as their buffers; or the GPU.
 pub fn gpu() -> Gpu {
+    static DEVICE: OnceLock<Gpu> = OnceLock::new();
+    if on_device() {
+        let open = || pipe::cuda::open(0).unwrap_or_else(|problem| panic!("PIPE_TEST_GPU is set, and {problem}"));
+        return DEVICE.get_or_init(open).clone();
+    }
     Gpu::exact(Box::new(Emulated))
 }
 
-/// Orders of threads and blocks, with asynchronous copies late and at once.
+/// Orders of threads and blocks, with asynchronous copies late and at once. A GPU has its own: it is asked twice
+/// for the same.
 pub fn schedules() -> Vec<Schedule> {
+    if on_device() {
+        return vec![Schedule::default(); 2];
+    }
     let orders = [Order::Up, Order::Down, Order::Random(1), Order::Random(2)];
     let late = |late_copies| orders.map(|order| Schedule { order, late_copies, ..Schedule::default() });
     [late(true), late(false)].concat()
@@ -123,6 +138,10 @@ pub struct Found {
 /// shows it. The sound kernel's results are the measure.
 #[track_caller]
 pub fn finds(fault: &'static str, run: impl Fn(&Gpu) -> Result<Vec<Vec<u8>>, Problem>) -> Found {
+    if on_device() {
+        // Planted faults are for the emulator; some would bring a GPU down.
+        return Found { detector: Some("not asked on a GPU".into()), schedules: schedules().len() };
+    }
     let sound = run(&gpu()).unwrap_or_else(|problem| panic!("without a fault: {problem}"));
     let watched = Schedule { detector: true, fault: Some(fault), ..Schedule::default() };
     let detector = emulator::with(watched, || run(&gpu())).err().map(|problem| problem.to_string());
