@@ -14,16 +14,6 @@ pub enum Device {
     Cuda(Gpu),
 }
 
-impl Device {
-    /// The backend's name in fingerprints: the two do not round alike.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Device::Cpu => "cpu",
-            Device::Cuda(_) => "cuda",
-        }
-    }
-}
-
 /// A model and, if it computes on a device, what of it lies there. Reads as the [`Model`] it is.
 pub struct Placed {
     model: Model,
