@@ -5,6 +5,7 @@ mod cache;
 mod completions;
 mod export;
 mod gc;
+mod grade;
 mod graph;
 mod live;
 mod logging;
@@ -96,6 +97,7 @@ enum Command {
     Graph(graph::Arguments),
     Show(show::Arguments),
     Export(export::Arguments),
+    Grade(grade::Arguments),
     Schema(schema::Arguments),
     Cache(cache::Arguments),
     Gc(gc::Arguments),
@@ -190,6 +192,7 @@ fn dispatch(line: &Line) -> Done {
         Command::Graph(arguments) => graph::run(global, arguments),
         Command::Show(arguments) => show::run(global, arguments),
         Command::Export(arguments) => export::run(global, arguments),
+        Command::Grade(arguments) => grade::run(global, arguments),
         Command::Schema(arguments) => schema::run(arguments),
         Command::Cache(arguments) => cache::run(global, arguments),
         Command::Gc(arguments) => gc::run(global, arguments),

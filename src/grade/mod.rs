@@ -11,6 +11,7 @@ pub mod modular;
 pub mod normalise;
 pub mod number;
 pub mod parse;
+pub mod s1;
 pub mod stats;
 pub mod words;
 
@@ -92,6 +93,17 @@ pub fn judge(gold: &str, given: &str) -> decide::Ruling {
     match answer::answer(&given_tokens) {
         Some(given_answer) => decide::compare(&gold_answer, &given_answer),
         None => (Verdict::Undecided, "answer not understood"),
+    }
+}
+
+/// Whether two answers are the same one, for counting how often each was given.
+pub fn same(one: &str, other: &str, kind: Kind) -> bool {
+    match kind {
+        Kind::Choice => match (single_letter(one), single_letter(other)) {
+            (Some(one), Some(other)) => one == other,
+            _ => one.trim() == other.trim(),
+        },
+        Kind::Math | Kind::Number => judge(one, other).0 == Verdict::Correct,
     }
 }
 

@@ -24,9 +24,104 @@ pub fn wilson_rate(rate: f64, total: u64) -> (f64, f64) {
     (low, high)
 }
 
+/// Pass@k, unbiased: the probability that at least one of `k` samples drawn without replacement from `n`, of
+/// which `correct` are right, is right (Chen et al. 2021, eq. 1). `None` if `k` is 0 or above `n`.
+pub fn pass_at_k(n: u64, correct: u64, k: u64) -> Option<f64> {
+    if k == 0 || k > n {
+        return None;
+    }
+    let wrong = n - correct.min(n);
+    // 1 - C(wrong, k) / C(n, k), factor by factor: no factorial, and 1 where fewer than k are wrong.
+    let none_right = if wrong < k { 0.0 } else { (0..k).map(|i| (wrong - i) as f64 / (n - i) as f64).product() };
+    Some(1.0 - none_right)
+}
+
+/// McNemar's exact test: the two-sided p of `first_only` problems that only the first of two solves against
+/// `second_only`, given that each is a fair coin's (binomial; the doubled smaller tail, at most 1).
+pub fn mcnemar(first_only: u64, second_only: u64) -> f64 {
+    let (few, n) = (first_only.min(second_only), first_only + second_only);
+    // The sum in logarithms: 0.5^n is below what f64 holds from n = 1075 on.
+    let mut term = -(n as f64) * std::f64::consts::LN_2;
+    let mut tail = 0.0;
+    for i in 0..=few {
+        tail += term.exp();
+        term += ((n - i) as f64 / (i + 1) as f64).ln();
+    }
+    (2.0 * tail).min(1.0)
+}
+
+/// The paired permutation test, exact: two-sided p of a sum of differences at least as far from 0 as theirs
+/// when the sign of each is a fair coin's. With one sample per problem this is McNemar's test.
+///
+/// The distribution of the sum is built one difference at a time: time is the number of differences times the
+/// sum of their magnitudes. Where that is too much, there are so many that the sum is as good as normal.
+pub fn permutation(differences: &[i64]) -> f64 {
+    const MOST_STEPS: u128 = 200_000_000;
+    let reach: u128 = differences.iter().map(|difference| u128::from(difference.unsigned_abs())).sum();
+    if reach * differences.len() as u128 > MOST_STEPS {
+        let sum: f64 = differences.iter().map(|difference| *difference as f64).sum();
+        let squares: f64 = differences.iter().map(|difference| (*difference as f64).powi(2)).sum();
+        return two_sided_normal(sum / squares.sqrt());
+    }
+    let reach = reach as usize;
+    // chance[s + reach] of the sum s.
+    let mut chance = vec![0.0f64; 2 * reach + 1];
+    chance[reach] = 1.0;
+    let mut spread = 0;
+    for difference in differences.iter().filter(|difference| **difference != 0) {
+        let size = difference.unsigned_abs() as usize;
+        let mut next = vec![0.0f64; 2 * reach + 1];
+        for at in reach - spread..=reach + spread {
+            next[at + size] += 0.5 * chance[at];
+            next[at - size] += 0.5 * chance[at];
+        }
+        spread += size;
+        chance = next;
+    }
+    let seen = differences.iter().sum::<i64>().unsigned_abs() as usize;
+    let as_far = |(at, chance): (usize, &f64)| if at.abs_diff(reach) >= seen { *chance } else { 0.0 };
+    chance.iter().enumerate().map(as_far).sum::<f64>().min(1.0)
+}
+
+/// The probability that a standard normal number is at least as far from 0 as `z`; to 1.2e-7 (Press et al.,
+/// Numerical Recipes, the Chebyshev fit of the complementary error function).
+fn two_sided_normal(z: f64) -> f64 {
+    let x = z.abs() / std::f64::consts::SQRT_2;
+    let t = 1.0 / (1.0 + 0.5 * x);
+    const FIT: [f64; 10] = [
+        -1.265_512_23,
+        1.000_023_68,
+        0.374_091_96,
+        0.096_784_18,
+        -0.186_288_06,
+        0.278_868_07,
+        -1.135_203_98,
+        1.488_515_87,
+        -0.822_152_23,
+        0.170_872_77,
+    ];
+    let series = FIT.iter().rev().fold(0.0, |sum, coefficient| sum * t + coefficient);
+    t * (-x * x + series).exp()
+}
+
+/// The largest group of equal answers among `count`, the one that appears first among equals: its size and the
+/// index of its first member. `equal(i, j)` compares answers; groups are made by their first members. `None`
+/// without answers.
+pub fn majority(count: usize, mut equal: impl FnMut(usize, usize) -> bool) -> Option<(usize, usize)> {
+    let mut groups: Vec<(usize, usize)> = Vec::new();
+    for answer in 0..count {
+        match groups.iter_mut().find(|(_, first)| equal(*first, answer)) {
+            Some((size, _)) => *size += 1,
+            None => groups.push((1, answer)),
+        }
+    }
+    // `max_by_key` takes the last of equals.
+    groups.into_iter().rev().max_by_key(|(size, _)| *size)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::wilson;
+    use super::*;
 
     #[test]
     fn the_published_example_comes_out() {
@@ -41,5 +136,56 @@ mod tests {
         assert_eq!(wilson(30, 30).1, 1.0);
         assert!(wilson(0, 30).1 >= 0.11 && wilson(0, 30).1 <= 0.12);
         assert_eq!(wilson(0, 0), (0.0, 1.0));
+    }
+
+    #[test]
+    fn pass_at_k_counts_draws_without_replacement() {
+        assert_eq!(pass_at_k(10, 3, 1), Some(1.0 - 0.7));
+        // All pairs of five, of which two are right: 1 - C(3, 2) / C(5, 2).
+        assert!((pass_at_k(5, 2, 2).unwrap() - 0.7).abs() <= 1e-15);
+        assert_eq!((pass_at_k(4, 1, 4), pass_at_k(4, 0, 4), pass_at_k(4, 1, 5)), (Some(1.0), Some(0.0), None));
+        assert_eq!(pass_at_k(4, 2, 0), None);
+    }
+
+    #[test]
+    fn mcnemar_is_the_binomial_tail_doubled() {
+        // 2 of 12: (1 + 12 + 66) / 2^12, twice.
+        assert!((mcnemar(2, 10) - 2.0 * 79.0 / 4096.0).abs() <= 1e-12);
+        assert_eq!((mcnemar(0, 0), mcnemar(3, 3)), (1.0, 1.0));
+        let p = mcnemar(1000, 3000);
+        assert!(p > 0.0 && p <= 1e-200, "{p}");
+    }
+
+    #[test]
+    fn permuting_single_samples_is_mcnemar() {
+        for (first, second) in [(2usize, 10usize), (0, 5), (7, 7), (1, 3)] {
+            let differences = [vec![1i64; first], vec![-1; second], vec![0; 9]].concat();
+            let (p, q) = (permutation(&differences), mcnemar(first as u64, second as u64));
+            assert!((p - q).abs() <= 1e-12, "{first} {second}: {p} {q}");
+        }
+    }
+
+    #[test]
+    fn many_large_differences_are_as_good_as_normal() {
+        assert!((two_sided_normal(1.959_963_984_540_054) - 0.05).abs() <= 2e-7);
+        let differences: Vec<i64> = (0..600).map(|i| if i % 3 == 0 { -900 - i } else { 700 + i }).collect();
+        let exact = permutation(&differences.iter().map(|d| d / 100).collect::<Vec<_>>());
+        let approximate = permutation(&differences.iter().map(|d| d * 100).collect::<Vec<_>>());
+        assert!((exact - approximate).abs() <= 0.2 * exact.max(1e-12), "{exact} {approximate}");
+    }
+
+    #[test]
+    fn a_permutation_is_counted_as_by_hand() {
+        // Signs of 1, 2 and 3 give -6 -4 -2 0 0 2 4 6; two of eight are as far as 6.
+        assert!((permutation(&[1, 2, 3]) - 0.25).abs() <= 1e-15);
+        assert_eq!(permutation(&[]), 1.0);
+    }
+
+    #[test]
+    fn the_majority_is_the_largest_group_and_the_earliest_of_equals() {
+        let by = |answers: &'static [&str]| majority(answers.len(), |i, j| answers[i] == answers[j]);
+        assert_eq!(by(&["a", "b", "b", "a", "c"]), Some((2, 0)));
+        assert_eq!(by(&["a", "b", "b"]), Some((2, 1)));
+        assert_eq!(by(&[]), None);
     }
 }

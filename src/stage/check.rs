@@ -9,7 +9,8 @@
 //!
 //! Each side is a linear combination of readings (a `min` or `max` is the reading that attains it),
 //! so the variance of left minus right follows from the coefficients, also when a reading stands on
-//! both sides. A reading's own standard error comes from its 95 % interval. Nothing else is assumed.
+//! both sides. A reading's own standard error comes from its 95 % interval; readings of the same problems go up
+//! and down together as far as their outcomes show, others are taken as independent.
 
 use super::Context;
 use super::readings::{self, Reading};
@@ -25,7 +26,7 @@ use std::fmt;
 pub const KIND: Kind = Kind {
     name: "check",
     about: "a claim about scores or measurements that must hold",
-    recipe: 1,
+    recipe: 2,
     yields: ArtifactType::Verdict,
     keys: &[
         Key::required(
@@ -297,10 +298,20 @@ impl Claim {
         }
         let mut metric = left.metric;
         metric.extend(right.metric);
-        let variance: Option<f64> = difference
+        let weighted: Option<Vec<(&Reading, f64)>> = difference
             .iter()
-            .map(|(at, coefficient)| Some((coefficient * readings[*at].half_width(&metric[at])?).powi(2)))
-            .sum();
+            .map(|(at, coefficient)| Some((&readings[*at], coefficient * readings[*at].half_width(&metric[at])?)))
+            .collect();
+        let variance = weighted.map(|weighted| {
+            let pairs =
+                weighted.iter().enumerate().flat_map(|(i, one)| weighted[..i].iter().map(move |two| (one, two)));
+            let together = |((one, a), (two, b)): (&(&Reading, f64), &(&Reading, f64))| {
+                let outcomes = one.outcomes.as_ref().zip(two.outcomes.as_ref());
+                2.0 * a * b * outcomes.and_then(|(one, two)| readings::correlation(one, two)).unwrap_or(0.0)
+            };
+            let alone: f64 = weighted.iter().map(|(_, half)| half * half).sum();
+            (alone + pairs.map(together).sum::<f64>()).max(0.0)
+        });
         // Half widths scale like standard errors, so the factor 1.96 need not be taken out and put back.
         let half_width = variance.filter(|_| !difference.is_empty()).map(f64::sqrt);
         Ok(Verdict { holds, left: a, right: b, half_width })
@@ -631,12 +642,20 @@ mod tests {
             stage: "eval".into(),
             axes: vec![("data".into(), data.into())],
             fields,
+            outcomes: None,
         }
+    }
+
+    /// With one sample of each problem.
+    fn solved(mut reading: Reading, right: &[bool]) -> Reading {
+        let outcomes = right.iter().enumerate().map(|(at, right)| (format!("p{at}"), (u64::from(*right), 1)));
+        reading.outcomes = Some(outcomes.collect::<readings::Outcomes>().into());
+        reading
     }
 
     impl Reading {
         fn empty() -> Reading {
-            Reading { cell: String::new(), stage: String::new(), axes: Vec::new(), fields: Map::new() }
+            Reading { cell: String::new(), stage: String::new(), axes: vec![], fields: Map::new(), outcomes: None }
         }
     }
 
@@ -652,6 +671,22 @@ mod tests {
         assert_eq!(verdict.half_width, Some(5.0)); // sqrt(3^2 + 4^2)
         assert_eq!(verdict.within_noise(), Some(false));
         assert_eq!(verdict.to_string(), "left 60, right 50, difference 10 ± 5 (95 %)");
+    }
+
+    #[test]
+    fn cells_that_solve_the_same_problems_differ_with_less_noise() {
+        let (r1k, s1k) = (reading("r1k", 60.0, 3.0), reading("s1k", 50.0, 4.0));
+        let same = [true, true, false, false, true, false, true, false];
+        let half = |one: &[bool], other: &[bool]| {
+            let readings = [solved(r1k.clone(), one), solved(s1k.clone(), other)];
+            judge("mean(accuracy[data=r1k]) > mean(accuracy[data=s1k])", &readings).half_width.unwrap()
+        };
+        assert!((half(&same, &same) - 1.0).abs() <= 1e-12); // 4 - 3: fully correlated
+        let opposite = same.map(|right| !right);
+        assert!((half(&same, &opposite) - 7.0).abs() <= 1e-12);
+        // Other problems, or no variation: independent.
+        assert_eq!(half(&same, &same[..4]), 5.0);
+        assert_eq!(half(&same, &[true; 8]), 5.0);
     }
 
     #[test]

@@ -3,13 +3,15 @@
 //! Everything that could be wrong with the task (a record without its answer, a gold answer that no
 //! rule understands, a prompt longer than the context) is found before the model is loaded. The score
 //! is the mean over all samples; truncated, missing and undecided answers are counted beside it and
-//! never score. The interval is Wilson's over problems: samples of one problem are not independent.
+//! never score: `undecided_as_right` is what the score would be at most. The interval is Wilson's over problems,
+//! for samples of one problem are not independent. `outcomes.jsonl` has the right samples of each problem, for
+//! comparisons of two cells on the same problems.
 
 use super::Context;
 use super::decoding::{self, Decoding, QUESTIONS, Reply, Request, Template};
 use super::inputs::{self, Storage};
 use crate::data::{BadRows, Format, Record};
-use crate::grade::{self, Graded, Kind as AnswerKind, Verdict};
+use crate::grade::{self, Graded, Kind as AnswerKind, Verdict, stats};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
 use crate::random::Stream;
@@ -20,7 +22,7 @@ use std::collections::HashSet;
 pub const KIND: Kind = Kind {
     name: "eval",
     about: "answers to the problems of a task, extracted and graded, with confidence intervals",
-    recipe: 1,
+    recipe: 2,
     yields: ArtifactType::Scores,
     keys: &[
         Key::required("model", Type::Ref(&[ArtifactType::Model]), "The model that answers."),
@@ -57,9 +59,9 @@ pub const KIND: Kind = Kind {
         ),
         Key::default(
             "grader",
-            Type::Choice(&["auto", "math", "numeric", "choice"]),
+            Type::Choice(&["auto", "math", "numeric", "choice", "s1"]),
             "\"auto\"",
-            "`choice`: a letter. `numeric`: a number or expression. `math`: also lists, intervals, equations, words. `auto`: `choice` where a record has choices or its answer is one capital letter, else `math`.",
+            "`choice`: a letter. `numeric`: a number or expression. `math`: also lists, intervals, equations, words. `auto`: `choice` where a record has choices or its answer is one capital letter, else `math`. `s1`: as `auto`, scored as the s1 study did without a judge: equal text, whole numbers by value, no letter is A.",
         ),
         Key::default("n", Type::Int { min: 1, max: 100_000 }, "1", "Samples per problem."),
         decoding::MAX_TOKENS,
@@ -110,6 +112,7 @@ enum Grader {
     Math,
     Numeric,
     Choice,
+    S1,
 }
 
 fn rules(params: &Params) -> Vec<Broken> {
@@ -203,13 +206,16 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
     let requests: Vec<Request> = questions.iter().flat_map(|q| (0..spec.n).map(move |k| (q, k))).map(request).collect();
     let replies = decoding.complete(ctx, &tokenizer, &requests, "answers")?;
 
-    let mut tally = Tally::default();
+    let mut tally = Tally::new(spec.n);
     let mut transcripts = Vec::with_capacity(requests.len());
     for (i, (request, reply)) in requests.iter().zip(&replies).enumerate() {
         let question = &questions[i / spec.n];
         let response = format!("{}{}", decoding.opening(), reply.text);
-        let graded = grade::grade(&question.gold, &response, question.kind);
-        tally.count(&graded, reply);
+        let graded = match spec.grader {
+            Grader::S1 => grade::s1::grade(&question.gold, &response, question.kind),
+            _ => grade::grade(&question.gold, &response, question.kind),
+        };
+        tally.count(&graded, question.kind, reply);
         let mut line = json!({
             "id": question.id,
             "sample": request.sample,
@@ -236,8 +242,12 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         ));
     }
     inputs::write_lines(&ctx.out.join("transcripts.jsonl"), &transcripts)?;
+    let outcome =
+        |(question, correct): (&Question, &u64)| json!({ "id": question.id, "correct": correct, "samples": spec.n });
+    let outcomes: Vec<Value> = questions.iter().zip(&tally.solved).map(outcome).collect();
+    inputs::write_lines(&ctx.out.join("outcomes.jsonl"), &outcomes)?;
     let path = ctx.out.join("scores.json");
-    std::fs::write(&path, format!("{:#}\n", tally.scores(questions.len(), spec.n)))
+    std::fs::write(&path, format!("{:#}\n", tally.scores()))
         .map_err(|error| Problem::io("eval::unwritable", "write", &path, &error))
 }
 
@@ -281,9 +291,9 @@ impl Spec {
                 let capital = matches!(gold.trim().as_bytes(), [b'A'..=b'Z']);
                 let kind = match self.grader {
                     Grader::Choice => AnswerKind::Choice,
-                    Grader::Auto if capital => AnswerKind::Choice,
+                    Grader::Auto | Grader::S1 if capital => AnswerKind::Choice,
                     Grader::Numeric => AnswerKind::Number,
-                    Grader::Auto | Grader::Math => AnswerKind::Math,
+                    Grader::Auto | Grader::Math | Grader::S1 => AnswerKind::Math,
                 };
                 grade::check_gold(&gold, kind)
                     .map_err(|why| ("eval::gold", format!("the answer `{gold}` cannot be graded: {why}")))?;
@@ -326,7 +336,9 @@ impl Spec {
             };
             return Ok(Some((fields.iter().map(text).collect::<Result<_, _>>()?, 0)));
         }
-        let Some(list) = record.get("choices").filter(|_| matches!(self.grader, Grader::Auto | Grader::Choice)) else {
+        let Some(list) =
+            record.get("choices").filter(|_| matches!(self.grader, Grader::Auto | Grader::Choice | Grader::S1))
+        else {
             return Ok(None);
         };
         let text = |value: &Value| match value {
@@ -369,10 +381,18 @@ fn letter(at: usize) -> char {
     char::from(b'A' + (at % 26) as u8)
 }
 
-/// Counts over samples.
-#[derive(Default)]
+/// Counts over samples, which come problem by problem.
 struct Tally {
-    correct: u64,
+    /// Samples per problem.
+    n: usize,
+    /// Right samples of each problem.
+    solved: Vec<u64>,
+    /// The answers to the problem at hand, those that were found, and whether each is right.
+    answers: Vec<(String, bool)>,
+    /// Samples of the problem at hand.
+    seen: usize,
+    /// Problems whose most frequent answer is right.
+    majority: u64,
     undecided: u64,
     unparsed: u64,
     truncated: u64,
@@ -380,30 +400,68 @@ struct Tally {
 }
 
 impl Tally {
-    fn count(&mut self, graded: &Graded, reply: &Reply) {
-        self.correct += u64::from(graded.verdict == Verdict::Correct);
+    fn new(n: usize) -> Tally {
+        let (solved, answers) = (Vec::new(), Vec::new());
+        Tally { n, solved, answers, seen: 0, majority: 0, undecided: 0, unparsed: 0, truncated: 0, tokens: 0 }
+    }
+
+    fn count(&mut self, graded: &Graded, kind: AnswerKind, reply: &Reply) {
+        if self.seen == 0 {
+            self.solved.push(0);
+        }
+        let right = graded.verdict == Verdict::Correct;
+        *self.solved.last_mut().expect("pushed with the first sample") += u64::from(right);
+        self.answers.extend(graded.extracted.clone().map(|answer| (answer, right)));
         self.undecided += u64::from(graded.verdict == Verdict::Undecided);
         self.unparsed += u64::from(graded.extracted.is_none());
         self.truncated += u64::from(reply.cut);
         self.tokens += reply.tokens() as u64;
+        self.seen += 1;
+        if self.seen == self.n {
+            self.majority += u64::from(self.most_say_right(kind));
+            self.answers.clear();
+            self.seen = 0;
+        }
     }
 
-    /// Rates in percent.
-    fn scores(&self, problems: usize, samples: usize) -> Value {
-        let total = (problems * samples) as u64;
-        let rate = self.correct as f64 / total as f64;
-        let (low, high) = grade::stats::wilson_rate(rate, problems as u64);
-        json!({
+    /// Whether the most frequent answer to the problem at hand is right. Answers are the same if the grader
+    /// would take one for the other.
+    fn most_say_right(&self, kind: AnswerKind) -> bool {
+        let answer = |at: usize| self.answers[at].0.as_str();
+        let most = stats::majority(self.answers.len(), |i, j| grade::same(answer(i), answer(j), kind));
+        most.is_some_and(|(_, first)| self.answers[first].1)
+    }
+
+    /// Rates in percent. With several samples per problem also pass@k, for k = 2, 4, 8, ... and all, and the
+    /// rate of problems whose most frequent answer is right.
+    fn scores(&self) -> Value {
+        let problems = self.solved.len();
+        let (total, correct) = ((problems * self.n) as u64, self.solved.iter().sum::<u64>());
+        let rate = correct as f64 / total as f64;
+        let (low, high) = stats::wilson_rate(rate, problems as u64);
+        let mut scores = json!({
             "accuracy": 100.0 * rate,
-            "correct": self.correct,
+            "correct": correct,
             "total": total,
             "problems": problems,
             "ci_low": 100.0 * low,
             "ci_high": 100.0 * high,
+            "undecided_as_right": 100.0 * (correct + self.undecided) as f64 / total as f64,
             "truncated": self.truncated,
             "unparsed": self.unparsed,
             "undecided": self.undecided,
             "mean_tokens": self.tokens as f64 / total as f64,
-        })
+        });
+        if self.n > 1 {
+            let n = self.n as u64;
+            let powers = std::iter::successors(Some(2u64), |k| k.checked_mul(2)).take_while(|k| *k < n);
+            for k in powers.chain([n]) {
+                let one = |correct: &u64| stats::pass_at_k(n, *correct, k).expect("k is at most n");
+                let mean = self.solved.iter().map(one).sum::<f64>() / problems as f64;
+                scores[format!("pass@{k}")] = json!(100.0 * mean);
+            }
+            scores["majority"] = json!(100.0 * self.majority as f64 / problems as f64);
+        }
+        scores
     }
 }

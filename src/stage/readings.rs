@@ -4,10 +4,12 @@
 //! cell, a line of a probe's `measurements.jsonl`, a step of a training stage's `log.jsonl`.
 
 use super::Artifact;
+use crate::grade::stats;
 use crate::problem::Problem;
 use serde_json::{Map, Value};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
+use std::rc::Rc;
 
 /// One line of numbers and where it belongs.
 #[derive(Debug, Clone)]
@@ -19,7 +21,12 @@ pub struct Reading {
     /// Axis names and values, in the cell's order.
     pub axes: Vec<(String, String)>,
     pub fields: Map<String, Value>,
+    /// Of an evaluation that left `outcomes.jsonl`.
+    pub outcomes: Option<Rc<Outcomes>>,
 }
+
+/// Right samples and samples of each problem, by its id.
+pub type Outcomes = BTreeMap<String, (u64, u64)>;
 
 impl Reading {
     /// The value of axis or field `name` as a label; `None` if it has neither.
@@ -68,11 +75,28 @@ pub fn readings(artifacts: &[Artifact]) -> Result<Vec<Reading>, Problem> {
             return Err(Problem::new("stage::no_numbers", format!("`{cell}` has no scores, measurements or log"))
                 .note("looked for scores.json, measurements.jsonl and log.jsonl"));
         };
+        let outcomes = match artifact.files.get("outcomes.jsonl").filter(|_| name == "scores.json") {
+            Some(path) => Some(Rc::new(outcomes(path, &cell)?)),
+            None => None,
+        };
         for fields in lines(path, name == "scores.json", &cell)? {
-            all.push(Reading { cell: cell.clone(), stage: artifact.stage.clone(), axes: axes.clone(), fields });
+            let (stage, axes, outcomes) = (artifact.stage.clone(), axes.clone(), outcomes.clone());
+            all.push(Reading { cell: cell.clone(), stage, axes, fields, outcomes });
         }
     }
     Ok(all)
+}
+
+fn outcomes(path: &Path, cell: &str) -> Result<Outcomes, Problem> {
+    let bad = |line: usize| {
+        Problem::new("stage::bad_numbers", format!("the outcomes of `{cell}` cannot be read")).at_line(path, line + 1)
+    };
+    let one = |(at, fields): (usize, Map<String, Value>)| {
+        let count = |name: &str| fields.get(name).and_then(Value::as_u64).ok_or_else(|| bad(at));
+        let id = fields.get("id").and_then(Value::as_str).ok_or_else(|| bad(at))?;
+        Ok((id.to_string(), (count("correct")?, count("samples")?)))
+    };
+    lines(path, false, cell)?.into_iter().enumerate().map(one).collect()
 }
 
 fn lines(path: &Path, whole: bool, cell: &str) -> Result<Vec<Map<String, Value>>, Problem> {
@@ -117,6 +141,38 @@ fn sort_numbers(values: &mut [String]) {
             a.total_cmp(&b)
         });
     }
+}
+
+/// The correlation of two evaluations over their problems, where these are the same: how much of what one gets
+/// right the other gets right too. `None` where they are not, or where one has no variation.
+pub fn correlation(one: &Outcomes, other: &Outcomes) -> Option<f64> {
+    if one.len() != other.len() || !one.keys().eq(other.keys()) {
+        return None;
+    }
+    let rates = |outcomes: &Outcomes| -> Vec<f64> {
+        let rates: Vec<f64> = outcomes.values().map(|(correct, n)| *correct as f64 / *n as f64).collect();
+        let mean = rates.iter().sum::<f64>() / rates.len() as f64;
+        rates.into_iter().map(|rate| rate - mean).collect()
+    };
+    let (x, y) = (rates(one), rates(other));
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    let size = (dot(&x, &x) * dot(&y, &y)).sqrt();
+    (size > 0.0).then(|| (dot(&x, &y) / size).clamp(-1.0, 1.0))
+}
+
+/// The exact paired permutation test of two evaluations of the same problems: p that they differ as much by
+/// chance. `None` where the problems are not the same.
+pub fn paired_p(one: &Outcomes, other: &Outcomes) -> Option<f64> {
+    if one.is_empty() || !one.keys().eq(other.keys()) {
+        return None;
+    }
+    let pairs = || one.values().zip(other.values());
+    let equal = pairs().all(|((_, n), (_, m))| n == m);
+    let difference = |((a, n), (b, m)): (&(u64, u64), &(u64, u64))| match equal {
+        true => *a as i64 - *b as i64,
+        false => (*a * *m) as i64 - (*b * *n) as i64,
+    };
+    Some(stats::permutation(&pairs().map(difference).collect::<Vec<_>>()))
 }
 
 /// The names a reading can be asked for, for messages: axes, then fields.

@@ -3,9 +3,10 @@
 //! A row is one combination of the labels in `rows`. With `value` the columns are the values of one
 //! axis (and their mean); without it they are fields by name. Two readings never share a cell: that
 //! is an error which names the axis left out, not an average nobody asked for.
+//! With `compare`, accuracies are tested against those of another row, problem by problem.
 
 use super::Context;
-use super::readings::{self, Reading};
+use super::readings::{self, Outcomes, Reading};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::plan::Cell;
 use crate::problem::{Exit, Problem};
@@ -15,11 +16,12 @@ use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::path::Path;
+use std::rc::Rc;
 
 pub const KIND: Kind = Kind {
     name: "table",
     about: "scores or measurements as a table: Markdown, CSV, LaTeX, text, JSON",
-    recipe: 1,
+    recipe: 2,
     yields: ArtifactType::Table,
     keys: &[
         Key::required(
@@ -59,6 +61,11 @@ pub const KIND: Kind = Kind {
             Type::Choice(&["max", "min", "none"]),
             "Which number of each column is marked. With one metric in `value` the default is `max`, else `none`.",
         ),
+        Key::optional(
+            "compare",
+            Type::Map(&Type::Str),
+            "The row that each row is compared with, by the labels in which they differ: `{ data = \"base\" }`. An accuracy that differs from it on the same problems (exact paired permutation test, p < 0.05) is marked.",
+        ),
         Key::default("interval", Type::Bool, "false", "Show half the 95 % interval beside each accuracy."),
     ],
     floats: false,
@@ -83,6 +90,8 @@ struct Spec {
     caption: Option<String>,
     #[serde(default)]
     best: Option<Best>,
+    #[serde(default)]
+    compare: BTreeMap<String, String>,
     interval: bool,
 }
 
@@ -151,6 +160,18 @@ fn rules(params: &Params) -> Vec<Broken> {
     let shown = if params.contains_key("value") { &value } else { &columns };
     if params.get("interval") == Some(&Value::Bool(true)) && !shown.iter().any(|metric| metric == "accuracy") {
         wrong("interval", "only `accuracy` has an interval".into(), "`value = \"accuracy\"`, or leave out `interval`");
+    }
+    if let Some(compare) = params.get("compare").and_then(Value::as_object) {
+        if let Some(other) = compare.keys().find(|name| !rows.contains(name)) {
+            wrong(
+                "compare",
+                format!("`{other}` is none of `rows`, and rows are what is compared"),
+                &format!("one of: {}", rows.join(", ")),
+            );
+        }
+        if !shown.iter().any(|metric| metric == "accuracy") {
+            wrong("compare", "only accuracies are compared".into(), "`value = \"accuracy\"`, or leave out `compare`");
+        }
     }
     broken
 }
@@ -286,7 +307,20 @@ struct Entry {
     half_width: Option<f64>,
     published: Option<f64>,
     best: bool,
+    outcomes: Option<Rc<Outcomes>>,
+    /// p of the comparison with the entry of the row that `compare` names.
+    p: Option<f64>,
 }
+
+impl Entry {
+    /// Whether it differs from the row it is compared with.
+    fn differs(&self) -> bool {
+        self.p.is_some_and(|p| p < SIGNIFICANT)
+    }
+}
+
+/// The p below which a difference is marked.
+const SIGNIFICANT: f64 = 0.05;
 
 struct Grid {
     row_names: Vec<String>,
@@ -330,6 +364,7 @@ impl Grid {
                 if here {
                     entry.value = reading.number(&column.metric);
                     entry.half_width = reading.half_width(&column.metric).filter(|_| spec.interval);
+                    entry.outcomes = reading.outcomes.clone().filter(|_| column.metric == "accuracy");
                 }
             }
         }
@@ -339,7 +374,34 @@ impl Grid {
                 .note(readings::names(readings)));
         }
         grid.means();
+        grid.compare(spec)?;
         Ok(grid)
+    }
+
+    /// Tests every entry against that of the row named by `compare`.
+    fn compare(&mut self, spec: &Spec) -> Result<(), Problem> {
+        if spec.compare.is_empty() {
+            return Ok(());
+        }
+        let with = |row: &Vec<String>| -> Vec<String> {
+            let labels = self.row_names.iter().zip(row);
+            labels.map(|(name, label)| spec.compare.get(name).unwrap_or(label).clone()).collect()
+        };
+        let others: Vec<Option<usize>> =
+            self.rows.iter().map(|row| self.rows.iter().position(|other| *other == with(row))).collect();
+        if others.iter().all(Option::is_none) {
+            let labels: Vec<String> = spec.compare.iter().map(|(name, label)| format!("{name}={label}")).collect();
+            return Err(Problem::new("table::unknown_name", format!("no row has {}", labels.join(", ")))
+                .help("`compare` names labels of a row that is there"));
+        }
+        for (row, other) in others.into_iter().enumerate() {
+            let Some(other) = other.filter(|other| *other != row) else { continue };
+            for at in 0..self.columns.len() {
+                let pair = self.entries[row][at].outcomes.as_ref().zip(self.entries[other][at].outcomes.as_ref());
+                self.entries[row][at].p = pair.and_then(|(one, two)| readings::paired_p(one, two));
+            }
+        }
+        Ok(())
     }
 
     /// A metric that no cell has a number for.
@@ -448,6 +510,7 @@ impl Grid {
             let cells = entries.iter().map(|entry| {
                 let number = number(entry.value, spec.decimals);
                 let mut cell = if entry.best { format!("**{number}**") } else { number };
+                cell.push_str(if entry.differs() { "†" } else { "" });
                 if let Some(half) = entry.half_width {
                     let _ = write!(cell, " ± {half:.*}", spec.decimals);
                 }
@@ -458,7 +521,7 @@ impl Grid {
             });
             let _ = writeln!(text, "| {} |", labels.chain(cells).collect::<Vec<_>>().join(" | "));
         }
-        let notes = self.notes("**bold**");
+        let notes = self.notes("**bold**", spec);
         if !notes.is_empty() {
             let _ = writeln!(text, "\n{}.", notes.join("; "));
         }
@@ -509,6 +572,7 @@ impl Grid {
             let cells = entries.iter().map(|entry| {
                 let value = latex_escape(&number(entry.value, spec.decimals));
                 let mut cell = if entry.best { format!("\\textbf{{{value}}}") } else { value };
+                cell.push_str(if entry.differs() { "$^\\dagger$" } else { "" });
                 if let Some(half) = entry.half_width {
                     let _ = write!(cell, " $\\pm$ {half:.*}", spec.decimals);
                 }
@@ -555,7 +619,7 @@ impl Grid {
             let line: String = line.chars().skip(1).collect();
             let _ = writeln!(text, "{}", line.replace(NO_BREAK_SPACE, " ").trim_end());
         }
-        let notes = self.notes("*");
+        let notes = self.notes("*", spec);
         if !notes.is_empty() {
             let _ = writeln!(text, "{}", notes.join("; "));
         }
@@ -567,7 +631,7 @@ impl Grid {
         let mut cells = vec![Vec::with_capacity(self.columns.len()); self.rows.len()];
         for at in 0..self.columns.len() {
             let column = || self.entries.iter().map(|row| &row[at]);
-            let marks = column().any(|entry| entry.best);
+            let (marks, daggers) = (column().any(|entry| entry.best), column().any(Entry::differs));
             let half = |entry: &Entry| entry.half_width.map_or(String::new(), |h| format!(" ±{h:.*}", spec.decimals));
             let published =
                 |entry: &Entry| entry.published.map_or(String::new(), |p| format!(" ({p:.*})", spec.decimals));
@@ -579,19 +643,28 @@ impl Grid {
                     (true, true) => "*",
                     (true, false) => NO_BREAK_SPACE,
                 };
+                let dagger = match (daggers, entry.differs()) {
+                    (false, _) => "",
+                    (true, true) => "†",
+                    (true, false) => NO_BREAK_SPACE,
+                };
                 let number = number(entry.value, spec.decimals);
                 let tail = format!("{:>half_width$}{:>published_width$}", half(entry), published(entry));
-                cells[row].push(format!("{number}{mark}{}", tail.replace(' ', NO_BREAK_SPACE)));
+                cells[row].push(format!("{number}{mark}{dagger}{}", tail.replace(' ', NO_BREAK_SPACE)));
             }
         }
         cells
     }
 
     /// What the marks mean, of those that occur.
-    fn notes(&self, best: &str) -> Vec<String> {
+    fn notes(&self, best: &str, spec: &Spec) -> Vec<String> {
         let mut notes = Vec::new();
         if self.any(|entry| entry.best) {
             notes.push(format!("{best}: best of the column"));
+        }
+        if self.any(Entry::differs) {
+            let with: Vec<String> = spec.compare.iter().map(|(name, label)| format!("{name}={label}")).collect();
+            notes.push(format!("†: differs from {} (paired, p < {SIGNIFICANT})", with.join(", ")));
         }
         if self.any(|entry| entry.half_width.is_some()) {
             notes.push("±: half of the 95 % interval".to_string());
@@ -621,6 +694,7 @@ impl Grid {
                         let mut cell = Map::from_iter([("value".to_string(), json!(entry.value))]);
                         cell.extend(entry.half_width.map(|half| ("interval".to_string(), json!(half))));
                         cell.extend(entry.published.map(|value| ("published".to_string(), json!(value))));
+                        cell.extend(entry.p.map(|p| ("p".to_string(), json!(p))));
                         cell.extend(entry.best.then(|| ("best".to_string(), json!(true))));
                         (column.title.clone(), Value::Object(cell))
                     })

@@ -2,3 +2,4 @@
 mod conventions;
 mod hostile;
 mod labelled;
+mod s1;

@@ -146,6 +146,21 @@ fn limit_takes_the_first_problems_and_samples_are_all_counted() {
         (scores["correct"].as_u64(), scores["total"].as_u64(), scores["problems"].as_u64()),
         (Some(4), Some(6), Some(3))
     );
+    assert!((scores["pass@2"].as_f64().unwrap() - 200.0 / 3.0).abs() <= 1e-9, "{scores}");
+    assert!((scores["majority"].as_f64().unwrap() - 200.0 / 3.0).abs() <= 1e-9, "{scores}");
+    let outcomes = bench.lines("outcomes.jsonl");
+    assert_eq!(outcomes[0], json!({"id": "p0", "correct": 2, "samples": 2}));
+    assert_eq!(outcomes[2]["correct"], 0);
+}
+
+#[test]
+fn s1_scoring_counts_text_and_takes_no_letter_for_a() {
+    let bench = Bench::with_model("task", &problems(&["7", "\\frac{14}{2}", "007"]));
+    let mut given = says("7");
+    given["grader"] = json!("s1");
+    bench.run(run, given).unwrap();
+    let verdicts: Vec<Value> = bench.lines("transcripts.jsonl").iter().map(|line| line["verdict"].clone()).collect();
+    assert_eq!(verdicts, ["correct", "wrong", "correct"]);
 }
 
 #[test]

@@ -67,6 +67,17 @@ impl Bench {
         self.artifact(stage, axes, "scores.json", &scores.to_string());
     }
 
+    /// Scores that come with what became of each problem, of one sample each.
+    fn outcomes(&mut self, stage: &str, axes: &[(&str, &str)], right: &[bool]) {
+        let share = right.iter().filter(|right| **right).count() as f64 / right.len() as f64;
+        self.scores(stage, axes, 100.0 * share);
+        let line =
+            |(at, right): (usize, &bool)| json!({ "id": format!("p{at}"), "correct": *right as u64, "samples": 1 });
+        let text: String = right.iter().enumerate().map(|row| format!("{}\n", line(row))).collect();
+        let path = self.file(&format!("{}-outcomes", self.artifacts.len()), &text);
+        self.artifacts.last_mut().expect("just added").files.insert("outcomes.jsonl", path);
+    }
+
     fn out(&self) -> PathBuf {
         self.dir.path().join("out")
     }

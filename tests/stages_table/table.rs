@@ -1,4 +1,4 @@
-use crate::{Bench, broken};
+use crate::{Bench, broken, with_defaults};
 use pipe::stage::table::{KIND, run};
 use serde_json::{Value, json};
 
@@ -182,4 +182,39 @@ fn what_does_not_go_together_is_said_before_anything_runs() {
         "interval: only `accuracy` has an interval"
     );
     assert_eq!(one(json!({ "rows": ["a"], "columns": ["task", "mean"], "value": "accuracy" })), "");
+}
+
+#[test]
+fn what_differs_from_the_row_compared_with_is_marked() {
+    let mut bench = Bench::new();
+    let base: Vec<bool> = (0..40).map(|i| i % 4 == 0).collect();
+    // Ten more are right and none is lost; one more is right and one is lost.
+    let better: Vec<bool> = (0..40).map(|i| i % 4 < 2).collect();
+    let moved: Vec<bool> = (0..40).map(|i| (i % 4 == 0 && i > 0) || i == 1).collect();
+    for (data, right) in [("base", &base), ("mixed", &better), ("s1k", &moved)] {
+        bench.outcomes("eval", &[("data", data), ("task", "math500")], right);
+    }
+    let params =
+        json!({ "rows": ["data"], "columns": ["task", "mean"], "value": "accuracy", "compare": { "data": "base" } });
+    bench.run(&KIND, run, params).expect("a table");
+    insta::assert_snapshot!("compared", bench.read("table.txt"));
+    let json: Value = serde_json::from_str(&bench.read("table.json")).expect("JSON");
+    let p = |row: usize| json["cells"][row]["values"]["math500"]["p"].as_f64();
+    assert!((p(1).unwrap() - 2.0 / 1024.0).abs() <= 1e-12, "{json}");
+    assert_eq!((p(0), p(2)), (None, Some(1.0)));
+    assert!(bench.read("table.md").contains("**50.0**†"), "{}", bench.read("table.md"));
+}
+
+#[test]
+fn a_comparison_with_a_row_that_is_not_there_is_refused() {
+    let mut bench = study();
+    let params =
+        json!({ "rows": ["size", "data"], "columns": ["task"], "value": "accuracy", "compare": { "data": "nosuch" } });
+    let problem = bench.run(&KIND, run, params).unwrap_err();
+    assert!(problem.message.contains("no row has data=nosuch"), "{problem}");
+    let params = with_defaults(
+        &KIND,
+        json!({ "rows": ["size"], "columns": ["task"], "value": "accuracy", "compare": { "data": "base" } }),
+    );
+    assert_eq!((KIND.rules)(&params)[0].key, "compare");
 }
