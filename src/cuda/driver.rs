@@ -9,7 +9,7 @@
 //! order is all we need.
 
 use super::prebuilt::{self, Blob, Capability};
-use super::{Dim, Driver, Gpu};
+use super::{Dim, Driver, Gpu, TensorMap, TensorView};
 use crate::problem::{Exit, Problem};
 use cudarc::driver::DriverError;
 use cudarc::driver::result;
@@ -218,6 +218,10 @@ impl Driver for Nvidia {
         self.name.clone()
     }
 
+    fn capability(&self) -> Capability {
+        self.capability
+    }
+
     /// `cuMemAlloc` waits and is slow; the pool above asks seldom.
     fn alloc(&self, bytes: usize) -> Result<u64, Problem> {
         self.enter()?;
@@ -272,6 +276,33 @@ impl Driver for Nvidia {
         // SAFETY: the caller owns so much memory there.
         unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }
             .map_err(|error| self.failed("filling its memory with zeros", error))
+    }
+
+    fn tensor_map(&self, view: &TensorView) -> Result<TensorMap, Problem> {
+        self.enter()?;
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // Each element along every extent.
+        let every = [1u32; 3];
+        // SAFETY: the lists are as long as the rank says, the pitches one shorter; the driver writes the map, and
+        // reads nothing of the tensor.
+        let done = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                view.extents.len() as u32,
+                std::ptr::with_exposed_provenance_mut(view.address as usize),
+                view.extents.as_ptr(),
+                view.pitches.as_ptr(),
+                view.tile.as_ptr(),
+                every.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        done.result().map_err(|error| self.failed(&format!("describing a tensor to it, {view:?}"), error))?;
+        Ok(TensorMap(map.opaque))
     }
 
     unsafe fn launch(

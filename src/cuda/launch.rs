@@ -1,6 +1,6 @@
 //! One launch, its arguments gathered in the order of the kernel's parameters.
 
-use super::{Buffer, Gpu};
+use super::{Buffer, Gpu, TensorMap};
 use crate::problem::Problem;
 use bytemuck::Pod;
 use std::ffi::c_void;
@@ -41,8 +41,14 @@ pub struct Launch<'g> {
     grid: Dim,
     block: Dim,
     shared_bytes: u32,
-    /// One value each, in its low bytes.
-    arguments: Vec<u64>,
+    arguments: Vec<Argument>,
+}
+
+enum Argument {
+    /// A value in its low bytes.
+    Word(u64),
+    /// In a box of its own, which is aligned as the kernel's parameter is.
+    Map(Box<TensorMap>),
 }
 
 impl Gpu {
@@ -71,20 +77,26 @@ impl Launch<'_> {
 
     /// A pointer, as a number.
     pub fn address(mut self, address: u64) -> Self {
-        self.arguments.push(address);
+        self.arguments.push(Argument::Word(address));
         self
     }
 
     /// An `int`.
     pub fn int(mut self, value: usize) -> Self {
         let value = i32::try_from(value).expect("sizes given to kernels are below 2^31");
-        self.arguments.push(u64::from(value as u32));
+        self.arguments.push(Argument::Word(u64::from(value as u32)));
         self
     }
 
     /// A `float`.
     pub fn float(mut self, value: f32) -> Self {
-        self.arguments.push(u64::from(value.to_bits()));
+        self.arguments.push(Argument::Word(u64::from(value.to_bits())));
+        self
+    }
+
+    /// A `TENSOR_MAP`.
+    pub fn map(mut self, map: TensorMap) -> Self {
+        self.arguments.push(Argument::Map(Box::new(map)));
         self
     }
 
@@ -97,8 +109,13 @@ impl Launch<'_> {
         if self.grid.count() == 0 {
             return Ok(());
         }
-        let mut pointers: Vec<*mut c_void> =
-            self.arguments.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        let pointer = |argument: &mut Argument| -> *mut c_void {
+            match argument {
+                Argument::Word(word) => std::ptr::from_mut(word).cast(),
+                Argument::Map(map) => std::ptr::from_mut(map.as_mut()).cast(),
+            }
+        };
+        let mut pointers: Vec<*mut c_void> = self.arguments.iter_mut().map(pointer).collect();
         // SAFETY: the caller's promise.
         let done =
             unsafe { self.gpu.driver().launch(self.kernel, self.grid, self.block, self.shared_bytes, &mut pointers) };

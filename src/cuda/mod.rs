@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `memory.rs` | [`Gpu`] and [`Buffer`]: allocation from a pool, the peak, copies |
 //! | `launch.rs` | one launch: name, grid, shared memory, arguments |
+//! | `tensor_map.rs` | what kernels for compute capability 9.0 are told of a matrix |
 //! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none |
 //! | `prebuilt.rs` | the compiled kernels, embedded, and which of them a device runs; its table is generated |
 //! | `ops/` | the launcher of each kernel, under the stem of its `.cu` and of its reference in `tensor::ops` |
@@ -18,10 +19,13 @@ mod memory;
 pub mod ops;
 pub mod prebuilt;
 mod prebuilt_table;
+mod tensor_map;
 
 pub use driver::open;
 pub use launch::{Dim, Launch};
 pub use memory::{Buffer, Gpu, Usage};
+pub use prebuilt::Capability;
+pub use tensor_map::{TensorMap, TensorView, copies_rows_of};
 
 use crate::problem::Problem;
 use std::ffi::c_void;
@@ -30,6 +34,9 @@ use std::ffi::c_void;
 pub trait Driver: Send + Sync {
     /// For people: `NVIDIA H100 80GB HBM3`.
     fn name(&self) -> String;
+
+    /// What decides which kernels it runs.
+    fn capability(&self) -> Capability;
 
     /// Memory of at least `bytes` bytes, its address a multiple of 256. `Err` if there is not so much.
     fn alloc(&self, bytes: usize) -> Result<u64, Problem>;
@@ -47,6 +54,9 @@ pub trait Driver: Send + Sync {
 
     /// Fills with zero bytes.
     fn zero(&self, at: u64, bytes: usize) -> Result<(), Problem>;
+
+    /// The map by which kernels copy boxes of a tensor: asked only of a device that has such copies.
+    fn tensor_map(&self, view: &TensorView) -> Result<TensorMap, Problem>;
 
     /// Queues a kernel. `arguments` point to values as in `cuLaunchKernel`.
     ///

@@ -62,9 +62,14 @@ impl Unit {
         };
         exact.or_else(related).or_else(ptx).ok_or_else(|| {
             let there: Vec<&str> = self.blobs.iter().map(|blob| blob.arch).collect();
+            let help = if !there.is_empty() && self.blobs.iter().all(Blob::is_specific) {
+                "they use instructions that only it has: the launcher has to choose other kernels here"
+            } else {
+                "add its architecture to kernels/manifest.toml and run `cargo xtask kernels`"
+            };
             Problem::new("cuda::no_kernel", format!("the kernels of `{}` do not run on {device}", self.name))
                 .note(format!("its compute capability is {capability}; they were compiled for {}", there.join(", ")))
-                .help("add its architecture to kernels/manifest.toml and run `cargo xtask kernels`")
+                .help(help)
                 .exit(Exit::Missing)
         })
     }
@@ -163,5 +168,8 @@ mod tests {
             assert!(problem.message.contains("a GPU") && problem.notes[0].contains(&format!("{major}.{minor}")));
             assert!(blobs.iter().all(|blob| problem.notes[0].contains(blob.arch)), "{problem}");
         }
+        // What is for one architecture alone is not to be compiled for another.
+        let problem = chosen(&BLOBS[2..3], 10, 0).unwrap_err();
+        assert!(problem.help[0].contains("the launcher has to choose other kernels"), "{problem}");
     }
 }

@@ -164,6 +164,15 @@ pub(super) const UNITS: &[Unit] = &[
         ],
     },
     Unit {
+        name: "lora_matmul_hopper",
+        kernels: &[
+            "lora_matmul_forward_hopper",
+        ],
+        blobs: &[
+            Blob { arch: "sm_90a", packed: include_bytes!("../../kernels/prebuilt/lora_matmul_hopper.sm_90a.cubin.zst") },
+        ],
+    },
+    Unit {
         name: "residual",
         kernels: &[
             "residual_add",

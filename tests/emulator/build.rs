@@ -59,7 +59,7 @@ fn modified(path: &Path) -> Option<SystemTime> {
 fn wrapper(source: &Path, namespace: &str, fault: &str, instrumented: bool) -> String {
     let planted = if fault.is_empty() { String::new() } else { format!("#define FAULT_{fault} 1\n") };
     format!(
-        "#include \"emulated.hpp\"\n\
+        "#include \"hopper.hpp\"\n\
          #define EMULATOR_FAULT \"{fault}\"\n\
          #define EMULATOR_DETECTOR {instrumented}\n\
          {planted}\
@@ -172,7 +172,7 @@ fn main() {
 
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").no_default_flags(true).cpp_link_stdlib("stdc++");
-    for flag in ["-g", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-strict-aliasing"] {
+    for flag in ["-g", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-psabi"] {
         build.flag(flag);
     }
     for harmless in ["-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-parameter"] {

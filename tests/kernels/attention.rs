@@ -1,13 +1,13 @@
 //! Attention, forward and backward: against its f64 definition, on every schedule, with faults planted.
 
 use crate::support::{
-    Emulated, as_good_as, bf16_numbers, bytes, close, detector_is_silent, finds, gpu, rounded,
+    PORTABLE, as_good_as, bf16_numbers, bytes, close, detector_is_silent, finds, gpu, rounded,
     same_bits_on_every_schedule, through_bf16, values, wide,
 };
 use emulator::Schedule;
 use half::bf16;
 use pipe::cuda::ops::attention::{Dims, backward, forward};
-use pipe::cuda::{Dim, Driver, Gpu};
+use pipe::cuda::{Capability, Dim, Driver, Gpu, TensorMap, TensorView};
 use pipe::problem::{Exit, Problem};
 use pipe::tensor::ops::Attention;
 use pipe::tensor::ops::attention::reference;
@@ -235,31 +235,39 @@ struct FaultIn(&'static str);
 
 impl Driver for FaultIn {
     fn name(&self) -> String {
-        Emulated.name()
+        PORTABLE.name()
+    }
+
+    fn capability(&self) -> Capability {
+        PORTABLE.capability()
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64, Problem> {
-        Emulated.alloc(bytes)
+        PORTABLE.alloc(bytes)
     }
 
     fn free(&self, address: u64) {
-        Emulated.free(address);
+        PORTABLE.free(address);
     }
 
     fn memory(&self) -> Result<(usize, usize), Problem> {
-        Emulated.memory()
+        PORTABLE.memory()
     }
 
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Problem> {
-        Emulated.upload(to, bytes)
+        PORTABLE.upload(to, bytes)
     }
 
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Problem> {
-        Emulated.download(from, bytes)
+        PORTABLE.download(from, bytes)
     }
 
     fn zero(&self, at: u64, bytes: usize) -> Result<(), Problem> {
-        Emulated.zero(at, bytes)
+        PORTABLE.zero(at, bytes)
+    }
+
+    fn tensor_map(&self, view: &TensorView) -> Result<TensorMap, Problem> {
+        PORTABLE.tensor_map(view)
     }
 
     unsafe fn launch(
@@ -275,11 +283,11 @@ impl Driver for FaultIn {
             schedule.fault = None;
         }
         // SAFETY: the caller's promise.
-        emulator::with(schedule, || unsafe { Emulated.launch(kernel, grid, block, shared_bytes, arguments) })
+        emulator::with(schedule, || unsafe { PORTABLE.launch(kernel, grid, block, shared_bytes, arguments) })
     }
 
     fn synchronize(&self) -> Result<(), Problem> {
-        Emulated.synchronize()
+        PORTABLE.synchronize()
     }
 }
 

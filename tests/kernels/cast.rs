@@ -1,6 +1,6 @@
 //! Between bf16 and f32: every bf16 there is, every kind of f32, and no element beyond the last.
 
-use crate::support::{Emulated, bytes, detector_is_silent, numbers, rounded, same_bits_on_every_schedule, values};
+use crate::support::{PORTABLE, bytes, detector_is_silent, numbers, rounded, same_bits_on_every_schedule, values};
 use ::emulator::{Schedule, alloc, free, launch, with};
 use half::bf16;
 use pipe::cuda::ops::cast::{scale, to_bf16, to_f32};
@@ -91,7 +91,7 @@ fn any_length_will_do() {
 /// Memory that ends where its values end; a buffer of the pool ends later.
 fn exact<T: bytemuck::Pod>(values: &[T]) -> u64 {
     let address = alloc(size_of_val(values));
-    Emulated.upload(address, bytemuck::cast_slice(values)).unwrap();
+    PORTABLE.upload(address, bytemuck::cast_slice(values)).unwrap();
     address
 }
 

@@ -1,9 +1,10 @@
 //! The emulator itself: its instructions against plain arithmetic, and planted faults, each of which it must find.
 
-use crate::support::{Emulated, close, numbers, rounded, schedules};
+use crate::support::{HOPPER, PORTABLE, close, numbers, rounded, schedules};
 use emulator::{Order, Schedule, launch, with};
 use half::bf16;
-use pipe::cuda::{Dim, Driver};
+use pipe::cuda::{Dim, Driver, Gpu};
+use pipe::problem::Problem;
 use std::ffi::c_void;
 
 /// A buffer of the emulator, exactly as long as its values.
@@ -16,7 +17,7 @@ impl Memory {
     fn of<T: bytemuck::Pod>(values: &[T]) -> Memory {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let address = emulator::alloc(bytes.len());
-        Emulated.upload(address, bytes).expect("upload");
+        PORTABLE.upload(address, bytes).expect("upload");
         Memory { address, len: values.len() }
     }
 
@@ -26,7 +27,7 @@ impl Memory {
 
     fn values(&self) -> Vec<f32> {
         let mut values = vec![0.0f32; self.len];
-        Emulated.download(self.address, bytemuck::cast_slice_mut(&mut values)).expect("download");
+        PORTABLE.download(self.address, bytemuck::cast_slice_mut(&mut values)).expect("download");
         values
     }
 }
@@ -92,6 +93,57 @@ fn warp_sums() -> Result<Vec<f32>, String> {
     Ok(y.values())
 }
 
+/// Rows and columns of whole boxes and of parts, three steps of 64 and a part: every stage comes again.
+const BOXES: (usize, usize, usize) = (100, 136, 200);
+
+/// c [m, n] of the kernels of `hopper.cu` that multiply boxes; `b` is [n, k], or [k, n] where it is by rows.
+fn box_product(kernel: &'static str) -> Result<Vec<f32>, String> {
+    let (m, n, k) = BOXES;
+    let by_rows = kernel.ends_with("rows");
+    let run = || -> Result<Vec<f32>, Problem> {
+        let gpu = Gpu::exact(Box::new(HOPPER));
+        let (a, b) = (gpu.upload(&rounded(&numbers(m * k, "a")))?, gpu.upload(&rounded(&numbers(n * k, "b")))?);
+        let c = gpu.alloc::<f32>(m * n)?;
+        let a_map = gpu.tensor_map(&a, &[m, k], &[64, 64])?;
+        let b_map =
+            if by_rows { gpu.tensor_map(&b, &[k, n], &[64, 64]) } else { gpu.tensor_map(&b, &[n, k], &[128, 64]) }?;
+        let launch = gpu.launch(kernel, (m.div_ceil(64), n.div_ceil(128)), 160usize).shared(2 * (8192 + 16384) + 32);
+        let launch = launch.buffer(&c).map(a_map).map(b_map).int(m).int(n).int(k);
+        // SAFETY: the arguments of the three kernels.
+        unsafe { launch.run()? };
+        c.download()
+    };
+    run().map_err(|problem| problem.to_string())
+}
+
+fn boxes() -> Result<Vec<f32>, String> {
+    box_product("box_product")
+}
+
+fn boxes_by_rows() -> Result<Vec<f32>, String> {
+    box_product("box_product_rows")
+}
+
+fn boxes_in_registers() -> Result<Vec<f32>, String> {
+    box_product("box_product_registers")
+}
+
+/// c [64, 64 planes] = a^T b, of a [64, 64] and b [64, planes, 64].
+fn planes(kernel: &'static str, planes: usize) -> Result<Vec<f32>, String> {
+    let run = || -> Result<Vec<f32>, Problem> {
+        let gpu = Gpu::exact(Box::new(HOPPER));
+        let n = 64 * planes;
+        let (a, b) = (gpu.upload(&rounded(&numbers(64 * 64, "a")))?, gpu.upload(&rounded(&numbers(64 * n, "b")))?);
+        let c = gpu.alloc::<f32>(64 * n)?;
+        let map = gpu.tensor_map(&b, &[64, planes, 64], &[64, 1, 64])?;
+        let launch = gpu.launch(kernel, 1usize, 128usize).shared(8192 * (1 + planes) + 8);
+        // SAFETY: the arguments of both kernels.
+        unsafe { launch.buffer(&c).buffer(&a).map(map).run()? };
+        c.download()
+    };
+    run().map_err(|problem| problem.to_string())
+}
+
 fn everywhere() -> Vec<Schedule> {
     let mut all = schedules();
     all.push(Schedule { detector: true, ..Schedule::default() });
@@ -144,10 +196,45 @@ fn matrix_fragments_are_where_the_manual_puts_them() {
     }
 }
 
+/// Sum over l of a(i, l) b(l, j), i ascending and within it j.
+fn product_of(
+    (m, n, k): (usize, usize, usize),
+    a: impl Fn(usize, usize) -> bf16,
+    b: impl Fn(usize, usize) -> bf16,
+) -> Vec<f64> {
+    let at = |i: usize, j: usize| (0..k).map(|l| f64::from(a(i, l)) * f64::from(b(l, j))).sum();
+    (0..m * n).map(|i| at(i / n, i % n)).collect()
+}
+
+#[test]
+fn boxes_and_products_of_warpgroups_are_where_the_manual_puts_them() {
+    let (m, n, k) = BOXES;
+    let (a, b) = (rounded(&numbers(m * k, "a")), rounded(&numbers(n * k, "b")));
+    let inner = product_of(BOXES, |i, l| a[i * k + l], |l, j| b[j * k + l]);
+    let by_rows = product_of(BOXES, |i, l| a[i * k + l], |l, j| b[l * n + j]);
+    let small = |planes: usize| {
+        let (a, b, n) = (rounded(&numbers(64 * 64, "a")), rounded(&numbers(64 * 64 * planes, "b")), 64 * planes);
+        product_of((64, n, 64), |i, l| a[l * 64 + i], |l, j| b[l * n + j])
+    };
+    let runs: [(Run, &[f64]); 5] = [
+        (boxes, &inner),
+        (boxes_in_registers, &inner),
+        (boxes_by_rows, &by_rows),
+        (|| planes("planes_1", 1), &small(1)),
+        (|| planes("planes_4", 4), &small(4)),
+    ];
+    for schedule in everywhere() {
+        for (i, (run, want)) in runs.iter().enumerate() {
+            let got = with(schedule, run).unwrap_or_else(|faults| panic!("run {i}, {schedule:?}: {faults}"));
+            close(&got, want, 1e-6, &format!("run {i}, {schedule:?}"));
+        }
+    }
+}
+
 type Run = fn() -> Result<Vec<f32>, String>;
 
 /// A fault, a run of a kernel that knows it, what the detector says, and where.
-const PLANTED: [(&str, Run, &str, &str); 22] = [
+const PLANTED: [(&str, Run, &str, &str); 34] = [
     ("NO_SYNCWARP", exchange, "shared memory is read without a barrier after another thread's write", "exchange.cu:12"),
     ("NO_BARRIER", || sums(1000), "shared memory is read that nobody has written", "exchange.cu:35"),
     ("BRANCH", || sums(1000), "deadlock", "224 wait for __syncthreads at exchange.cu:28, 32 have left"),
@@ -175,6 +262,28 @@ const PLANTED: [(&str, Run, &str, &str); 22] = [
     ),
     ("NEVER_FULL", handed_over, "deadlock", "32 wait for a named barrier at stray.cu:52"),
     ("TWO_PLACES", warp_sums, "lanes of a warp meet at different instructions", "stray.cu:68"),
+    ("NO_INIT_FENCE", boxes, "an mbarrier is used without mbarrier_init_fence after its initialisation", "hopper.cu:"),
+    ("NO_INIT_BARRIER", boxes, "shared memory is read without a barrier after another thread's write", "hopper.cu:"),
+    ("STAGE_NOT_EMPTY", boxes, "more arrivals at an mbarrier than it counts", "hopper.cu:40"),
+    ("STAGE_NOT_FULL", boxes, "shared memory is read that nobody has written", "hopper.cu:75"),
+    ("BYTES", boxes, "deadlock", "128 wait for an mbarrier at hopper.cu:59"),
+    ("BYTES", boxes_by_rows, "deadlock", "the mbarrier at byte 49152 misses 0 arrivals and 16 bytes"),
+    ("NO_BATCH", boxes, "a batch of products that wgmma_fence does not begin", "hopper.cu:75"),
+    ("REGISTERS", boxes_in_registers, "registers of A are changed before their product is waited for", "hopper.cu:79"),
+    ("ACCUMULATORS", boxes, "accumulators are used before their product is waited for", "hopper.cu:82"),
+    (
+        "RELEASED_EARLY",
+        boxes_by_rows,
+        "shared memory is written without a barrier after another thread's read",
+        "products of warpgroup 0 not waited for",
+    ),
+    ("RESULT_EARLY", boxes, "accumulators are used before their product is waited for", "hopper.cu:101"),
+    (
+        "NO_PROXY_FENCE",
+        || planes("planes_4", 4),
+        "a product reads what a thread has written without fence_proxy_async",
+        "hopper.cu:",
+    ),
 ];
 
 #[test]
@@ -202,7 +311,7 @@ fn schedules_that_show(fault: &'static str, run: Run) -> usize {
 #[test]
 fn planted_faults_show_in_the_results_of_some_schedule() {
     // Right by luck on every schedule: reads outside that are not used, copies that are there all the same.
-    let unseen = ["NO_BOUND", "UNSEEN", "OVERWRITE", "ONE_PLACE"];
+    let unseen = ["NO_BOUND", "UNSEEN", "OVERWRITE", "ONE_PLACE", "NO_PROXY_FENCE"];
     for (fault, run, ..) in PLANTED {
         let shown = schedules_that_show(fault, run);
         assert_eq!(shown == 0, unseen.contains(&fault), "{fault}: {shown}");

@@ -1,9 +1,10 @@
 //! The linear layer with an adapter against plain loops in `f64`.
 
 use crate::support::{
-    as_good_as, bf16_numbers, bytes, close, detector_is_silent, finds, numbers, same_bits_on_every_schedule, schedules,
-    through_bf16, values, wide,
+    HOPPER, PORTABLE, as_good_as, bf16_numbers, bytes, close, detector_is_silent, finds, gpu, numbers, on, on_device,
+    on_each_kind_of_device, same_bits_on_every_schedule, schedules, through_bf16, values, wide,
 };
+use emulator::Schedule;
 use half::bf16;
 use pipe::cuda::Gpu;
 use pipe::cuda::ops::lora_matmul::{self, Dims, Gradients, Lora};
@@ -16,8 +17,9 @@ type Bits = Result<Vec<Vec<u8>>, Problem>;
 const SCALE: f32 = 1.7;
 
 /// m, n, k, rank: decoded rows, tiles of 64 x 32 and of 128 x 128, with tails; ranks below and above a tile's 64;
-/// extents that are multiples of 8, even, and odd.
-const SHAPES: [(usize, usize, usize, usize); 8] = [
+/// extents that are multiples of 8, even, and odd. The last two are for tiles of 128 x 256 and steps of 64: tails in
+/// every extent, more steps than stages, a rank of two steps.
+const SHAPES: [(usize, usize, usize, usize); 10] = [
     (1, 1, 1, 1),
     (1, 40, 264, 16),
     (13, 35, 67, 5),
@@ -26,6 +28,8 @@ const SHAPES: [(usize, usize, usize, usize); 8] = [
     (150, 50, 30, 12),
     (257, 136, 104, 8),
     (259, 131, 19, 3),
+    (130, 264, 72, 8),
+    (70, 33, 328, 72),
 ];
 
 /// What a layer is given, of a size that keeps results near 1, and what is in y, dx and the gradients before.
@@ -204,11 +208,13 @@ fn forward_follows_its_definition() {
     for shape in SHAPES {
         let layer = Layer::new(shape);
         for add in [false, true] {
-            let results = same_bits_on_every_schedule(|gpu| layer.forward(gpu, add));
             let ((y, low), (plain_y, plain_low)) =
                 (forward_law(&layer, add, exact), forward_law(&layer, add, through_bf16));
-            good(&values::<bf16>(&results[0]), &plain_y, &y, &format!("y of {shape:?}, add {add}"));
-            good(&values::<bf16>(&results[1]), &plain_low, &low, &format!("low of {shape:?}"));
+            on_each_kind_of_device(|| {
+                let results = same_bits_on_every_schedule(|gpu| layer.forward(gpu, add));
+                good(&values::<bf16>(&results[0]), &plain_y, &y, &format!("y of {shape:?}, add {add}"));
+                good(&values::<bf16>(&results[1]), &plain_low, &low, &format!("low of {shape:?}"));
+            });
         }
     }
 }
@@ -246,6 +252,10 @@ fn the_gradient_of_a_weight_follows_its_definition() {
 
 #[test]
 fn without_an_adapter_it_is_the_plain_product() {
+    on_each_kind_of_device(the_plain_product);
+}
+
+fn the_plain_product() {
     for shape in [(3, 17, 24, 0), (70, 33, 40, 0), (257, 16, 9, 0)] {
         let layer = Layer::new(shape);
         let Dims { m, n, k } = layer.dims;
@@ -290,11 +300,45 @@ fn the_detector_is_silent() {
     for shape in [(1, 33, 264, 7), (67, 72, 136, 8), (257, 40, 72, 16), (70, 35, 19, 3)] {
         let layer = Layer::new(shape);
         let low = layer.low();
-        detector_is_silent(|gpu| {
-            layer.forward(gpu, true)?;
-            layer.backward(gpu, &low, true)?;
-            layer.weight_gradient(gpu)
+        on_each_kind_of_device(|| {
+            detector_is_silent(|gpu| {
+                layer.forward(gpu, true)?;
+                layer.backward(gpu, &low, true)?;
+                layer.weight_gradient(gpu)
+            });
         });
+    }
+}
+
+/// By warpgroups: rows whose tensor copies cannot begin, or too few of them, are multiplied by the other kernels.
+#[test]
+fn the_kernels_by_warpgroups_run_where_they_can() {
+    let shows_a_fault = |kind, shape| {
+        let layer = Layer::new(shape);
+        let watched = Schedule { detector: true, fault: Some("FULL"), ..Schedule::default() };
+        on(kind, || emulator::with(watched, || layer.forward(&gpu(), false)).is_err())
+    };
+    if on_device() {
+        return;
+    }
+    for (kind, shape, by_warpgroups) in [
+        (HOPPER, (64, 16, 72, 8), true),
+        (HOPPER, (64, 9, 72, 0), true),
+        (PORTABLE, (64, 16, 72, 8), false),
+        (HOPPER, (63, 16, 72, 8), false),
+        (HOPPER, (64, 16, 76, 8), false),
+        (HOPPER, (64, 16, 72, 4), false),
+    ] {
+        assert_eq!(shows_a_fault(kind, shape), by_warpgroups, "{shape:?}");
+    }
+}
+
+#[test]
+fn planted_faults_of_the_kernels_by_warpgroups_are_found() {
+    let layer = Layer::new((70, 33, 328, 72));
+    for fault in ["FULL", "EMPTY", "RELEASE", "SCALE"] {
+        let found = on(HOPPER, || finds(fault, |gpu| layer.forward(gpu, false)));
+        assert!(found.detector.is_some() && found.schedules > 0, "{fault}: {found:?}");
     }
 }
 

@@ -5,7 +5,7 @@
 //! within 1e-6: a different set of candidates would show there.
 
 use crate::support::{
-    Emulated, bytes, detector_is_silent, finds, gpu, numbers, rounded, same_bits_on_every_schedule, values,
+    PORTABLE, bytes, detector_is_silent, finds, gpu, numbers, rounded, same_bits_on_every_schedule, values,
 };
 use half::bf16;
 use pipe::cuda::Gpu;
@@ -201,7 +201,7 @@ fn equal_logits_stay_or_go_as_on_the_cpu() {
 #[test]
 fn ids_from_the_limit_on_are_not_drawn_but_count_in_the_log_prob() {
     // One device that keeps its blocks: what the scratch memory holds of earlier draws is no candidate.
-    let (gpu, case) = (Gpu::new(Box::new(Emulated)), Case::new(3, 600));
+    let (gpu, case) = (Gpu::new(Box::new(PORTABLE)), Case::new(3, 600));
     for id_limit in [10_000, 600, 599, 40, 1] {
         for sampling in [Sampling::default(), all(), Sampling { top_k: 0, ..all() }] {
             let sampling = Sampling { id_limit, ..sampling };

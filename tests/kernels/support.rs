@@ -5,18 +5,55 @@
 use bytemuck::Pod;
 use emulator::{Order, Schedule};
 use half::bf16;
-use pipe::cuda::{Buffer, Dim, Driver, Gpu};
+use pipe::cuda::{Buffer, Capability, Dim, Driver, Gpu, TensorMap, TensorView};
 use pipe::problem::Problem;
 use pipe::random::Stream;
+use std::cell::Cell;
 use std::ffi::c_void;
 use std::sync::OnceLock;
 
-/// The emulator, as a device.
-pub struct Emulated;
+/// The emulator, as a device of a capability.
+#[derive(Clone, Copy)]
+pub struct Emulated(pub Capability);
+
+/// What every kernel without `_hopper` runs on, and the one that those with it need.
+pub const PORTABLE: Emulated = Emulated(Capability { major: 8, minor: 0 });
+pub const HOPPER: Emulated = Emulated(Capability { major: 9, minor: 0 });
+
+thread_local! {
+    static KIND: Cell<Emulated> = const { Cell::new(PORTABLE) };
+}
+
+/// Runs `body` once with each kind of device as what [`gpu`] gives this thread; on a GPU once.
+pub fn on_each_kind_of_device(body: impl Fn()) {
+    if on_device() {
+        return body();
+    }
+    for kind in [PORTABLE, HOPPER] {
+        on(kind, &body);
+    }
+}
+
+/// Runs `body` with that kind of device as what [`gpu`] gives this thread.
+pub fn on<T>(kind: Emulated, body: impl FnOnce() -> T) -> T {
+    /// Puts the old one back, also when `body` panics.
+    struct Restore(Emulated);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            KIND.set(self.0);
+        }
+    }
+    let _restore = Restore(KIND.replace(kind));
+    body()
+}
 
 impl Driver for Emulated {
     fn name(&self) -> String {
         "emulator".into()
+    }
+
+    fn capability(&self) -> Capability {
+        self.0
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64, Problem> {
@@ -52,6 +89,10 @@ impl Driver for Emulated {
         Ok(())
     }
 
+    fn tensor_map(&self, view: &TensorView) -> Result<TensorMap, Problem> {
+        Ok(TensorMap(emulator::tensor_map(view.address, &view.extents, &view.pitches, &view.tile)))
+    }
+
     unsafe fn launch(
         &self,
         kernel: &'static str,
@@ -76,14 +117,14 @@ pub fn on_device() -> bool {
     std::env::var_os("PIPE_TEST_GPU").is_some()
 }
 
-/// A new emulated device, its memory poisoned, blocks exactly as large as their buffers; or the GPU.
+/// A new emulated device of the kind that [`on`] says, its memory poisoned, blocks exactly as large as their buffers; or the GPU.
 pub fn gpu() -> Gpu {
     static DEVICE: OnceLock<Gpu> = OnceLock::new();
     if on_device() {
         let open = || pipe::cuda::open(0).unwrap_or_else(|problem| panic!("PIPE_TEST_GPU is set, and {problem}"));
         return DEVICE.get_or_init(open).clone();
     }
-    Gpu::exact(Box::new(Emulated))
+    Gpu::exact(Box::new(KIND.get()))
 }
 
 /// Orders of threads and blocks, with asynchronous copies late and at once. A GPU has its own: it is asked twice

@@ -1,10 +1,12 @@
-//! Launchers of `kernels/lora_matmul.cu`: a linear layer with an optional low-rank adapter, forward and backward, and
-//! the gradient of its weight.
+//! Launchers of `kernels/lora_matmul.cu` and `lora_matmul_hopper.cu`: a linear layer with an optional low-rank adapter,
+//! forward and backward, and the gradient of its weight.
 //!
 //! Every element of low, y, dlow and dx is one chain over the summed index, whichever kernel computes it. So the choice
-//! between kernels below is about speed alone: a row has the same bits by itself and in any batch.
+//! between the kernels of the first file is about speed alone: a row has the same bits by itself and in any batch. Those
+//! of the second, for compute capability 9.0, have the same law and may differ from the others in last bits: there a row
+//! has the same bits in any batch of [`HOPPER_ROWS`] or more.
 
-use crate::cuda::{Buffer, Dim, Gpu};
+use crate::cuda::{Buffer, Dim, Gpu, copies_rows_of};
 use crate::problem::Problem;
 use half::bf16;
 
@@ -72,6 +74,11 @@ const DX: Tile = Tile::new("lora_matmul_dx", (128, 128), 256, 48 << 10);
 const DW: Tile = Tile::new("lora_matmul_dw", (128, 128), 256, 48 << 10);
 const FACTOR: Tile = Tile::new("lora_matmul_factor", (64, 64), 128, 32 << 10);
 
+/// Takes tensor maps, each with a box of as many rows as the tile.
+const FORWARD_HOPPER: Tile = Tile::new("lora_matmul_forward_hopper", (128, 256), 384, 4 * (48 << 10) + 64);
+/// From so many rows on, where the device and the sizes allow it.
+pub const HOPPER_ROWS: usize = 64;
+
 /// At most so many rows are decoded sixteen at a time, ...
 const DECODE_ROWS: usize = 16;
 /// ... and at most so many in tiles of 64 rows. Above, there are enough tiles of 128.
@@ -123,6 +130,10 @@ pub fn forward(
         }
     };
 
+    if y.gpu().has_wgmma() && m >= HOPPER_ROWS && copies_rows_of(k) && lora.is_none_or(|lora| copies_rows_of(lora.rank))
+    {
+        return forward_hopper(y, x, w, bias, lora.zip(low), dims, add);
+    }
     let tile = if m <= DECODE_ROWS {
         DECODE
     } else if m <= FEW_ROWS {
@@ -150,6 +161,45 @@ pub fn forward(
         .int(usize::from(add));
     // SAFETY: the arguments of the three forward kernels, which are the same, in their order; all lengths have been
     // asserted here and in `project`, and with rank 0 neither low nor B is touched.
+    unsafe { launch.run() }
+}
+
+/// y of [`forward`], by warpgroups and tensor copies.
+fn forward_hopper(
+    y: &mut Buffer<bf16>,
+    x: &Buffer<bf16>,
+    w: &Buffer<bf16>,
+    bias: Option<&Buffer<f32>>,
+    lora: Option<(Lora<'_>, &Buffer<bf16>)>,
+    Dims { m, n, k }: Dims,
+    add: bool,
+) -> Result<(), Problem> {
+    let gpu = y.gpu();
+    let tile = FORWARD_HOPPER;
+    let map = |matrix: &Buffer<bf16>, rows, cols, tile_rows| gpu.tensor_map(matrix, &[rows, cols], &[tile_rows, 64]);
+    let (x_map, w_map) = (map(x, m, k, tile.rows)?, map(w, n, k, tile.cols)?);
+    let (low_map, b_map) = match lora {
+        Some((lora, low)) => (map(low, m, lora.rank, tile.rows)?, map(lora.b, n, lora.rank, tile.cols)?),
+        None => (x_map, w_map),
+    };
+    let (tall, wide) = tile.over(m, n);
+    let launch = gpu
+        .launch(tile.kernel, tall * wide, tile.threads)
+        .shared(tile.shared)
+        .buffer(y)
+        .map(x_map)
+        .map(w_map)
+        .optional(bias)
+        .map(low_map)
+        .map(b_map)
+        .int(m)
+        .int(n)
+        .int(k)
+        .int(lora.map_or(0, |(lora, _)| lora.rank))
+        .float(lora.map_or(1.0, |(lora, _)| lora.scale))
+        .int(usize::from(add));
+    // SAFETY: the arguments of `lora_matmul_forward_hopper` in their order; lengths are asserted by the caller, those of
+    // the maps as they are made, and with rank 0 the last two are not used.
     unsafe { launch.run() }
 }
 

@@ -95,23 +95,10 @@ int take_ready() {
     return found;
 }
 
-// Leaves the present fibre, whose place is kept in `from`, for the next one, or for the loop over blocks if
-// there is none.
-void run_next(Context& from) {
-    const int next = take_ready();
-    if (next < 0) {
-        current = nullptr;
-        change(from, block->main);
-        return;
-    }
-    block->now = next;
-    current = &block->thread();
-    if (&block->thread().context != &from) change(from, block->thread().context);
-}
-
 void begin_thread() {
     Launch& launch = *block->launch;
     launch.kernel->call(launch.kernel->function, launch.arguments);
+    leave_products();
     Thread& thread = block->thread();
     thread.state = State::Left;
     block->live--;
@@ -124,6 +111,20 @@ void begin_thread() {
 }
 
 }  // namespace
+
+// The fibre's place is kept in `from`; if nobody can go on, the loop over blocks does.
+void run_next(Context& from) {
+    int next = take_ready();
+    while (next < 0 && finish_copies()) next = take_ready();
+    if (next < 0) {
+        current = nullptr;
+        change(from, block->main);
+        return;
+    }
+    block->now = next;
+    current = &block->thread();
+    if (&block->thread().context != &from) change(from, block->thread().context);
+}
 
 void make_ready(u32 thread) {
     block->threads[thread].state = State::Ready;
@@ -148,7 +149,8 @@ void give_up() {
 // ---- Meeting ----
 
 void collective(Collective what, u32 mask, const Operands& operands, Site site) {
-    static const char* const NAMES[] = {"__syncwarp", "a shuffle", "a vote", "ldmatrix", "mma"};
+    static const char* const NAMES[] = {"__syncwarp", "a shuffle", "a vote", "ldmatrix", "mma", "wgmma_fence",
+                                        "wgmma_commit", "wgmma_wait"};
     Warp& warp = block->warp();
     const u32 lane = block->lane();
     if (mask != 0xffffffffu) {
@@ -323,7 +325,7 @@ void report_deadlock() {
             block->now = i;
             break;
         }
-    report("deadlock", first, [&] { return list + text("%u have left", left); });
+    report("deadlock", first, [&] { return list + text("%u have left", left) + describe_mbarriers(); });
 }
 
 void make_room(Block& b, u32 threads, u32 shared_bytes) {
@@ -369,6 +371,11 @@ bool run_block(Launch& launch, u32 number) {
         barrier.waiting.clear();
         std::memset(barrier.here, 0, sizeof barrier.here);
     }
+    b.mbarriers.clear();
+    for (Warpgroup& group : b.warpgroups) {
+        group.arrived = 0;
+        group.pending.clear();
+    }
     if (b.detector) detector_begin_block(*b.detector);
     const dim3 position = {number % launch.blocks.x, number / launch.blocks.x % launch.blocks.y,
                            number / launch.blocks.x / launch.blocks.y};
@@ -381,6 +388,8 @@ bool run_block(Launch& launch, u32 number) {
         thread.index = i;
         thread.copies.clear();
         thread.group = 0;
+        thread.products = 0;
+        thread.fenced = false;
         prepare(thread.context, thread.stack, STACK, begin_thread);
         make_ready(i);
     }
@@ -392,6 +401,7 @@ bool run_block(Launch& launch, u32 number) {
         report_deadlock();
         b.broken = true;
     }
+    if (!b.broken) leave_copies();
     return !b.broken;
 }
 

@@ -3,6 +3,10 @@
 // another if the other's warp has been told of a later time. Shuffles, votes and matrix instructions order
 // nothing, as on the device.
 //
+// What runs behind the threads' backs has clocks of its own, which tick when it is waited for: the matrix unit of
+// a warpgroup, whose time is the number of a group of products; tensor copies to a barrier in shared memory, whose
+// time is the number of its phase. Both count from 1.
+//
 // What a cell of memory remembers is the last write and, of shared memory, the last read by each warp.
 #include "detector.hpp"
 #include "block.hpp"
@@ -50,17 +54,21 @@ struct Shadow {
 
 struct Detector {
     const Launch* launch = nullptr;
-    u32 warps = 0;
-    // times[w][k]: what warp w has been told of warp k's time.
-    u32 times[MOST_WARPS][MOST_WARPS];
+    // Clocks: those of warps, then of warpgroups, then of copiers. The first two read shared memory.
+    u32 warps = 0, readers = 0, clocks = 0;
+    // times[w][k]: what warp w has been told of the time of clock k.
+    u32 times[MOST_WARPS][MOST_CLOCKS];
     // What those who came to a barrier knew, and which warps wait there.
-    u32 met[BARRIERS][MOST_WARPS];
+    u32 met[BARRIERS][MOST_CLOCKS];
     u32 waiting[BARRIERS];
     // Per cell of shared memory.
     std::vector<Stamp> writes;
     std::vector<u8> copying;
-    // Per cell and warp.
+    // Per cell and reader.
     std::vector<Stamp> reads;
+    // Who last wrote a cell by an ordinary store (thread + 1), after how many fences of its own.
+    std::vector<std::pair<u16, u16>> stores;
+    u16 fences[MOST_THREADS];
     // Per buffer of the launch.
     std::vector<Shadow> shadows;
 };
@@ -69,11 +77,15 @@ namespace {
 
 bool ordered(const Detector& d, Stamp earlier, u32 warp, u32 lane) {
     const u32 time = time_of(earlier);
-    if (warp_of(earlier) == warp) return lane_of(earlier) == lane || time < d.times[warp][warp];
+    const bool same = lane_of(earlier) == lane && lane != SEVERAL_LANES;
+    if (warp_of(earlier) == warp) return same || time < d.times[warp][warp];
     return time <= d.times[warp][warp_of(earlier)];
 }
 
-std::string with(Stamp other) {
+std::string with(const Detector& d, Stamp other) {
+    const u32 clock = warp_of(other);
+    if (clock >= d.readers) return ", and a tensor copy that was not waited for";
+    if (clock >= d.warps) return text(", and products of warpgroup %u not waited for", clock - d.warps);
     if (lane_of(other) == SEVERAL_LANES) return text(", and several threads of warp %u", warp_of(other));
     return text(", and thread number %u", warp_of(other) * WARP + lane_of(other));
 }
@@ -89,13 +101,13 @@ void shared_access(Detector& d, u32 thread, size_t offset, u32 bytes, bool write
     for (size_t cell = offset / GRAIN; cell <= (offset + bytes - 1) / GRAIN; cell++) {
         const auto where = [&] { return text("byte %zu of shared memory", cell * GRAIN); };
         Stamp& written = d.writes[cell];
-        Stamp* const reads = &d.reads[cell * d.warps];
+        Stamp* const reads = &d.reads[cell * d.readers];
         if (d.copying[cell])
             report("shared memory is used while an asynchronous copy to it is under way", site, thread, where);
         else if (written && !ordered(d, written, warp, lane))
             report(write ? "two threads write to shared memory without a barrier between"
                          : "shared memory is read without a barrier after another thread's write",
-                   site, thread, [&] { return where() + with(written); });
+                   site, thread, [&] { return where() + with(d, written); });
         else if (!written && !write)
             report("shared memory is read that nobody has written", site, thread, where);
         if (!write) {
@@ -104,13 +116,14 @@ void shared_access(Detector& d, u32 thread, size_t offset, u32 bytes, bool write
             read = together ? stamp(time_of(mine), warp, SEVERAL_LANES) : mine;
             continue;
         }
-        for (u32 k = 0; k < d.warps; k++) {
+        for (u32 k = 0; k < d.readers; k++) {
             if (reads[k] && !ordered(d, reads[k], warp, lane))
                 report("shared memory is written without a barrier after another thread's read", site, thread,
-                       [&] { return where() + with(reads[k]); });
+                       [&] { return where() + with(d, reads[k]); });
             reads[k] = 0;
         }
         written = mine;
+        d.stores[cell] = {static_cast<u16>(thread + 1), d.fences[thread]};
     }
 }
 
@@ -144,10 +157,10 @@ void global_access(Detector& d, u32 thread, const Buffer& buffer, Shadow& shadow
         else if (cell.writer == own && !ordered(d, cell.write, warp, lane))
             report(write ? "two threads write to the same place without a barrier between"
                          : "memory is read without a barrier after another thread's write",
-                   site, thread, [&] { return where() + with(cell.write); });
+                   site, thread, [&] { return where() + with(d, cell.write); });
         else if (write && cell.reader == own && !ordered(d, cell.read, warp, lane))
             report("memory is written without a barrier after another thread's read", site, thread,
-                   [&] { return where() + with(cell.read); });
+                   [&] { return where() + with(d, cell.read); });
         if (write) {
             cell.writer = own, cell.write = mine;
             cell.reader = 0;
@@ -180,6 +193,8 @@ Detector* detector_new() {
 void detector_begin_launch(Detector& d, const Launch& launch) {
     d.launch = &launch;
     d.warps = (launch.threads.x * launch.threads.y * launch.threads.z + WARP - 1) / WARP;
+    d.readers = d.warps + (d.warps + 3) / 4;
+    d.clocks = d.readers + MOST_COPIERS;
     d.shadows.assign(launch.buffers.size(), {});
 }
 
@@ -197,7 +212,9 @@ void detector_begin_block(Detector& d) {
     const size_t cells = block->launch->shared_bytes / GRAIN + 1;
     d.writes.assign(cells, 0);
     d.copying.assign(cells, 0);
-    d.reads.assign(cells * d.warps, 0);
+    d.reads.assign(cells * d.readers, 0);
+    d.stores.assign(cells, {});
+    std::memset(d.fences, 0, sizeof d.fences);
 }
 
 void detector_access_as(Detector& d, u32 thread, const void* at, u32 bytes, bool write, Site site) {
@@ -214,7 +231,12 @@ void detector_access_as(Detector& d, u32 thread, const void* at, u32 bytes, bool
         global_access(d, thread, *buffer, d.shadows[buffer - d.launch->buffers.data()], p, bytes, write, site);
         return;
     }
-    if (own(b.threads[thread], p, write)) return;
+    if (own(b.threads[thread], p, write)) {
+        Site product = nullptr;
+        if (const char* const wrong = used_by_product(thread, p, write, &product))
+            report(wrong, site, thread, [&] { return "the product is at " + place(product); });
+        return;
+    }
     // It may be some memory of the process that must not be spoilt.
     report("an access where there is no memory", site, thread,
            [&] { return text("%s address %p", write ? "a write to" : "a read of", at); });
@@ -238,12 +260,72 @@ void detector_copy_ends(Detector& d, u32 offset) {
     }
 }
 
+void detector_tell(Detector& d, Knowledge& knowledge, u32 warp) {
+    for (u32 k = 0; k < d.clocks; k++) knowledge.times[k] = std::max(knowledge.times[k], d.times[warp][k]);
+    d.times[warp][warp]++;
+}
+
+void detector_learn(Detector& d, const Knowledge& knowledge, u32 warp) {
+    for (u32 k = 0; k < d.clocks; k++) d.times[warp][k] = std::max(d.times[warp][k], knowledge.times[k]);
+    d.times[warp][warp]++;
+}
+
+void detector_box_begins(Detector& d, u32 offset, u32 bytes, u32 copier, u32 phase, Site site) {
+    shared_access(d, block->now, offset, bytes, true, site);
+    for (u32 cell = offset / GRAIN; cell < (offset + bytes) / GRAIN; cell++) {
+        d.copying[cell] = 1;
+        d.writes[cell] = stamp(phase + 1, d.readers + copier, SEVERAL_LANES);
+        d.stores[cell] = {};
+    }
+}
+
+void detector_box_ends(Detector& d, u32 offset, u32 bytes) {
+    for (u32 cell = offset / GRAIN; cell < (offset + bytes) / GRAIN; cell++) d.copying[cell] = 0;
+}
+
+void detector_phase(Knowledge& knowledge, const Detector& d, u32 copier, u32 phase) {
+    u32& time = knowledge.times[d.readers + copier];
+    time = std::max(time, phase + 1);
+}
+
+void detector_product_reads(Detector& d, u32 warpgroup, u32 group, u32 offset, Site site) {
+    const u32 first = warpgroup * 4;
+    for (u32 cell = offset / GRAIN; cell < (offset + 16) / GRAIN; cell++) {
+        const auto where = [&] { return text("byte %u of shared memory", cell * GRAIN); };
+        const Stamp written = d.writes[cell];
+        const auto [writer, fences] = d.stores[cell];
+        if (d.copying[cell])
+            report("shared memory is used while an asynchronous copy to it is under way", site, where);
+        else if (!written)
+            report("shared memory is read that nobody has written", site, where);
+        else if (writer && fences == d.fences[writer - 1])
+            report("a product reads what a thread has written without fence_proxy_async", site,
+                   [&] { return where() + text(", thread number %u", writer - 1); });
+        for (u32 w = first; written && w < first + 4; w++)
+            if (!ordered(d, written, w, SEVERAL_LANES))
+                report("shared memory is read without a barrier after another thread's write", site,
+                       [&] { return where() + with(d, written); });
+        d.reads[cell * d.readers + d.warps + warpgroup] = stamp(group + 1, d.warps + warpgroup, SEVERAL_LANES);
+    }
+}
+
+void detector_products_done(Detector& d, u32 warp, u32 group) {
+    u32& known = d.times[warp][d.warps + warp / 4];
+    known = std::max(known, group);
+    // What it tells from now on includes this.
+    d.times[warp][warp]++;
+}
+
+void detector_proxy_fence(Detector& d) {
+    d.fences[block->now]++;
+}
+
 void detector_warp(Detector& d, u32 warp) {
     d.times[warp][warp]++;
 }
 
 void detector_arrive(Detector& d, u32 barrier, u32 warp, bool waits) {
-    for (u32 k = 0; k < d.warps; k++) d.met[barrier][k] = std::max(d.met[barrier][k], d.times[warp][k]);
+    for (u32 k = 0; k < d.clocks; k++) d.met[barrier][k] = std::max(d.met[barrier][k], d.times[warp][k]);
     if (waits) d.waiting[barrier] |= 1u << warp;
     else d.times[warp][warp]++;
 }
@@ -251,7 +333,7 @@ void detector_arrive(Detector& d, u32 barrier, u32 warp, bool waits) {
 void detector_pass(Detector& d, u32 barrier) {
     for (u32 w = 0; w < d.warps; w++) {
         if (!(d.waiting[barrier] >> w & 1)) continue;
-        for (u32 k = 0; k < d.warps; k++) d.times[w][k] = std::max(d.times[w][k], d.met[barrier][k]);
+        for (u32 k = 0; k < d.clocks; k++) d.times[w][k] = std::max(d.times[w][k], d.met[barrier][k]);
         d.times[w][w]++;
     }
     d.waiting[barrier] = 0;

@@ -32,7 +32,16 @@ extern thread_local Built* current;
 typedef const void* Site;
 
 // Instructions that all lanes of a warp carry out together.
-enum class Collective : u8 { SyncWarp, Shuffle, Ballot, LoadMatrix, Multiply };
+enum class Collective : u8 {
+    SyncWarp,
+    Shuffle,
+    Ballot,
+    LoadMatrix,
+    Multiply,
+    ProductsBegin,
+    ProductsCommit,
+    ProductsWait
+};
 
 // One lane's part in it. The pointers are to variables of the lane.
 struct Operands {
@@ -50,6 +59,38 @@ void barrier(u32 id, u32 threads, bool waits, Site site);
 void copy_async(u32 to, const void* from, bool filled, Site site);
 void copy_commit();
 void copy_wait(u32 unfinished, Site site);
+
+// ---- sm_90a: barriers in shared memory, tensor copies, products of a warpgroup ----
+
+void mbarrier_init(u32 at, u32 arrivals, Site site);
+void mbarrier_init_fence();
+// Arrives and expects so many more bytes.
+void mbarrier_arrive(u32 at, u32 bytes, Site site);
+void mbarrier_wait(u32 at, u32 parity, Site site);
+void proxy_fence();
+
+// What a tensor map holds here; the Rust side makes it. Extents are in elements of two bytes, innermost first; a
+// pitch is the bytes from one row (or plane) to the next.
+struct TensorContents {
+    u64 kind, address, rank, extents[3], pitches[2], box[3];
+};
+// So that other memory is not taken for one.
+constexpr u64 TENSOR_KIND = 0x70616d20726f736e;
+void tensor_load(u32 to, const void* map, u32 barrier, const int* at, u32 rank, Site site);
+
+// One thread's part in a product of its warpgroup: m64nNk16 with N columns.
+struct ProductOperands {
+    float* d;
+    u32 columns;
+    // Four registers, or null and a descriptor.
+    const u32* a_registers;
+    u64 a, b;
+    bool a_transposed, b_transposed, accumulate;
+};
+void product(const ProductOperands& operands, Site site);
+void products_begin(Site site);
+void products_commit(Site site);
+void products_wait(u32 unfinished, Site site);
 
 // Where dynamic shared memory begins in the numbers of `sptr`: not at 0, so that who takes an offset for an
 // address is found out.

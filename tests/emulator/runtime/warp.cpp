@@ -119,6 +119,10 @@ void perform(Warp& warp, u32 first_thread) {
         case Collective::Ballot: ballot(warp); break;
         case Collective::LoadMatrix: load_matrix(warp, first_thread); break;
         case Collective::Multiply: multiply(warp); break;
+        // What they do, each lane does for itself when it goes on.
+        case Collective::ProductsBegin: missing_lanes(warp, "wgmma_fence"); break;
+        case Collective::ProductsCommit: missing_lanes(warp, "wgmma_commit"); break;
+        case Collective::ProductsWait: missing_lanes(warp, "wgmma_wait"); break;
     }
     for (u32 lane = 0; lane < WARP; lane++)
         if (warp.arrived >> lane & 1) make_ready(first_thread + lane);
