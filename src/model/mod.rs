@@ -27,7 +27,7 @@ pub use config::Config;
 pub use decode::{Completion, Finish, Prompt, generate, generate_placed};
 pub use load::LoadOptions;
 pub use lora::LoraSpec;
-pub use placed::{Device, Placed};
+pub use placed::{Device, Placed, PlacedGradients};
 pub use qwen2::{Batch, Forward, Model, Recompute, Tape};
 pub use sampling::Sampling;
 

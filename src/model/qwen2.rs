@@ -145,7 +145,7 @@ pub(super) struct Linear {
     /// The active adapter.
     pub(super) lora: Option<LoraSlot>,
     /// Place of the weight among the parameters, the bias after it, when every weight is trained.
-    trained: Option<usize>,
+    pub(super) trained: Option<usize>,
 }
 
 #[derive(Clone, Copy)]
@@ -162,7 +162,7 @@ pub(super) struct Layer {
     /// In the order of `lora::TARGETS`.
     pub(super) linears: [Linear; 7],
     /// Places of the norms among the parameters.
-    trained: Option<[usize; 2]>,
+    pub(super) trained: Option<[usize; 2]>,
 }
 
 pub(super) const Q: usize = 0;
@@ -195,8 +195,8 @@ pub struct Model {
     pub(super) trained: Trained,
     pub(super) adapter_on: bool,
     /// Places of embedding and final norm among the parameters.
-    embed_trained: Option<usize>,
-    norm_trained: Option<usize>,
+    pub(super) embed_trained: Option<usize>,
+    pub(super) norm_trained: Option<usize>,
 }
 
 impl Linear {

@@ -7,7 +7,7 @@ use crate::support::{
 use emulator::Schedule;
 use half::bf16;
 use pipe::cuda::ops::attention::{Dims, backward, forward};
-use pipe::cuda::{Dim, Driver, Gpu};
+use pipe::cuda::{Dim, Driver, Gpu, Mark, Queue};
 use pipe::problem::{Exit, Problem};
 use pipe::tensor::ops::Attention;
 use pipe::tensor::ops::attention::reference;
@@ -280,6 +280,40 @@ impl Driver for FaultIn {
 
     fn synchronize(&self) -> Result<(), Problem> {
         Emulated.synchronize()
+    }
+
+    fn alloc_host(&self, bytes: usize) -> Result<u64, Problem> {
+        Emulated.alloc_host(bytes)
+    }
+
+    fn free_host(&self, address: u64) {
+        Emulated.free_host(address);
+    }
+
+    unsafe fn queue_upload(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<(), Problem> {
+        // SAFETY: the caller's promise.
+        unsafe { Emulated.queue_upload(queue, to, from, bytes) }
+    }
+
+    unsafe fn queue_download(&self, queue: Queue, from: u64, to: u64, bytes: usize) -> Result<(), Problem> {
+        // SAFETY: the caller's promise.
+        unsafe { Emulated.queue_download(queue, from, to, bytes) }
+    }
+
+    fn mark(&self, queue: Queue) -> Result<Mark, Problem> {
+        Emulated.mark(queue)
+    }
+
+    fn queue_wait(&self, queue: Queue, mark: Mark) -> Result<(), Problem> {
+        Emulated.queue_wait(queue, mark)
+    }
+
+    fn wait(&self, mark: Mark) -> Result<(), Problem> {
+        Emulated.wait(mark)
+    }
+
+    fn forget(&self, mark: Mark) {
+        Emulated.forget(mark);
     }
 }
 
