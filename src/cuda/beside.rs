@@ -94,7 +94,7 @@ pub struct Leaving<T: Pod> {
     parked: Parked<T>,
     // Gone after the wait that `end` queues, so that whoever gets its memory writes after the copy.
     end: End,
-    _buffer: Buffer<T>,
+    buffer: Buffer<T>,
 }
 
 /// Values on their way back. What is queued before [`Arriving::arrived`] runs beside the copy.
@@ -120,10 +120,16 @@ impl Drop for End {
 }
 
 impl<T: Pod> Leaving<T> {
+    /// To be read while it leaves.
+    pub fn buffer(&self) -> &Buffer<T> {
+        &self.buffer
+    }
+
     /// Launches queued from now on may write to the buffer's memory.
     pub fn left(self) -> Parked<T> {
-        let Leaving { parked, end, _buffer } = self;
+        let Leaving { parked, end, buffer } = self;
         drop(end);
+        drop(buffer);
         parked
     }
 }
@@ -147,7 +153,7 @@ impl<T: Pod> Buffer<T> {
             // SAFETY: both have so many bytes; the buffer stays in `Leaving` until launches wait for the copy.
             unsafe { driver.queue_download(Queue::Copy, self.address(), parked.address, bytes) }
         })?;
-        Ok(Leaving { parked, end, _buffer: self })
+        Ok(Leaving { parked, end, buffer: self })
     }
 }
 

@@ -6,13 +6,13 @@
 //!
 //! Shapes: T tokens of all sequences, R rows, H hidden, V vocabulary.
 
-use super::Parameter;
-use super::qwen2::{Batch, DOWN, GATE, K, Layer, Linear, LoraSlot, Model, O, Q, UP, V};
+use super::qwen2::{Batch, DOWN, GATE, K, Layer, Linear, LoraSlot, Model, O, Q, Recompute, UP, V};
+use super::{Parameter, fit};
 use crate::cuda::ops::adamw::Tensor;
 use crate::cuda::ops::lora_matmul::{self, Dims};
 use crate::cuda::ops::rope::Table;
 use crate::cuda::ops::{attention, bias, cast, embedding, head_logprob, residual, rmsnorm, rope, swiglu};
-use crate::cuda::{Buffer, Gpu};
+use crate::cuda::{Arriving, Buffer, Gpu, Parked};
 use crate::problem::Problem;
 use crate::tensor::Matrix;
 use bytemuck::Pod;
@@ -74,9 +74,42 @@ pub struct DeviceTape {
 }
 
 struct DeviceLayerTape {
-    input: Buffer<bf16>,
+    input: Input,
     /// Absent where it is computed again.
     saved: Option<Saved>,
+}
+
+/// The input of a layer between the way there and the way back.
+enum Input {
+    Here(Buffer<bf16>),
+    Parked(Parked<bf16>),
+    Arriving(Arriving<bf16>),
+}
+
+impl Input {
+    /// On its way here, if it is not here.
+    fn start(self) -> Result<Input, Problem> {
+        Ok(match self {
+            Input::Parked(parked) => Input::Arriving(parked.fetch()?),
+            there => there,
+        })
+    }
+
+    fn here(self) -> Result<Buffer<bf16>, Problem> {
+        match self {
+            Input::Here(buffer) => Ok(buffer),
+            Input::Parked(parked) => Ok(parked.fetch()?.arrived()),
+            Input::Arriving(arriving) => Ok(arriving.arrived()),
+        }
+    }
+}
+
+/// Starts to bring the input of the layer that is walked back next.
+fn start_next(layers: &mut Vec<DeviceLayerTape>) -> Result<(), Problem> {
+    if let Some(DeviceLayerTape { input, saved }) = layers.pop() {
+        layers.push(DeviceLayerTape { input: input.start()?, saved });
+    }
+    Ok(())
 }
 
 /// The insides of one layer.
@@ -186,14 +219,30 @@ impl DeviceModel {
     pub fn forward(&self, model: &Model, batch: &Batch) -> Result<(Vec<f32>, DeviceTape), Problem> {
         let first = model.first_trained_layer();
         let sequences = self.sequences(model, batch)?;
+        let recompute = match model.recompute {
+            Recompute::Fit => fit::on_device(model, &self.gpu, batch.ids.len(), batch.rows.len())?,
+            decided => decided,
+        };
         let mut layers = Vec::new();
         let mut x = self.embed(model, batch.ids)?;
         for (i, layer) in model.layers.iter().enumerate() {
-            let (y, saved) = self.layer_forward(model, layer, &self.layers[i], &x, &sequences)?;
-            let input = std::mem::replace(&mut x, y);
-            if i >= first {
-                layers.push(DeviceLayerTape { input, saved: (!model.recompute.of(i)).then_some(saved) });
+            let device = &self.layers[i];
+            if i < first {
+                x = self.layer_forward(model, layer, device, &x, &sequences)?.0;
+                continue;
             }
+            let (y, saved, input);
+            if model.offload {
+                // The copy runs beside the layer that reads the same.
+                let leaving = x.leave()?;
+                (y, saved) = self.layer_forward(model, layer, device, leaving.buffer(), &sequences)?;
+                input = Input::Parked(leaving.left());
+            } else {
+                (y, saved) = self.layer_forward(model, layer, device, &x, &sequences)?;
+                input = Input::Here(x);
+            }
+            layers.push(DeviceLayerTape { input, saved: (!recompute.of(i)).then_some(saved) });
+            x = y;
         }
         let rows = self.gpu.upload(&batch.rows.iter().map(|&row| row as u32).collect::<Vec<_>>())?;
         let targets = self.gpu.upload(batch.targets)?;
@@ -241,6 +290,7 @@ impl DeviceModel {
         let hidden = model.config.hidden_size;
         let first = model.first_trained_layer();
         let sums = &mut grads.sums[..];
+        start_next(&mut layers)?;
 
         let dlogprobs = self.gpu.upload(dlogprobs)?;
         let mut dnormed = self.gpu.alloc(normed.len())?;
@@ -263,6 +313,8 @@ impl DeviceModel {
         residual::scatter_rows(&mut dx, &dselected, &rows, hidden)?;
         for i in (first..self.layers.len()).rev() {
             let DeviceLayerTape { input, saved } = layers.pop().expect("one tape per layer");
+            let input = input.here()?;
+            start_next(&mut layers)?;
             let (layer, device) = (&model.layers[i], &self.layers[i]);
             let saved = match saved {
                 Some(saved) => saved,

@@ -50,7 +50,8 @@ macro_rules! training_keys {
             Key::default("shuffle", Type::Bool, "true", "Whether each epoch has its own order."),
             Key::default("seed", training::SEED, "0", "Seed of the order and of a new adapter."),
             Key::default("dtype", Type::Choice(&["f32", "bf16"]), "\"f32\"", "How frozen weights are held."),
-            Key::default("checkpointing", Type::Choice(&["none", "layers"]), "\"layers\"", "`layers` keeps one activation per layer and computes the rest again in the backward pass: less memory, same bits.").no_result(),
+            Key::default("checkpointing", Type::Choice(&["none", "layers", "fit"]), "\"layers\"", "`layers` keeps one activation per layer and computes the rest again in the backward pass: less memory, same bits. `fit` does so for as few layers as the device's free memory asks for, micro-batch by micro-batch; on the CPU for none if half of the available memory is enough, else for all.").no_result(),
+            Key::default("offload", Type::Bool, "false", "Keep the activation of each layer in the host's memory until the backward pass: less device memory, same bits. On the CPU it changes nothing.").no_result(),
             Key::optional("save_every_epochs", Type::Float { min: 0.0, max: 1e6, above: true }, "Keep a checkpoint in the artifact at the start, after every so many epochs and at the end, for `probe`."),
             Key::optional("save_every_steps", training::COUNT, "The same, counted in steps."),
             Key::default("keep_gradients", Type::List(&training::COUNT), "[]", "Steps (from 1) whose gradients, before clipping, are kept in the artifact as `gradients/step-000001.safetensors`."),
@@ -148,6 +149,7 @@ pub struct Spec {
     pub seed: u64,
     dtype: inputs::Storage,
     checkpointing: String,
+    offload: bool,
     save_every_epochs: Option<f64>,
     save_every_steps: Option<u64>,
     pub keep_gradients: Vec<u64>,
@@ -167,7 +169,12 @@ impl Spec {
         let continues = self.lora.is_some() && self.adapter == "continue";
         let options = LoadOptions { dtype: self.dtype.dtype(), fold_last: !continues };
         let mut model = Model::load(&inputs::chain(ctx, "model"), &options)?;
-        model.recompute = if self.checkpointing == "none" { Recompute::None } else { Recompute::All };
+        model.recompute = match self.checkpointing.as_str() {
+            "none" => Recompute::None,
+            "fit" => Recompute::Fit,
+            _ => Recompute::All,
+        };
+        model.offload = self.offload;
         match (&self.lora, model.lora()) {
             (None, _) => model.train_all()?,
             (Some(lora), None) => model.add_lora(lora, self.seed)?,
