@@ -10,7 +10,7 @@ use crate::problem::Problem;
 /// What turns gradients into updates of a [`Placed`] model.
 pub enum PlacedOptimizer {
     Host(Optimizer),
-    Device(DeviceOptimizer),
+    Device(Box<DeviceOptimizer>),
 }
 
 /// An optimizer whose states lie on a device.
@@ -33,7 +33,7 @@ impl PlacedOptimizer {
     pub fn new(kind: Kind, options: Options, model: &Placed) -> Result<PlacedOptimizer, Problem> {
         Ok(match model.gpu() {
             None => PlacedOptimizer::Host(Optimizer::new(kind, options, model.params())),
-            Some(gpu) => PlacedOptimizer::Device(DeviceOptimizer::new(gpu, kind, options, model.params())?),
+            Some(gpu) => PlacedOptimizer::Device(Box::new(DeviceOptimizer::new(gpu, kind, options, model.params())?)),
         })
     }
 

@@ -111,8 +111,8 @@ impl Queues {
     }
 
     fn finish_copies(&mut self, up_to: u64) {
-        while let Some((_, copy)) = self.copies.pop_front_if(|(number, _)| *number <= up_to) {
-            copy.run();
+        while self.copies.front().is_some_and(|(number, _)| *number <= up_to) {
+            self.copies.pop_front().expect("a first one").1.run();
         }
     }
 

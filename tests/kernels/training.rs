@@ -2,7 +2,7 @@
 //! trace, gradients that are not numbers, and every weight.
 
 use crate::model::{apart, bench, both, config, model, rows, run, training};
-use crate::support::{Emulated, before_launches, gpu, on_device, with_free_bytes};
+use crate::support::{BeforeLaunch, Emulated, before_launches, gpu, on_device, with_free_bytes};
 use pipe::cuda::Gpu;
 use pipe::files::Files;
 use pipe::model::device::DeviceGradients;
@@ -13,7 +13,6 @@ use pipe::tensor::Dtype;
 use pipe::train::{Checkpoint, Kind, Options, PlacedOptimizer};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::ffi::c_void;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
@@ -129,7 +128,7 @@ fn an_interrupted_run_on_the_device_ends_with_the_same_bytes() {
 }
 
 /// Writes NaN into the first gradient before its norm is taken for the `which`-th time.
-fn spoil(which: usize) -> Box<dyn FnMut(&str, &[*mut c_void])> {
+fn spoil(which: usize) -> BeforeLaunch {
     let mut norms = 0;
     Box::new(move |kernel, arguments| {
         if kernel == "grad_norm_pieces" {
