@@ -20,7 +20,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("tensor", &["random"]),
     ("cuda", &["problem"]),
     ("model", &["cuda", "files", "problem", "random", "tensor"]),
-    ("train", &["digest", "files", "model", "problem", "random", "tensor"]),
+    ("train", &["cuda", "digest", "files", "model", "problem", "random", "tensor"]),
     (
         "stage",
         &["data", "digest", "files", "grade", "manifest", "model", "plan", "problem", "random", "tensor", "train"],

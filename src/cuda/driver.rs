@@ -5,11 +5,11 @@
 //! driver lacks: those used here are all in every driver from 525 on, under the same names, whichever version
 //! of CUDA its bindings are for. They should be for the newest: a driver's error that they do not know has no
 //! place in their enumeration. Errors are told by number and name, for `cudarc`'s own way to print them calls
-//! the driver again. Its buffers, which record two events each, are not used: there is one queue, and its
-//! order is all we need.
+//! the driver again. Its buffers, which record two events each, are not used: the order of a queue is nearly
+//! all we need, and the few events between two queues are marked by hand.
 
 use super::prebuilt::{self, Blob, Capability};
-use super::{Dim, Driver, Gpu, TensorMap, TensorView};
+use super::{Dim, Driver, Gpu, Mark, Queue, TensorMap, TensorView};
 use crate::problem::{Exit, Problem};
 use cudarc::driver::DriverError;
 use cudarc::driver::result;
@@ -39,9 +39,19 @@ struct Nvidia {
     capability: Capability,
     device: sys::CUdevice,
     context: sys::CUcontext,
-    /// The one queue.
+    /// The queue of launches.
     stream: sys::CUstream,
+    /// The queue of copies beside it.
+    copies: sys::CUstream,
     loaded: Mutex<Loaded>,
+    events: Mutex<Events>,
+}
+
+/// Events are made when there is none to use again.
+#[derive(Default)]
+struct Events {
+    all: Vec<sys::CUevent>,
+    free: Vec<sys::CUevent>,
 }
 
 // SAFETY: the driver's functions may be called from any thread; the handles are theirs to share.
@@ -94,13 +104,29 @@ impl Nvidia {
             code::OUT_OF_MEMORY => out_of_memory(&name),
             _ => no_device(format!("{name} cannot be used: {}", error_name(error))),
         })?;
-        let mut nvidia =
-            Nvidia { name, capability, device, context, stream: std::ptr::null_mut(), loaded: Mutex::default() };
+        let (stream, copies) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let (loaded, events) = (Mutex::default(), Mutex::default());
+        let mut nvidia = Nvidia { name, capability, device, context, stream, copies, loaded, events };
         nvidia.enter()?;
         // Not the default stream, which waits for others of the process.
-        nvidia.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
-            .map_err(|error| nvidia.failed("making a queue", error))?;
+        let queue = |nvidia: &Nvidia| {
+            result::stream::create(result::stream::StreamKind::NonBlocking)
+                .map_err(|error| nvidia.failed("making a queue", error))
+        };
+        nvidia.stream = queue(&nvidia)?;
+        nvidia.copies = queue(&nvidia)?;
         Ok(nvidia)
+    }
+
+    fn queue(&self, queue: Queue) -> sys::CUstream {
+        match queue {
+            Queue::Compute => self.stream,
+            Queue::Copy => self.copies,
+        }
+    }
+
+    fn events(&self) -> MutexGuard<'_, Events> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The driver acts on the context of the calling thread.
@@ -339,17 +365,96 @@ impl Driver for Nvidia {
 
     fn synchronize(&self) -> Result<(), Problem> {
         self.enter()?;
-        // SAFETY: the stream is there until `self` goes away.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|error| self.failed("waiting for it", error))
+        // SAFETY: the streams are there until `self` goes away.
+        unsafe { result::stream::synchronize(self.copies).and_then(|()| result::stream::synchronize(self.stream)) }
+            .map_err(|error| self.failed("waiting for it", error))
+    }
+
+    fn alloc_host(&self, bytes: usize) -> Result<u64, Problem> {
+        self.enter()?;
+        // SAFETY: nothing is assumed of the memory.
+        let memory = unsafe { result::malloc_host(bytes, 0) }.map_err(|error| {
+            let message =
+                format!("the CUDA driver gives no {bytes} bytes of page-locked memory: {}", error_name(error));
+            missing("cuda::host_memory", message, "make batches smaller, or leave `offload` out")
+        })?;
+        Ok(memory as u64)
+    }
+
+    fn free_host(&self, address: u64) {
+        if self.enter().is_ok() {
+            // SAFETY: the caller's: it came from `alloc_host` and no copy uses it any more.
+            let _ = unsafe { result::free_host(address as *mut c_void) };
+        }
+    }
+
+    unsafe fn queue_upload(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<(), Problem> {
+        self.enter()?;
+        // SAFETY: the caller's promise.
+        let done = unsafe {
+            let from = std::slice::from_raw_parts(from as *const u8, bytes);
+            result::memcpy_htod_async(to, from, self.queue(queue))
+        };
+        done.map_err(|error| self.failed("copying to it", error))
+    }
+
+    unsafe fn queue_download(&self, queue: Queue, from: u64, to: u64, bytes: usize) -> Result<(), Problem> {
+        self.enter()?;
+        // SAFETY: the caller's promise.
+        let done = unsafe { sys::cuMemcpyDtoHAsync_v2(to as *mut c_void, from, bytes, self.queue(queue)) };
+        done.result().map_err(|error| self.failed("copying from it", error))
+    }
+
+    fn mark(&self, queue: Queue) -> Result<Mark, Problem> {
+        self.enter()?;
+        let free = self.events().free.pop();
+        let event = match free {
+            Some(event) => event,
+            None => {
+                let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+                    .map_err(|error| self.failed("making an event", error))?;
+                self.events().all.push(event);
+                event
+            }
+        };
+        // SAFETY: event and stream are there until `self` goes away.
+        unsafe { result::event::record(event, self.queue(queue)) }
+            .map_err(|error| self.failed("marking a place in a queue", error))?;
+        Ok(Mark(event as u64))
+    }
+
+    fn queue_wait(&self, queue: Queue, mark: Mark) -> Result<(), Problem> {
+        self.enter()?;
+        let (event, flags) = (mark.0 as sys::CUevent, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT);
+        // SAFETY: as above; a mark is an event of `mark`.
+        unsafe { result::stream::wait_event(self.queue(queue), event, flags) }
+            .map_err(|error| self.failed("ordering its queues", error))
+    }
+
+    fn wait(&self, mark: Mark) -> Result<(), Problem> {
+        self.enter()?;
+        // SAFETY: as above.
+        unsafe { result::event::synchronize(mark.0 as sys::CUevent) }
+            .map_err(|error| self.failed("waiting for it", error))
+    }
+
+    fn forget(&self, mark: Mark) {
+        self.events().free.push(mark.0 as sys::CUevent);
     }
 }
 
 impl Drop for Nvidia {
     fn drop(&mut self) {
         // Modules go with the context. What fails now has failed before.
-        if self.enter().is_ok() && !self.stream.is_null() {
-            // SAFETY: nothing is queued by anyone any more.
-            let _ = unsafe { result::stream::destroy(self.stream) };
+        if self.enter().is_ok() {
+            for event in std::mem::take(&mut self.events().all) {
+                // SAFETY: nobody holds a mark any more.
+                let _ = unsafe { result::event::destroy(event) };
+            }
+            for stream in [self.stream, self.copies].into_iter().filter(|stream| !stream.is_null()) {
+                // SAFETY: nothing is queued by anyone any more.
+                let _ = unsafe { result::stream::destroy(stream) };
+            }
         }
         // SAFETY: retained once, in `open`.
         let _ = unsafe { result::primary_ctx::release(self.device) };

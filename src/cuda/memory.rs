@@ -4,6 +4,7 @@
 //! Since all work is in one queue, whoever gets the block next writes after the last reader.
 
 use super::Driver;
+use super::beside::Staging;
 use crate::problem::Problem;
 use bytemuck::Pod;
 use std::collections::BTreeMap;
@@ -19,6 +20,7 @@ pub struct Gpu {
 struct Inner {
     driver: Box<dyn Driver>,
     pool: Mutex<Pool>,
+    staging: Mutex<Staging>,
     /// Blocks of the size asked for, given back at once: so that an emulator notices what goes beyond.
     exact: bool,
 }
@@ -27,6 +29,8 @@ struct Inner {
 struct Pool {
     /// Free blocks by size.
     free: BTreeMap<usize, Vec<u64>>,
+    /// Page-locked blocks of the host, likewise.
+    parking: BTreeMap<usize, Vec<u64>>,
     usage: Usage,
 }
 
@@ -51,13 +55,13 @@ fn block_bytes(bytes: usize) -> usize {
 
 impl Gpu {
     pub fn new(driver: Box<dyn Driver>) -> Gpu {
-        Gpu { inner: Arc::new(Inner { driver, pool: Mutex::default(), exact: false }) }
+        Gpu { inner: Arc::new(Inner { driver, pool: Mutex::default(), staging: Mutex::default(), exact: false }) }
     }
 
     /// A device whose blocks are exactly as large as their buffers and are not kept for reuse: slower, but an
     /// access beyond a buffer is one beyond what the driver gave.
     pub fn exact(driver: Box<dyn Driver>) -> Gpu {
-        Gpu { inner: Arc::new(Inner { driver, pool: Mutex::default(), exact: true }) }
+        Gpu { inner: Arc::new(Inner { driver, pool: Mutex::default(), staging: Mutex::default(), exact: true }) }
     }
 
     pub fn driver(&self) -> &dyn Driver {
@@ -116,17 +120,37 @@ impl Gpu {
 
     /// A buffer with these values.
     pub fn upload<T: Pod>(&self, values: &[T]) -> Result<Buffer<T>, Problem> {
-        let buffer = self.alloc(values.len())?;
-        self.driver().upload(buffer.address, bytemuck::cast_slice(values))?;
+        let mut buffer = self.alloc(values.len())?;
+        buffer.write(values)?;
         Ok(buffer)
+    }
+
+    /// Page-locked memory of the host.
+    pub(super) fn parking(&self, bytes: usize) -> Result<u64, Problem> {
+        let bytes = block_bytes(bytes);
+        match self.pool().parking.get_mut(&bytes).and_then(Vec::pop) {
+            Some(address) => Ok(address),
+            None => self.driver().alloc_host(bytes),
+        }
+    }
+
+    /// Takes back what [`Gpu::parking`] gave for so many bytes.
+    pub(super) fn park_again(&self, bytes: usize, address: u64) {
+        self.pool().parking.entry(block_bytes(bytes)).or_default().push(address);
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        // Copies may still read or write what is given back.
+        let _ = self.driver.synchronize();
+        self.staging.get_mut().unwrap_or_else(PoisonError::into_inner).end(self.driver.as_ref());
         let pool = self.pool.get_mut().unwrap_or_else(PoisonError::into_inner);
         for address in std::mem::take(&mut pool.free).into_values().flatten() {
             self.driver.free(address);
+        }
+        for address in std::mem::take(&mut pool.parking).into_values().flatten() {
+            self.driver.free_host(address);
         }
     }
 }
@@ -168,14 +192,21 @@ impl<T: Pod> Buffer<T> {
     /// Its values, once everything queued has been done.
     pub fn download(&self) -> Result<Vec<T>, Problem> {
         let mut values = vec![T::zeroed(); self.len];
-        self.gpu.driver().download(self.address, bytemuck::cast_slice_mut(&mut values))?;
+        self.download_to(&mut values)?;
         Ok(values)
+    }
+
+    /// [`Buffer::download`] into memory that is there.
+    pub fn download_to(&self, values: &mut [T]) -> Result<(), Problem> {
+        assert_eq!(values.len(), self.len);
+        self.gpu.driver().download(self.address, bytemuck::cast_slice_mut(values))
     }
 
     /// New values for all elements.
     pub fn write(&mut self, values: &[T]) -> Result<(), Problem> {
         assert_eq!(values.len(), self.len);
-        self.gpu.driver().upload(self.address, bytemuck::cast_slice(values))
+        let mut staging = self.gpu.inner.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        staging.upload(self.gpu.driver(), self.address, bytemuck::cast_slice(values))
     }
 
     /// Zeros.

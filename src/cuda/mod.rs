@@ -1,18 +1,20 @@
 //! Memory and kernels of a CUDA device: buffers, launches, and who carries them out. Knows no model.
 //!
-//! Work goes to one queue, in order: a launch returns at once, a download waits. There are two who carry
-//! it out, and nothing else may tell them apart: NVIDIA's driver, and the emulator of the tests, which
-//! compiles the same kernels for the CPU.
+//! Work goes to one queue, in order: a launch returns at once, a download waits. Beside it there is a queue of
+//! copies, which [`Mark`]s order against the first. There are two who carry them out, and nothing else may tell
+//! them apart: NVIDIA's driver, and the emulator of the tests, which compiles the same kernels for the CPU.
 //!
 //! | file | holds |
 //! |---|---|
 //! | `memory.rs` | [`Gpu`] and [`Buffer`]: allocation from a pool, the peak, copies |
+//! | `beside.rs` | copies nobody waits for: small uploads through a ring, buffers parked in host memory |
 //! | `launch.rs` | one launch: name, grid, shared memory, arguments |
 //! | `tensor_map.rs` | what kernels for compute capability 9.0 are told of a matrix |
 //! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none |
 //! | `prebuilt.rs` | the compiled kernels, embedded, and which of them a device runs; its table is generated |
 //! | `ops/` | the launcher of each kernel, under the stem of its `.cu` and of its reference in `tensor::ops` |
 
+mod beside;
 mod driver;
 mod launch;
 mod memory;
@@ -21,6 +23,7 @@ pub mod prebuilt;
 mod prebuilt_table;
 mod tensor_map;
 
+pub use beside::{Arriving, Leaving, Parked};
 pub use driver::open;
 pub use launch::{Dim, Launch};
 pub use memory::{Buffer, Gpu, Usage};
@@ -29,6 +32,19 @@ pub use tensor_map::{TensorMap, TensorView, copies_rows_of};
 
 use crate::problem::Problem;
 use std::ffi::c_void;
+
+/// Where work is queued. Each is in order; between them only [`Mark`]s are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Queue {
+    /// Launches, and all that has no queue of its own in its name.
+    Compute,
+    /// Copies beside it.
+    Copy,
+}
+
+/// A place in a queue, by a number of the driver's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mark(pub u64);
 
 /// Who carries out what is asked of a device.
 pub trait Driver: Send + Sync {
@@ -73,4 +89,34 @@ pub trait Driver: Send + Sync {
 
     /// Waits for everything queued. `Err` tells of a kernel that failed.
     fn synchronize(&self) -> Result<(), Problem>;
+
+    /// Page-locked memory of the host, by its address: what the copies below need.
+    fn alloc_host(&self, bytes: usize) -> Result<u64, Problem>;
+
+    /// Gives back what [`Driver::alloc_host`] gave.
+    fn free_host(&self, address: u64);
+
+    /// Queues a copy from page-locked memory to the device.
+    ///
+    /// # Safety
+    /// There must be so many bytes at both places until the copy has been done.
+    unsafe fn queue_upload(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<(), Problem>;
+
+    /// Queues a copy from the device to page-locked memory.
+    ///
+    /// # Safety
+    /// As of [`Driver::queue_upload`].
+    unsafe fn queue_download(&self, queue: Queue, from: u64, to: u64, bytes: usize) -> Result<(), Problem>;
+
+    /// Marks the end of what `queue` holds.
+    fn mark(&self, queue: Queue) -> Result<Mark, Problem>;
+
+    /// What is queued in `queue` from now on waits until `mark` is reached.
+    fn queue_wait(&self, queue: Queue, mark: Mark) -> Result<(), Problem>;
+
+    /// Waits until `mark` is reached.
+    fn wait(&self, mark: Mark) -> Result<(), Problem>;
+
+    /// Takes back a mark nobody asks for any more. Waits that are queued stay.
+    fn forget(&self, mark: Mark);
 }

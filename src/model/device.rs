@@ -1,44 +1,67 @@
 //! The model on a CUDA device: the steps of `qwen2.rs`, launched instead of computed.
 //!
-//! Frozen weights, activations and the halves of the adapter are bf16, everything is accumulated in f32;
-//! norms, biases, log-probs and gradients are f32. The trained values themselves stay with the host, where
-//! the optimizer is, and their copies here are renewed after every update.
+//! Weights, activations and the halves of the adapter are bf16, everything is accumulated in f32; norms,
+//! biases, log-probs and gradients are f32. Trained values lie here in f32, those of products in bf16 beside
+//! that; an optimizer updates both, and the host asks for them when it has something to write.
 //!
 //! Shapes: T tokens of all sequences, R rows, H hidden, V vocabulary.
 
-use super::qwen2::{Batch, DOWN, GATE, K, Layer, Linear, LoraSlot, Model, O, Q, UP, V};
-use super::{Gradients, Parameter};
+use super::qwen2::{Batch, DOWN, GATE, K, Layer, Linear, LoraSlot, Model, O, Q, Recompute, UP, V};
+use super::{Parameter, fit};
+use crate::cuda::ops::adamw::Tensor;
 use crate::cuda::ops::lora_matmul::{self, Dims};
 use crate::cuda::ops::rope::Table;
-use crate::cuda::ops::{attention, cast, embedding, head_logprob, residual, rmsnorm, rope, swiglu};
-use crate::cuda::{Buffer, Gpu};
+use crate::cuda::ops::{attention, bias, cast, embedding, head_logprob, residual, rmsnorm, rope, swiglu};
+use crate::cuda::{Arriving, Buffer, Gpu, Parked};
 use crate::problem::Problem;
 use crate::tensor::Matrix;
+use bytemuck::Pod;
 use half::bf16;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What of a model lies on the device.
 pub struct DeviceModel {
     gpu: Gpu,
-    embed: Buffer<bf16>,
+    embed: Held<bf16>,
     layers: Vec<DeviceLayer>,
-    norm: Buffer<f32>,
+    norm: Held<f32>,
     /// Absent where the head is the embedding.
-    head: Option<Buffer<bf16>>,
-    /// Copies of the model's trained values, in their order.
-    adapter: Vec<Buffer<bf16>>,
+    head: Option<Held<bf16>>,
+    /// The model's trained tensors, in their order.
+    trained: Vec<TrainedTensor>,
+    /// Angles of the longest sequence so far: they are many, and the same for every batch.
+    table: Mutex<Option<Arc<Table>>>,
 }
 
 struct DeviceLayer {
-    norm1: Buffer<f32>,
-    norm2: Buffer<f32>,
+    norm1: Held<f32>,
+    norm2: Held<f32>,
     /// In the order of `lora::TARGETS`.
-    weights: [Buffer<bf16>; 7],
-    biases: [Option<Buffer<f32>>; 7],
+    weights: [Held<bf16>; 7],
+    biases: [Option<Held<f32>>; 7],
+}
+
+/// What is computed with: memory of its own, or that of the trained tensor in this place.
+enum Held<T: Pod> {
+    Frozen(Buffer<T>),
+    Trained(usize),
+}
+
+struct TrainedTensor {
+    value: Buffer<f32>,
+    /// `value` in bf16, of a matrix.
+    copy: Option<Buffer<bf16>>,
+    decays: bool,
+}
+
+/// One sum of gradients per trained tensor.
+pub struct DeviceGradients {
+    pub sums: Vec<Buffer<f32>>,
 }
 
 /// What the way back needs of the way there.
 pub struct DeviceTape {
-    ids: usize,
+    ids: Vec<u32>,
     rows: Buffer<u32>,
     targets: Buffer<u32>,
     sequences: DeviceSequences,
@@ -51,9 +74,42 @@ pub struct DeviceTape {
 }
 
 struct DeviceLayerTape {
-    input: Buffer<bf16>,
+    input: Input,
     /// Absent where it is computed again.
     saved: Option<Saved>,
+}
+
+/// The input of a layer between the way there and the way back.
+enum Input {
+    Here(Buffer<bf16>),
+    Parked(Parked<bf16>),
+    Arriving(Arriving<bf16>),
+}
+
+impl Input {
+    /// On its way here, if it is not here.
+    fn start(self) -> Result<Input, Problem> {
+        Ok(match self {
+            Input::Parked(parked) => Input::Arriving(parked.fetch()?),
+            there => there,
+        })
+    }
+
+    fn here(self) -> Result<Buffer<bf16>, Problem> {
+        match self {
+            Input::Here(buffer) => Ok(buffer),
+            Input::Parked(parked) => Ok(parked.fetch()?.arrived()),
+            Input::Arriving(arriving) => Ok(arriving.arrived()),
+        }
+    }
+}
+
+/// Starts to bring the input of the layer that is walked back next.
+fn start_next(layers: &mut Vec<DeviceLayerTape>) -> Result<(), Problem> {
+    if let Some(DeviceLayerTape { input, saved }) = layers.pop() {
+        layers.push(DeviceLayerTape { input: input.start()?, saved });
+    }
+    Ok(())
 }
 
 /// The insides of one layer.
@@ -92,7 +148,7 @@ struct DeviceSequences {
     cu_seqlens: Buffer<i32>,
     longest: usize,
     positions: Buffer<u32>,
-    table: Table,
+    table: Arc<Table>,
 }
 
 /// Takes a layer's keys and values.
@@ -109,47 +165,84 @@ impl DeviceModel {
     /// Copies a model to `gpu`. `Err` (exit 3) if no kernel fits its shape.
     pub fn upload(gpu: &Gpu, model: &Model) -> Result<DeviceModel, Problem> {
         attention_dims(model).check()?;
+        let trained = model.params().iter().map(|param| TrainedTensor::upload(gpu, param)).collect::<Result<_, _>>()?;
         let layers = model.layers.iter().map(|layer| DeviceLayer::upload(gpu, layer)).collect::<Result<_, _>>()?;
-        let head = model.head.weight.as_ref().map(|weight| upload_matrix(gpu, weight)).transpose()?;
-        let mut device = DeviceModel {
+        let head = model.head.weight.as_ref().map(|weight| Held::matrix(gpu, weight, model.head.trained));
+        Ok(DeviceModel {
             gpu: gpu.clone(),
-            embed: upload_matrix(gpu, &model.embed)?,
+            embed: Held::matrix(gpu, &model.embed, model.embed_trained)?,
             layers,
-            norm: gpu.upload(&model.norm)?,
-            head,
-            adapter: Vec::new(),
-        };
-        device.renew(model.params())?;
-        Ok(device)
+            norm: Held::vector(gpu, &model.norm, model.norm_trained)?,
+            head: head.transpose()?,
+            trained,
+            table: Mutex::new(None),
+        })
     }
 
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
     }
 
-    /// Copies the trained values anew.
+    /// Takes the trained values from the host.
     pub fn renew(&mut self, params: &[Parameter]) -> Result<(), Problem> {
-        if self.adapter.len() != params.len() {
-            self.adapter = params.iter().map(|param| self.gpu.alloc(param.value.len())).collect::<Result<_, _>>()?;
-        }
-        for (copy, param) in self.adapter.iter_mut().zip(params) {
-            cast::to_bf16(copy, &self.gpu.upload(&param.value)?)?;
+        self.trained.iter_mut().zip(params).try_for_each(|(tensor, param)| tensor.renew(param))
+    }
+
+    /// Gives the trained values to the host.
+    pub fn fetch(&self, params: &mut [Parameter]) -> Result<(), Problem> {
+        for (tensor, param) in self.trained.iter().zip(params) {
+            tensor.value.download_to(&mut param.value)?;
         }
         Ok(())
+    }
+
+    /// The trained tensors as an optimizer takes them.
+    pub fn tensors<'t>(&'t self, grads: &'t DeviceGradients) -> Vec<Tensor<'t>> {
+        let pairs = self.trained.iter().zip(&grads.sums);
+        pairs
+            .map(|(tensor, grad)| Tensor {
+                param: &tensor.value,
+                grad,
+                copy: tensor.copy.as_ref(),
+                decays: tensor.decays,
+            })
+            .collect()
+    }
+
+    /// Zeros for every trained tensor.
+    pub fn zero_gradients(&self) -> Result<DeviceGradients, Problem> {
+        let sums = self.trained.iter().map(|tensor| self.gpu.zeros(tensor.value.len()));
+        Ok(DeviceGradients { sums: sums.collect::<Result<_, _>>()? })
     }
 
     /// Log-probs of the batch's targets, and what [`DeviceModel::backward`] needs.
     pub fn forward(&self, model: &Model, batch: &Batch) -> Result<(Vec<f32>, DeviceTape), Problem> {
         let first = model.first_trained_layer();
         let sequences = self.sequences(model, batch)?;
+        let recompute = match model.recompute {
+            Recompute::Fit => fit::on_device(model, &self.gpu, batch.ids.len(), batch.rows.len())?,
+            decided => decided,
+        };
         let mut layers = Vec::new();
         let mut x = self.embed(model, batch.ids)?;
         for (i, layer) in model.layers.iter().enumerate() {
-            let (y, saved) = self.layer_forward(model, layer, &self.layers[i], &x, &sequences)?;
-            let input = std::mem::replace(&mut x, y);
-            if i >= first {
-                layers.push(DeviceLayerTape { input, saved: (!model.recompute.of(i)).then_some(saved) });
+            let device = &self.layers[i];
+            if i < first {
+                x = self.layer_forward(model, layer, device, &x, &sequences)?.0;
+                continue;
             }
+            let (y, saved, input);
+            if model.offload {
+                // The copy runs beside the layer that reads the same.
+                let leaving = x.leave()?;
+                (y, saved) = self.layer_forward(model, layer, device, leaving.buffer(), &sequences)?;
+                input = Input::Parked(leaving.left());
+            } else {
+                (y, saved) = self.layer_forward(model, layer, device, &x, &sequences)?;
+                input = Input::Here(x);
+            }
+            layers.push(DeviceLayerTape { input, saved: (!recompute.of(i)).then_some(saved) });
+            x = y;
         }
         let rows = self.gpu.upload(&batch.rows.iter().map(|&row| row as u32).collect::<Vec<_>>())?;
         let targets = self.gpu.upload(batch.targets)?;
@@ -161,7 +254,7 @@ impl DeviceModel {
         let head = head_logprob::forward(&normed, self.head(), lora, &targets, model.config.hidden_size, false, 0)?;
         let logprobs = head.logprob.download()?;
         let lse = head.lse;
-        let ids = batch.ids.len();
+        let ids = batch.ids.to_vec();
         Ok((logprobs, DeviceTape { ids, rows, targets, sequences, layers, selected, normed, rstd, lse }))
     }
 
@@ -189,36 +282,49 @@ impl DeviceModel {
         model: &Model,
         tape: DeviceTape,
         dlogprobs: &[f32],
-        grads: &mut Gradients,
+        grads: &mut DeviceGradients,
     ) -> Result<(), Problem> {
+        assert_eq!(grads.sums.len(), self.trained.len(), "gradients of other parameters");
+        assert!(model.adapter_on, "the adapter was off");
         let DeviceTape { ids, rows, targets, sequences, mut layers, selected, normed, rstd, lse } = tape;
         let hidden = model.config.hidden_size;
         let first = model.first_trained_layer();
-        let mut sums: Vec<Buffer<f32>> =
-            grads.values.iter().map(|values| self.gpu.zeros(values.len())).collect::<Result<_, _>>()?;
+        let sums = &mut grads.sums[..];
+        start_next(&mut layers)?;
 
         let dlogprobs = self.gpu.upload(dlogprobs)?;
         let mut dnormed = self.gpu.alloc(normed.len())?;
-        let wanted = head_logprob::Gradients { lora: pair(&mut sums, model.head.lora), weight: None };
+        let wanted = match model.head.lora {
+            Some(_) => head_logprob::Gradients { lora: pair(sums, model.head.lora), weight: None },
+            // A tied head adds to the gradient of the embedding.
+            None => {
+                let weight = self.head.as_ref().unwrap_or(&self.embed).place();
+                head_logprob::Gradients { lora: None, weight: weight.map(|at| &mut sums[at]) }
+            }
+        };
         let lora = self.head_lora(model);
         head_logprob::backward(&mut dnormed, wanted, &dlogprobs, &normed, self.head(), lora, &targets, &lse, hidden)?;
-        if first < self.layers.len() {
-            let mut dselected = self.gpu.alloc(selected.len())?;
-            rmsnorm::backward(&mut dselected, None, &dnormed, &selected, &self.norm, &rstd, false)?;
-            let mut dx = self.gpu.zeros(ids * hidden)?;
-            residual::scatter_rows(&mut dx, &dselected, &rows, hidden)?;
-            for i in (first..self.layers.len()).rev() {
-                let DeviceLayerTape { input, saved } = layers.pop().expect("one tape per layer");
-                let (layer, device) = (&model.layers[i], &self.layers[i]);
-                let saved = match saved {
-                    Some(saved) => saved,
-                    None => self.layer_forward(model, layer, device, &input, &sequences)?.1,
-                };
-                self.layer_backward(model, layer, device, &mut dx, i > first, &input, saved, &sequences, &mut sums)?;
-            }
+        if first >= self.layers.len() && self.norm.place().is_none() {
+            return Ok(());
         }
-        for (values, sum) in grads.values.iter_mut().zip(&sums) {
-            values.iter_mut().zip(sum.download()?).for_each(|(value, more)| *value += more);
+        let mut dselected = self.gpu.alloc(selected.len())?;
+        self.norm_backward(&mut dselected, &self.norm, &dnormed, &selected, &rstd, false, sums)?;
+        let mut dx = self.gpu.zeros(ids.len() * hidden)?;
+        residual::scatter_rows(&mut dx, &dselected, &rows, hidden)?;
+        for i in (first..self.layers.len()).rev() {
+            let DeviceLayerTape { input, saved } = layers.pop().expect("one tape per layer");
+            let input = input.here()?;
+            start_next(&mut layers)?;
+            let (layer, device) = (&model.layers[i], &self.layers[i]);
+            let saved = match saved {
+                Some(saved) => saved,
+                None => self.layer_forward(model, layer, device, &input, &sequences)?.1,
+            };
+            let below = i > first || self.embed.place().is_some();
+            self.layer_backward(model, layer, device, &mut dx, below, &input, saved, &sequences, sums)?;
+        }
+        if let Some(at) = self.embed.place() {
+            embedding::backward(&mut sums[at], &dx, &ids)?;
         }
         Ok(())
     }
@@ -293,36 +399,79 @@ impl DeviceModel {
             cu_seqlens: self.gpu.upload(&cu_seqlens)?,
             longest,
             positions: self.gpu.upload(&positions)?,
-            table: Table::upload(&self.gpu, longest, model.config.head_dim, model.config.rope_theta)?,
+            table: self.table(model, longest)?,
         })
+    }
+
+    /// The angles of at least so many positions.
+    fn table(&self, model: &Model, positions: usize) -> Result<Arc<Table>, Problem> {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(there) = table.as_ref().filter(|there| there.positions() >= positions) {
+            return Ok(Arc::clone(there));
+        }
+        let (head_dim, theta) = (model.config.head_dim, model.config.rope_theta);
+        let longer = Arc::new(Table::upload(&self.gpu, positions, head_dim, theta)?);
+        Ok(Arc::clone(table.insert(longer)))
     }
 
     /// `[T, H]`
     fn embed(&self, model: &Model, ids: &[u32]) -> Result<Buffer<bf16>, Problem> {
         let mut x = self.gpu.alloc(ids.len() * model.config.hidden_size)?;
-        embedding::forward(&mut x, &self.embed, &self.gpu.upload(ids)?)?;
+        embedding::forward(&mut x, self.matrix(&self.embed), &self.gpu.upload(ids)?)?;
         Ok(x)
     }
 
     fn norm(
         &self,
         x: &Buffer<bf16>,
-        weight: &Buffer<f32>,
+        weight: &Held<f32>,
         model: &Model,
     ) -> Result<(Buffer<bf16>, Buffer<f32>), Problem> {
+        let weight = self.vector(weight);
         let (mut y, mut rstd) = (self.gpu.alloc(x.len())?, self.gpu.alloc(x.len() / weight.len())?);
         rmsnorm::forward(&mut y, &mut rstd, x, weight, model.config.rms_norm_eps)?;
         Ok((y, rstd))
     }
 
+    /// Adds the gradient of a norm's input to `dx`, or with `add` off writes it, and that of its weight to `sums`
+    /// if it is trained.
+    #[expect(clippy::too_many_arguments, reason = "the operands of the op and the place of the weight")]
+    fn norm_backward(
+        &self,
+        dx: &mut Buffer<bf16>,
+        weight: &Held<f32>,
+        dy: &Buffer<bf16>,
+        x: &Buffer<bf16>,
+        rstd: &Buffer<f32>,
+        add: bool,
+        sums: &mut [Buffer<f32>],
+    ) -> Result<(), Problem> {
+        let dw = weight.place().map(|at| &mut sums[at]);
+        rmsnorm::backward(dx, dw, dy, x, self.vector(weight), rstd, add)
+    }
+
+    fn matrix<'h>(&'h self, held: &'h Held<bf16>) -> &'h Buffer<bf16> {
+        match held {
+            Held::Frozen(buffer) => buffer,
+            Held::Trained(at) => self.trained[*at].copy(),
+        }
+    }
+
+    fn vector<'h>(&'h self, held: &'h Held<f32>) -> &'h Buffer<f32> {
+        match held {
+            Held::Frozen(buffer) => buffer,
+            Held::Trained(at) => &self.trained[*at].value,
+        }
+    }
+
     fn head(&self) -> &Buffer<bf16> {
-        self.head.as_ref().unwrap_or(&self.embed)
+        self.matrix(self.head.as_ref().unwrap_or(&self.embed))
     }
 
     /// The active adapter in a linear's place.
     fn lora(&self, model: &Model, slot: Option<LoraSlot>) -> Option<lora_matmul::Lora<'_>> {
         let LoraSlot { at, rank, scale } = slot.filter(|_| model.adapter_on)?;
-        Some(lora_matmul::Lora { a: &self.adapter[at], b: &self.adapter[at + 1], rank, scale })
+        Some(lora_matmul::Lora { a: self.trained[at].copy(), b: self.trained[at + 1].copy(), rank, scale })
     }
 
     fn head_lora(&self, model: &Model) -> Option<lora_matmul::Lora<'_>> {
@@ -343,8 +492,9 @@ impl DeviceModel {
         let mut y = self.gpu.alloc(dims.m * dims.n)?;
         let lora = self.lora(model, linear.lora);
         let mut low = lora.as_ref().map(|lora| self.gpu.alloc(dims.m * lora.rank)).transpose()?;
-        let bias = device.biases[which].as_ref();
-        lora_matmul::forward(&mut y, low.as_mut(), x, &device.weights[which], bias, lora, dims, false)?;
+        let bias = device.biases[which].as_ref().map(|bias| self.vector(bias));
+        let weight = self.matrix(&device.weights[which]);
+        lora_matmul::forward(&mut y, low.as_mut(), x, weight, bias, lora, dims, false)?;
         Ok((y, low))
     }
 
@@ -412,7 +562,7 @@ impl DeviceModel {
     }
 
     /// `dx` `[T, H]`: gradient of the layer's output on entry, of its input on return, unless nothing `below`
-    /// wants it. The adapter's gradients are added to `sums`.
+    /// wants it. The gradients of what is trained are added to `sums`.
     #[expect(clippy::too_many_arguments, reason = "the way back has the operands of the way there and its own")]
     fn layer_backward(
         &self,
@@ -427,29 +577,37 @@ impl DeviceModel {
         sums: &mut [Buffer<f32>],
     ) -> Result<(), Problem> {
         let Saved { rstd1, norm1, q, k, v, attended, lse, middle, rstd2, norm2, gate, up, gated, low } = saved;
-        let mut back = |which: usize,
-                        dn: Option<(&mut Buffer<bf16>, bool)>,
-                        dy: &Buffer<bf16>,
-                        x: &Buffer<bf16>|
+        let back = |which: usize,
+                    dn: Option<(&mut Buffer<bf16>, bool)>,
+                    dy: &Buffer<bf16>,
+                    x: &Buffer<bf16>,
+                    sums: &mut [Buffer<f32>]|
          -> Result<(), Problem> {
             let linear = &layer.linears[which];
+            let (weight, dims) = (&device.weights[which], dims(linear, x.len()));
+            if let Some(at) = weight.place() {
+                lora_matmul::weight_gradient(&mut sums[at], dy, x, dims)?;
+            }
+            if let Some(at) = device.biases[which].as_ref().and_then(Held::place) {
+                bias::backward(&mut sums[at], dy)?;
+            }
             let grads = pair(sums, linear.lora).map(|(da, db)| lora_matmul::Gradients { da, db });
-            let (w, lora) = (&device.weights[which], self.lora(model, linear.lora));
-            lora_matmul::backward(dn, grads, dy, x, low[which].as_ref(), w, lora, dims(linear, x.len()))
+            let lora = self.lora(model, linear.lora);
+            lora_matmul::backward(dn, grads, dy, x, low[which].as_ref(), self.matrix(weight), lora, dims)
         };
         let mut dgated = self.gpu.alloc(gated.len())?;
-        back(DOWN, Some((&mut dgated, false)), dx, &gated)?;
+        back(DOWN, Some((&mut dgated, false)), dx, &gated, sums)?;
         let (mut dgate, mut dup) = (self.gpu.alloc(gate.len())?, self.gpu.alloc(up.len())?);
         swiglu::backward(&mut dgate, &mut dup, &dgated, &gate, &up)?;
         drop((dgated, gated, gate, up));
         let mut dnorm = self.gpu.alloc(dx.len())?;
-        back(GATE, Some((&mut dnorm, false)), &dgate, &norm2)?;
-        back(UP, Some((&mut dnorm, true)), &dup, &norm2)?;
+        back(GATE, Some((&mut dnorm, false)), &dgate, &norm2, sums)?;
+        back(UP, Some((&mut dnorm, true)), &dup, &norm2, sums)?;
         drop((dgate, dup, norm2));
-        rmsnorm::backward(dx, None, &dnorm, &middle, &device.norm2, &rstd2, true)?;
+        self.norm_backward(dx, &device.norm2, &dnorm, &middle, &rstd2, true, sums)?;
 
         let mut dattended = self.gpu.alloc(attended.len())?;
-        back(O, Some((&mut dattended, false)), dx, &attended)?;
+        back(O, Some((&mut dattended, false)), dx, &attended, sums)?;
         let (mut dq, mut dk, mut dv) = (self.gpu.alloc(q.len())?, self.gpu.alloc(k.len())?, self.gpu.alloc(v.len())?);
         attention::backward(
             &mut dq,
@@ -468,12 +626,13 @@ impl DeviceModel {
         let config = &model.config;
         rope::rotate(&mut dq, config.num_attention_heads, &sequences.table, &sequences.positions, true)?;
         rope::rotate(&mut dk, config.num_key_value_heads, &sequences.table, &sequences.positions, true)?;
+        let below = below || device.norm1.place().is_some();
         for (which, dy) in [(Q, &dq), (K, &dk), (V, &dv)] {
             let dn = below.then_some((&mut dnorm, which != Q));
-            back(which, dn, dy, &norm1)?;
+            back(which, dn, dy, &norm1, sums)?;
         }
         if below {
-            rmsnorm::backward(dx, None, &dnorm, input, &device.norm1, &rstd1, true)?;
+            self.norm_backward(dx, &device.norm1, &dnorm, input, &rstd1, true, sums)?;
         }
         Ok(())
     }
@@ -485,16 +644,80 @@ impl DeviceLayer {
         let mut biases = Vec::new();
         for linear in &layer.linears {
             let weight = linear.weight.as_ref().expect("only a head can lack a weight of its own");
-            weights.push(upload_matrix(gpu, weight)?);
-            biases.push(linear.bias.as_ref().map(|bias| gpu.upload(bias)).transpose()?);
+            weights.push(Held::matrix(gpu, weight, linear.trained)?);
+            let place = linear.trained.map(|at| at + 1);
+            biases.push(linear.bias.as_ref().map(|bias| Held::vector(gpu, bias, place)).transpose()?);
         }
+        let [norm1, norm2] = [0, 1].map(|which| layer.trained.map(|places| places[which]));
         let seven = "seven linears per layer";
         Ok(DeviceLayer {
-            norm1: gpu.upload(&layer.norm1)?,
-            norm2: gpu.upload(&layer.norm2)?,
+            norm1: Held::vector(gpu, &layer.norm1, norm1)?,
+            norm2: Held::vector(gpu, &layer.norm2, norm2)?,
             weights: weights.try_into().unwrap_or_else(|_| unreachable!("{seven}")),
             biases: biases.try_into().unwrap_or_else(|_| unreachable!("{seven}")),
         })
+    }
+}
+
+impl<T: Pod> Held<T> {
+    /// Its place among the trained tensors.
+    fn place(&self) -> Option<usize> {
+        match self {
+            Held::Frozen(_) => None,
+            Held::Trained(at) => Some(*at),
+        }
+    }
+}
+
+impl Held<bf16> {
+    fn matrix(gpu: &Gpu, matrix: &Matrix, trained: Option<usize>) -> Result<Held<bf16>, Problem> {
+        Ok(match trained {
+            Some(at) => Held::Trained(at),
+            None => Held::Frozen(upload_matrix(gpu, matrix)?),
+        })
+    }
+}
+
+impl Held<f32> {
+    fn vector(gpu: &Gpu, values: &[f32], trained: Option<usize>) -> Result<Held<f32>, Problem> {
+        Ok(match trained {
+            Some(at) => Held::Trained(at),
+            None => Held::Frozen(gpu.upload(values)?),
+        })
+    }
+}
+
+impl TrainedTensor {
+    fn upload(gpu: &Gpu, param: &Parameter) -> Result<TrainedTensor, Problem> {
+        let matrix = param.shape.len() > 1;
+        let copy = matrix.then(|| gpu.alloc(param.value.len())).transpose()?;
+        let mut tensor = TrainedTensor { value: gpu.alloc(param.value.len())?, copy, decays: param.decays() };
+        tensor.renew(param)?;
+        Ok(tensor)
+    }
+
+    fn renew(&mut self, param: &Parameter) -> Result<(), Problem> {
+        self.value.write(&param.value)?;
+        match &mut self.copy {
+            Some(copy) => cast::to_bf16(copy, &self.value),
+            None => Ok(()),
+        }
+    }
+
+    fn copy(&self) -> &Buffer<bf16> {
+        self.copy.as_ref().expect("products are with matrices, which have a copy")
+    }
+}
+
+impl DeviceGradients {
+    /// Back to zero, keeping the memory.
+    pub fn clear(&mut self) -> Result<(), Problem> {
+        self.sums.iter_mut().try_for_each(Buffer::clear)
+    }
+
+    /// Their values, for the host.
+    pub fn download(&self) -> Result<Vec<Vec<f32>>, Problem> {
+        self.sums.iter().map(Buffer::download).collect()
     }
 }
 

@@ -8,6 +8,7 @@
 //! | `qwen2.rs` | the model: forward, backward, what is trained |
 //! | `device.rs`, `device_decode.rs` | the same on a CUDA device |
 //! | `placed.rs` | a model where it computes |
+//! | `fit.rs` | how many layers may keep their insides |
 //! | `load.rs` | a chain of folders to a model, and back to folders |
 //! | `decode.rs` | generation with a key/value cache |
 //! | `sampling.rs` | logits to the next token |
@@ -16,6 +17,7 @@ pub mod config;
 pub mod decode;
 pub mod device;
 mod device_decode;
+pub mod fit;
 pub mod load;
 pub mod lora;
 pub mod placed;
@@ -27,7 +29,7 @@ pub use config::Config;
 pub use decode::{Completion, Finish, Prompt, generate, generate_placed};
 pub use load::LoadOptions;
 pub use lora::LoraSpec;
-pub use placed::{Device, Placed};
+pub use placed::{Device, Placed, PlacedGradients};
 pub use qwen2::{Batch, Forward, Model, Recompute, Tape};
 pub use sampling::Sampling;
 

@@ -1,10 +1,12 @@
 //! A model where it computes: on the processor, or on a CUDA device. The only place that tells them apart.
 
-use super::device::{DeviceModel, DeviceTape};
+use super::device::{DeviceGradients, DeviceModel, DeviceTape};
 use super::qwen2::{Batch, Model, Tape};
 use super::{Gradients, Parameter};
 use crate::cuda::Gpu;
-use crate::problem::{Exit, Problem};
+use crate::cuda::ops::adamw::Tensor;
+use crate::problem::Problem;
+use std::borrow::Cow;
 use std::ops::Deref;
 
 /// Where a stage computes.
@@ -14,10 +16,13 @@ pub enum Device {
     Cuda(Gpu),
 }
 
-/// A model and, if it computes on a device, what of it lies there. Reads as the [`Model`] it is.
+/// A model and, if it computes on a device, what of it lies there. Reads as the [`Model`] it is, with the trained
+/// values it had when it was placed, or when [`Placed::host`] or [`Placed::update`] last asked for them.
 pub struct Placed {
     model: Model,
     device: Option<DeviceModel>,
+    /// Whether the values on the device are newer than the host's.
+    ahead: bool,
 }
 
 /// What [`Placed::forward`] gives.
@@ -33,6 +38,12 @@ pub enum PlacedTape {
     Device(DeviceTape),
 }
 
+/// One sum of gradients per trained tensor, where the model computes.
+pub enum PlacedGradients {
+    Host(Gradients),
+    Device(DeviceGradients),
+}
+
 impl Deref for Placed {
     type Target = Model;
 
@@ -46,19 +57,27 @@ impl Placed {
     pub fn new(model: Model, device: &Device) -> Result<Placed, Problem> {
         let device = match device {
             Device::Cpu => None,
-            Device::Cuda(_) if model.trains_everything() => {
-                return Err(Problem::new("cuda::every_weight", "training every weight has no CUDA path yet")
-                    .exit(Exit::Missing)
-                    .help("train an adapter (`lora = { rank = 16, alpha = 32 }`), or `--device cpu`"));
-            }
             Device::Cuda(gpu) => Some(DeviceModel::upload(gpu, &model)?),
         };
-        Ok(Placed { model, device })
+        Ok(Placed { model, device, ahead: false })
     }
 
     /// What of the model lies on a device.
     pub(super) fn device(&self) -> Option<&DeviceModel> {
         self.device.as_ref()
+    }
+
+    /// The device the model computes on, if it is not the processor.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        self.device.as_ref().map(DeviceModel::gpu)
+    }
+
+    /// Zeros for every trained tensor.
+    pub fn zero_gradients(&self) -> Result<PlacedGradients, Problem> {
+        Ok(match &self.device {
+            None => PlacedGradients::Host(Gradients::zeros(&self.model)),
+            Some(device) => PlacedGradients::Device(device.zero_gradients()?),
+        })
     }
 
     /// Log-probs of the batch's targets, and what [`Placed::backward`] needs.
@@ -76,13 +95,17 @@ impl Placed {
     }
 
     /// Adds to `grads` the gradient of `sum_r dlogprobs[r] * logprobs[r]`.
-    pub fn backward(&self, tape: PlacedTape, dlogprobs: &[f32], grads: &mut Gradients) -> Result<(), Problem> {
-        match (tape, &self.device) {
-            (PlacedTape::Host(tape), _) => self.model.backward(tape, dlogprobs, grads),
-            (PlacedTape::Device(tape), Some(device)) => device.backward(&self.model, tape, dlogprobs, grads)?,
-            (PlacedTape::Device(_), None) => unreachable!("a tape of a device that the model is not on"),
+    pub fn backward(&self, tape: PlacedTape, dlogprobs: &[f32], grads: &mut PlacedGradients) -> Result<(), Problem> {
+        match (tape, grads, &self.device) {
+            (PlacedTape::Host(tape), PlacedGradients::Host(grads), None) => {
+                self.model.backward(tape, dlogprobs, grads);
+                Ok(())
+            }
+            (PlacedTape::Device(tape), PlacedGradients::Device(grads), Some(device)) => {
+                device.backward(&self.model, tape, dlogprobs, grads)
+            }
+            _ => unreachable!("a tape or gradients of another place than the model's"),
         }
-        Ok(())
     }
 
     /// Log-probs of the batch's targets, keeping nothing.
@@ -106,12 +129,58 @@ impl Placed {
         }
     }
 
+    /// The model with the trained values of this moment: what is written to files.
+    pub fn host(&mut self) -> Result<&Model, Problem> {
+        if self.ahead
+            && let Some(device) = &self.device
+        {
+            self.model.update(|params| device.fetch(params))?;
+            self.ahead = false;
+        }
+        Ok(&self.model)
+    }
+
     /// Lets `change` write to the trained tensors, then brings up to date what is computed with.
     pub fn update<R>(&mut self, change: impl FnOnce(&mut [Parameter]) -> R) -> Result<R, Problem> {
+        self.host()?;
         let result = self.model.update(change);
         if let Some(device) = &mut self.device {
             device.renew(self.model.params())?;
         }
         Ok(result)
+    }
+
+    /// Lets `change` write to the trained tensors where they lie on the device, each beside its gradient.
+    pub fn update_there<R>(
+        &mut self,
+        grads: &PlacedGradients,
+        change: impl FnOnce(&Gpu, &[Tensor]) -> Result<R, Problem>,
+    ) -> Result<R, Problem> {
+        let (Some(device), PlacedGradients::Device(grads)) = (&self.device, grads) else {
+            unreachable!("neither model nor gradients are on a device")
+        };
+        self.ahead = true;
+        change(device.gpu(), &device.tensors(grads))
+    }
+}
+
+impl PlacedGradients {
+    /// Back to zero, keeping the memory.
+    pub fn clear(&mut self) -> Result<(), Problem> {
+        match self {
+            PlacedGradients::Host(grads) => {
+                grads.clear();
+                Ok(())
+            }
+            PlacedGradients::Device(grads) => grads.clear(),
+        }
+    }
+
+    /// Their values of this moment: what is written to files.
+    pub fn host(&self) -> Result<Cow<'_, Gradients>, Problem> {
+        Ok(match self {
+            PlacedGradients::Host(grads) => Cow::Borrowed(grads),
+            PlacedGradients::Device(grads) => Cow::Owned(Gradients { values: grads.download()? }),
+        })
     }
 }

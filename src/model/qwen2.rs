@@ -23,7 +23,7 @@ mod trained;
 use super::config::Config;
 use super::load::{Fetch, Values, bias_name, normal_values, weight_name};
 use super::lora::{self, LoraSpec};
-use super::{Gradients, Parameter};
+use super::{Gradients, Parameter, fit};
 use crate::problem::{Exit, Problem};
 use crate::tensor::ops::{self, Attention, HeadForward, HeadGradients, HeadLora, HeadWant, RopeTable};
 use crate::tensor::{self, Dtype, Matrix};
@@ -38,13 +38,16 @@ pub enum Recompute {
     All,
     /// The first `n` layers as `All`, the others as `None`.
     First(usize),
+    /// As few as there is memory for, decided for each batch.
+    Fit,
 }
 
 impl Recompute {
     pub(super) fn of(self, layer: usize) -> bool {
         match self {
             Recompute::None => false,
-            Recompute::All => true,
+            // Undecided, the careful way.
+            Recompute::All | Recompute::Fit => true,
             Recompute::First(n) => layer < n,
         }
     }
@@ -145,7 +148,7 @@ pub(super) struct Linear {
     /// The active adapter.
     pub(super) lora: Option<LoraSlot>,
     /// Place of the weight among the parameters, the bias after it, when every weight is trained.
-    trained: Option<usize>,
+    pub(super) trained: Option<usize>,
 }
 
 #[derive(Clone, Copy)]
@@ -162,7 +165,7 @@ pub(super) struct Layer {
     /// In the order of `lora::TARGETS`.
     pub(super) linears: [Linear; 7],
     /// Places of the norms among the parameters.
-    trained: Option<[usize; 2]>,
+    pub(super) trained: Option<[usize; 2]>,
 }
 
 pub(super) const Q: usize = 0;
@@ -186,6 +189,8 @@ pub struct Model {
     pub config: Config,
     /// Memory against time on the way back; changes no bit of the result.
     pub recompute: Recompute,
+    /// On a device: the inputs of layers wait in the host's memory for the way back; changes no bit either.
+    pub offload: bool,
     /// `[V, H]`; also the head when that is tied.
     pub(super) embed: Matrix,
     pub(super) layers: Vec<Layer>,
@@ -195,8 +200,8 @@ pub struct Model {
     pub(super) trained: Trained,
     pub(super) adapter_on: bool,
     /// Places of embedding and final norm among the parameters.
-    embed_trained: Option<usize>,
-    norm_trained: Option<usize>,
+    pub(super) embed_trained: Option<usize>,
+    pub(super) norm_trained: Option<usize>,
 }
 
 impl Linear {
@@ -311,6 +316,7 @@ impl Model {
         Ok(Model {
             config,
             recompute: Recompute::default(),
+            offload: false,
             embed,
             layers,
             norm,
@@ -349,13 +355,17 @@ impl Model {
     pub fn forward(&self, batch: &Batch) -> Forward {
         let sequences = self.sequences(batch);
         let first = self.first_trained_layer();
+        let recompute = match self.recompute {
+            Recompute::Fit => fit::on_host(self, batch.ids.len()),
+            decided => decided,
+        };
         let mut layers = Vec::new();
         let mut x = self.embed_ids(batch.ids);
         for (i, layer) in self.layers.iter().enumerate() {
             let input = if i >= first { x.clone() } else { Vec::new() };
             let saved = self.layer_forward(layer, &mut x, &sequences);
             if i >= first {
-                layers.push(LayerTape { input, saved: (!self.recompute.of(i)).then_some(saved) });
+                layers.push(LayerTape { input, saved: (!recompute.of(i)).then_some(saved) });
             }
         }
         let selected = self.select(&x, batch.rows);

@@ -19,7 +19,7 @@ use crate::data::{self, Pair};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type};
 use crate::model::Placed;
 use crate::problem::Problem;
-use crate::train::{clip, global_norm, require_finite};
+use crate::train::require_finite;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -102,19 +102,19 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
     let steps = spec.steps(pairs.len());
     let schedule = spec.schedule(steps);
     let saved = spec.saved(steps);
-    let mut optimizer = spec.optimizer.over(model.params());
+    let mut optimizer = spec.optimizer.over(&model)?;
     let (mut session, done) = Session::resume(ctx, &mut model, &mut optimizer, spec.resume_every_s)?;
     ctx.progress.begin(steps.total, "steps");
     if done == 0 && saved.contains(&0) {
-        session.keep(&model, 0, 0.0)?;
+        session.keep(&mut model, 0, 0.0)?;
     }
-    let mut grads = training::zero_gradients(&model);
+    let mut grads = model.zero_gradients()?;
     for step in done..steps.total {
         let order = data::epoch_order(pairs.len(), spec.seed, step / steps.per_epoch, spec.shuffle);
         let batch = &data::batches(&order, spec.batch_size)[(step % steps.per_epoch) as usize];
         let lengths: Vec<usize> = batch.iter().map(|&i| training::pair_tokens(&pairs[i])).collect();
 
-        grads.clear();
+        grads.clear()?;
         let mut sums = Sums::default();
         for part in data::micro_batches(&lengths, spec.micro_batch_tokens) {
             let part = &batch[part];
@@ -136,18 +136,18 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
             return Err(Problem::new("dpo::reference", format!("the loss before any update is {loss}, not ln 2"))
                 .note("policy and reference are the same model then; this is a bug of the engine"));
         }
-        let grad_norm = global_norm(&grads);
+        let grad_norm = optimizer.norm(&grads)?;
         require_finite(loss, grad_norm, step + 1)?;
         if spec.keep_gradients.contains(&(step + 1)) {
             session.keep_gradients(&model, &grads, step + 1)?;
         }
-        clip(&mut grads, grad_norm, spec.optimizer.clip_norm);
+        optimizer.clip(&mut grads, grad_norm, spec.optimizer.clip_norm)?;
         let learning_rate = schedule.rate(step);
-        model.update(|params| optimizer.step(params, &grads, learning_rate))?;
+        optimizer.step(&mut model, &grads, learning_rate)?;
 
         let updates = step + 1;
         if saved.contains(&updates) {
-            session.keep(&model, updates, steps.epochs(updates))?;
+            session.keep(&mut model, updates, steps.epochs(updates))?;
         }
         let line = json!({
             "step": updates,
@@ -165,7 +165,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         });
         ctx.progress.at(updates);
         ctx.progress.note(&format!("loss {loss:.4}  accuracy {:.2}", sums.right / count));
-        session.finish_step(&model, &optimizer, updates, line)?;
+        session.finish_step(&mut model, &optimizer, updates, line)?;
     }
     let lines: Vec<Value> = pairs
         .iter()
@@ -173,7 +173,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         .map(|(pair, logps)| json!({ "id": pair.id, "chosen": logps.chosen, "rejected": logps.rejected }))
         .collect();
     inputs::write_lines(&ctx.out.join("reference.jsonl"), &lines)?;
-    session.publish(&model)
+    session.publish(model)
 }
 
 /// Sums over the pairs of a batch.

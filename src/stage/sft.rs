@@ -13,7 +13,7 @@ use super::training::{self, Packed, Session, Spec, training_keys};
 use crate::data::{self, Sample};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type};
 use crate::problem::Problem;
-use crate::train::{clip, global_norm, require_finite};
+use crate::train::require_finite;
 use serde::Deserialize;
 use serde_json::json;
 
@@ -78,13 +78,13 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
     let steps = spec.steps(samples.len());
     let schedule = spec.schedule(steps);
     let saved = spec.saved(steps);
-    let mut optimizer = spec.optimizer.over(model.params());
+    let mut optimizer = spec.optimizer.over(&model)?;
     let (mut session, done) = Session::resume(ctx, &mut model, &mut optimizer, spec.resume_every_s)?;
     ctx.progress.begin(steps.total, "steps");
     if done == 0 && saved.contains(&0) {
-        session.keep(&model, 0, 0.0)?;
+        session.keep(&mut model, 0, 0.0)?;
     }
-    let mut grads = training::zero_gradients(&model);
+    let mut grads = model.zero_gradients()?;
     for step in done..steps.total {
         let order = data::epoch_order(samples.len(), spec.seed, step / steps.per_epoch, spec.shuffle);
         let batches = data::batches(&order, spec.batch_size);
@@ -92,7 +92,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         let lengths: Vec<usize> = batch.iter().map(|sample| sample.ids.len()).collect();
         let learned: usize = batch.iter().map(|sample| sample.learned_tokens()).sum();
 
-        grads.clear();
+        grads.clear()?;
         let mut loss = 0.0;
         let parts = match own.micro_batch_size {
             Some(size) => data::equal_parts(batch.len(), size),
@@ -111,18 +111,18 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
             let dlogprobs = vec![-1.0 / tokens as f32; forward.logprobs.len()];
             model.backward(forward.tape, &dlogprobs, &mut grads)?;
         }
-        let grad_norm = global_norm(&grads);
+        let grad_norm = optimizer.norm(&grads)?;
         require_finite(loss, grad_norm, step + 1)?;
         if spec.keep_gradients.contains(&(step + 1)) {
             session.keep_gradients(&model, &grads, step + 1)?;
         }
-        clip(&mut grads, grad_norm, spec.optimizer.clip_norm);
+        optimizer.clip(&mut grads, grad_norm, spec.optimizer.clip_norm)?;
         let learning_rate = schedule.rate(step);
-        model.update(|params| optimizer.step(params, &grads, learning_rate))?;
+        optimizer.step(&mut model, &grads, learning_rate)?;
 
         let updates = step + 1;
         if saved.contains(&updates) {
-            session.keep(&model, updates, steps.epochs(updates))?;
+            session.keep(&mut model, updates, steps.epochs(updates))?;
         }
         let line = json!({
             "step": updates,
@@ -135,7 +135,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         });
         ctx.progress.at(updates);
         ctx.progress.note(&format!("loss {loss:.4}  lr {learning_rate:.2e}"));
-        session.finish_step(&model, &optimizer, updates, line)?;
+        session.finish_step(&mut model, &optimizer, updates, line)?;
     }
-    session.publish(&model)
+    session.publish(model)
 }

@@ -6,9 +6,9 @@ use crate::data::{Eos, Format, Limits, Overlength, Pair, Sample, Side};
 use crate::files::Files;
 use crate::manifest::spec::{Broken, Key, Lineage, Params, Type};
 use crate::model::weights::{self, Element};
-use crate::model::{Batch, Gradients, LoadOptions, LoraSpec, Model, Parameter, Placed, Recompute};
+use crate::model::{Batch, LoadOptions, LoraSpec, Model, Placed, PlacedGradients, Recompute};
 use crate::problem::Problem;
-use crate::train::{self, Checkpoint, Curve, Optimizer, Options, Schedule};
+use crate::train::{self, Checkpoint, Curve, Options, PlacedOptimizer, Schedule};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -50,7 +50,8 @@ macro_rules! training_keys {
             Key::default("shuffle", Type::Bool, "true", "Whether each epoch has its own order."),
             Key::default("seed", training::SEED, "0", "Seed of the order and of a new adapter."),
             Key::default("dtype", Type::Choice(&["f32", "bf16"]), "\"f32\"", "How frozen weights are held."),
-            Key::default("checkpointing", Type::Choice(&["none", "layers"]), "\"layers\"", "`layers` keeps one activation per layer and computes the rest again in the backward pass: less memory, same bits.").no_result(),
+            Key::default("checkpointing", Type::Choice(&["none", "layers", "fit"]), "\"layers\"", "`layers` keeps one activation per layer and computes the rest again in the backward pass: less memory, same bits. `fit` does so for as few layers as the device's free memory asks for, micro-batch by micro-batch; on the CPU for none if half of the available memory is enough, else for all.").no_result(),
+            Key::default("offload", Type::Bool, "false", "Keep the activation of each layer in the host's memory until the backward pass: less device memory, same bits. On the CPU it changes nothing.").no_result(),
             Key::optional("save_every_epochs", Type::Float { min: 0.0, max: 1e6, above: true }, "Keep a checkpoint in the artifact at the start, after every so many epochs and at the end, for `probe`."),
             Key::optional("save_every_steps", training::COUNT, "The same, counted in steps."),
             Key::default("keep_gradients", Type::List(&training::COUNT), "[]", "Steps (from 1) whose gradients, before clipping, are kept in the artifact as `gradients/step-000001.safetensors`."),
@@ -148,6 +149,7 @@ pub struct Spec {
     pub seed: u64,
     dtype: inputs::Storage,
     checkpointing: String,
+    offload: bool,
     save_every_epochs: Option<f64>,
     save_every_steps: Option<u64>,
     pub keep_gradients: Vec<u64>,
@@ -167,7 +169,12 @@ impl Spec {
         let continues = self.lora.is_some() && self.adapter == "continue";
         let options = LoadOptions { dtype: self.dtype.dtype(), fold_last: !continues };
         let mut model = Model::load(&inputs::chain(ctx, "model"), &options)?;
-        model.recompute = if self.checkpointing == "none" { Recompute::None } else { Recompute::All };
+        model.recompute = match self.checkpointing.as_str() {
+            "none" => Recompute::None,
+            "fit" => Recompute::Fit,
+            _ => Recompute::All,
+        };
+        model.offload = self.offload;
         match (&self.lora, model.lora()) {
             (None, _) => model.train_all()?,
             (Some(lora), None) => model.add_lora(lora, self.seed)?,
@@ -280,11 +287,11 @@ pub struct OptimizerSpec {
 }
 
 impl OptimizerSpec {
-    pub fn over(&self, params: &[Parameter]) -> Optimizer {
+    pub fn over(&self, model: &Placed) -> Result<PlacedOptimizer, Problem> {
         let kind = if self.kind == "adamw-8bit" { train::Kind::AdamW8bit } else { train::Kind::AdamW };
         let options =
             Options { beta1: self.beta1, beta2: self.beta2, epsilon: self.epsilon, weight_decay: self.weight_decay };
-        Optimizer::new(kind, options, params)
+        PlacedOptimizer::new(kind, options, model)
     }
 }
 
@@ -372,11 +379,6 @@ impl Packed {
     }
 }
 
-/// Zero gradients for everything that is trained.
-pub fn zero_gradients(model: &Model) -> Gradients {
-    Gradients { values: model.params().iter().map(|param| vec![0.0; param.value.len()]).collect() }
-}
-
 /// `Err` if a sample holds an id the embedding has no row for.
 pub fn check_ids<'s>(model: &Model, samples: impl Iterator<Item = &'s Sample>) -> Result<(), Problem> {
     for sample in samples {
@@ -404,11 +406,11 @@ impl<'a> Session<'a> {
     pub fn resume(
         ctx: &'a Context<'a>,
         model: &mut Placed,
-        optimizer: &mut Optimizer,
+        optimizer: &mut PlacedOptimizer,
         every_s: u64,
     ) -> Result<(Session<'a>, u64), Problem> {
         let states = Checkpoint::in_folder(&ctx.work.join("resume"))?;
-        let restored = model.update(|params| states.restore(params, optimizer))??;
+        let restored = optimizer.restore(&states, model)?;
         let mut session =
             Session { ctx, states, log: Vec::new(), every: Duration::from_secs(every_s), last: Instant::now() };
         let Some(restored) = restored else { return Ok((session, 0)) };
@@ -421,11 +423,17 @@ impl<'a> Session<'a> {
     }
 
     /// Notes a finished update; keeps the state when it is time, or when the user has asked to stop.
-    pub fn finish_step(&mut self, model: &Model, optimizer: &Optimizer, step: u64, line: Value) -> Result<(), Problem> {
+    pub fn finish_step(
+        &mut self,
+        model: &mut Placed,
+        optimizer: &PlacedOptimizer,
+        step: u64,
+        line: Value,
+    ) -> Result<(), Problem> {
         self.log.push(line);
         let stopped = self.ctx.stopped();
         if stopped.is_err() || self.last.elapsed() >= self.every {
-            self.states.save(step, model.params(), optimizer, Value::Array(self.log.clone()))?;
+            optimizer.save(&self.states, step, model, Value::Array(self.log.clone()))?;
             self.last = Instant::now();
         }
         stopped
@@ -433,25 +441,27 @@ impl<'a> Session<'a> {
 
     /// Keeps the weights after `step` updates among the artifact's checkpoints. Doing it again, after
     /// a resume from before that step, writes the same bytes.
-    pub fn keep(&self, model: &Model, step: u64, epoch: f64) -> Result<(), Problem> {
+    pub fn keep(&self, model: &mut Placed, step: u64, epoch: f64) -> Result<(), Problem> {
         let dir = self.ctx.work.join("checkpoints").join(format!("step-{step:06}"));
         create(&dir)?;
-        save_trained(model, &dir)?;
+        save_trained(model.host()?, &dir)?;
         let about = json!({ "step": step, "epoch": epoch });
         write(&dir.join("checkpoint.json"), format!("{about}\n").as_bytes())
     }
 
     /// Keeps the gradients of a step, named as the tensors they belong to, among the artifact's files.
-    pub fn keep_gradients(&self, model: &Model, grads: &Gradients, step: u64) -> Result<(), Problem> {
+    pub fn keep_gradients(&self, model: &Model, grads: &PlacedGradients, step: u64) -> Result<(), Problem> {
         let dir = self.ctx.work.join("gradients");
         create(&dir)?;
         let tensors: Vec<_> = model.params().iter().map(|param| (param.name.clone(), param.shape.clone())).collect();
         let path = dir.join(format!("step-{step:06}.safetensors"));
+        let grads = grads.host()?;
         weights::write(&path, Element::F32, &tensors, |i| Ok(Cow::Borrowed(&grads.values[i])))
     }
 
     /// Puts weights, log, checkpoints and gradients into the output folder.
-    pub fn publish(self, model: &Model) -> Result<(), Problem> {
+    pub fn publish(self, mut model: Placed) -> Result<(), Problem> {
+        let model = model.host()?;
         save_trained(model, self.ctx.out)?;
         if model.lora().is_none() {
             for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {

@@ -8,12 +8,14 @@ pub mod adamw;
 pub mod adamw8bit;
 pub mod checkpoint;
 pub mod clip;
+pub mod placed;
 pub mod schedule;
 
 pub use adamw::{AdamW, Options};
 pub use adamw8bit::AdamW8bit;
 pub use checkpoint::{Checkpoint, Restored};
 pub use clip::{clip, global_norm, require_finite};
+pub use placed::PlacedOptimizer;
 pub use schedule::{Curve, Schedule};
 
 use crate::model::{Gradients, Parameter};

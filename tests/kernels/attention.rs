@@ -7,7 +7,7 @@ use crate::support::{
 use emulator::Schedule;
 use half::bf16;
 use pipe::cuda::ops::attention::{Dims, backward, forward};
-use pipe::cuda::{Capability, Dim, Driver, Gpu, TensorMap, TensorView};
+use pipe::cuda::{Capability, Dim, Driver, Gpu, Mark, Queue, TensorMap, TensorView};
 use pipe::problem::{Exit, Problem};
 use pipe::tensor::ops::Attention;
 use pipe::tensor::ops::attention::reference;
@@ -288,6 +288,40 @@ impl Driver for FaultIn {
 
     fn synchronize(&self) -> Result<(), Problem> {
         PORTABLE.synchronize()
+    }
+
+    fn alloc_host(&self, bytes: usize) -> Result<u64, Problem> {
+        PORTABLE.alloc_host(bytes)
+    }
+
+    fn free_host(&self, address: u64) {
+        PORTABLE.free_host(address);
+    }
+
+    unsafe fn queue_upload(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<(), Problem> {
+        // SAFETY: the caller's promise.
+        unsafe { PORTABLE.queue_upload(queue, to, from, bytes) }
+    }
+
+    unsafe fn queue_download(&self, queue: Queue, from: u64, to: u64, bytes: usize) -> Result<(), Problem> {
+        // SAFETY: the caller's promise.
+        unsafe { PORTABLE.queue_download(queue, from, to, bytes) }
+    }
+
+    fn mark(&self, queue: Queue) -> Result<Mark, Problem> {
+        PORTABLE.mark(queue)
+    }
+
+    fn queue_wait(&self, queue: Queue, mark: Mark) -> Result<(), Problem> {
+        PORTABLE.queue_wait(queue, mark)
+    }
+
+    fn wait(&self, mark: Mark) -> Result<(), Problem> {
+        PORTABLE.wait(mark)
+    }
+
+    fn forget(&self, mark: Mark) {
+        PORTABLE.forget(mark);
     }
 }
 

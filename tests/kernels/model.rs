@@ -14,7 +14,7 @@ use pipe::tensor::Dtype;
 use serde_json::{Value, json};
 
 /// Two query heads on one key head, heads of 64; the other sizes are odd where they may be.
-fn config(tied: bool) -> Config {
+pub fn config(tied: bool) -> Config {
     let map = json!({
         "model_type": "qwen2", "vocab_size": 203, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": tied,
@@ -24,7 +24,7 @@ fn config(tied: bool) -> Config {
 }
 
 /// A model whose adapter does something.
-fn model(tied: bool, dtype: Dtype) -> Model {
+pub fn model(tied: bool, dtype: Dtype) -> Model {
     let mut model = Model::random(config(tied), 3, dtype);
     let targets = lora::TARGETS.map(String::from).to_vec();
     model.add_lora(&LoraSpec { rank: 5, alpha: 10.0, targets }, 4).unwrap();
@@ -37,15 +37,15 @@ fn model(tied: bool, dtype: Dtype) -> Model {
     model
 }
 
-struct Rows {
-    ids: Vec<u32>,
-    lengths: Vec<usize>,
-    rows: Vec<usize>,
-    targets: Vec<u32>,
+pub struct Rows {
+    pub ids: Vec<u32>,
+    pub lengths: Vec<usize>,
+    pub rows: Vec<usize>,
+    pub targets: Vec<u32>,
 }
 
 /// Two sequences, the first third of each not learned.
-fn rows() -> Rows {
+pub fn rows() -> Rows {
     let random = Stream::named(1, &["ids"]);
     let lengths = vec![37, 5];
     let ids: Vec<u32> = (0..42).map(|i| (random.u64(i) % 203) as u32).collect();
@@ -55,22 +55,22 @@ fn rows() -> Rows {
 }
 
 impl Rows {
-    fn batch(&self) -> Batch<'_> {
+    pub fn batch(&self) -> Batch<'_> {
         Batch { ids: &self.ids, lengths: &self.lengths, rows: &self.rows, targets: &self.targets }
     }
 }
 
 /// Log-probs and gradients, the slope of every row being -1 / rows.
-fn run(placed: &Placed, rows: &Rows) -> (Vec<f32>, Gradients) {
+pub fn run(placed: &Placed, rows: &Rows) -> (Vec<f32>, Gradients) {
     let forward = placed.forward(&rows.batch()).unwrap();
-    let mut grads = Gradients::zeros(placed);
+    let mut grads = placed.zero_gradients().unwrap();
     let slopes = vec![-1.0 / rows.rows.len() as f32; rows.rows.len()];
     placed.backward(forward.tape, &slopes, &mut grads).unwrap();
-    (forward.logprobs, grads)
+    (forward.logprobs, grads.host().unwrap().into_owned())
 }
 
 /// Root of the mean square of a - b, relative to that of b.
-fn apart(a: &[f32], b: &[f32]) -> f64 {
+pub fn apart(a: &[f32], b: &[f32]) -> f64 {
     let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>();
     let difference = squares(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)));
     (difference / squares(&mut b.iter().map(|&b| f64::from(b)))).sqrt()
@@ -165,7 +165,7 @@ fn greedy_completions_are_those_of_the_processor_alone_and_in_company() {
 }
 
 /// A small model with the bundled tokenizer and heads of 64, made by the `model` stage.
-fn base(bench: &Bench) -> Files {
+pub fn base(bench: &Bench) -> Files {
     let init = json!({
         "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
         "intermediate_size": 48, "max_position_embeddings": 512, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
@@ -180,7 +180,7 @@ fn base(bench: &Bench) -> Files {
 }
 
 /// A bench on `device` whose slots hold a model and these records.
-fn bench(device: Device, records: &[Value]) -> Bench {
+pub fn bench(device: Device, records: &[Value]) -> Bench {
     let mut bench = Bench::empty();
     let files = base(&bench);
     bench
@@ -194,7 +194,7 @@ fn bench(device: Device, records: &[Value]) -> Bench {
 }
 
 /// A column of the log of a stage run on the processor and through the kernels.
-fn both(
+pub fn both(
     run: fn(&stage::Context) -> Result<(), pipe::problem::Problem>,
     params: &Value,
     records: &[Value],
@@ -207,7 +207,7 @@ fn both(
     })
 }
 
-fn training(kind: &pipe::manifest::spec::Kind, more: Value) -> Value {
+pub fn training(kind: &pipe::manifest::spec::Kind, more: Value) -> Value {
     let lora = json!({"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj", "down_proj", "lm_head"]});
     let mut params = json!({
         "learning_rate": 1e-2, "max_steps": 3, "batch_size": 2, "max_tokens": 100, "lora": lora, "dtype": "bf16",

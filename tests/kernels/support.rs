@@ -5,14 +5,19 @@
 use bytemuck::Pod;
 use emulator::{Order, Schedule};
 use half::bf16;
-use pipe::cuda::{Buffer, Capability, Dim, Driver, Gpu, TensorMap, TensorView};
+use pipe::cuda::{Buffer, Capability, Dim, Driver, Gpu, Mark, Queue, TensorMap, TensorView};
 use pipe::problem::Problem;
 use pipe::random::Stream;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::c_void;
 use std::sync::OnceLock;
 
 /// The emulator, as a device of a capability.
+///
+/// Launches are done at once. Copies that nobody waits for are done as late as the order of the queues allows, and
+/// bytes whose copy was not ordered after what came before it in the other queue arrive as 0xFF, which is NaN: so a
+/// wait that is missing shows in the numbers. A GPU might have been lucky.
 #[derive(Clone, Copy)]
 pub struct Emulated(pub Capability);
 
@@ -47,6 +52,139 @@ pub fn on<T>(kind: Emulated, body: impl FnOnce() -> T) -> T {
     body()
 }
 
+/// The queues of this thread's devices.
+#[derive(Default)]
+struct Queues {
+    /// Blocks of device memory, and the last work of the queue of launches that touched each.
+    blocks: BTreeMap<u64, (usize, u64)>,
+    /// Work of the queue of launches so far, and the uploads in it that have not been done.
+    launched: u64,
+    uploads: Vec<Queued>,
+    /// Copies of the other queue so far, those that have not been done with their numbers, and how much of the queue of
+    /// launches they have waited for.
+    copied: u64,
+    copies: VecDeque<(u64, Queued)>,
+    seen: u64,
+    /// What each mark marks.
+    marks: BTreeMap<u64, (Queue, u64)>,
+    next_mark: u64,
+    host: BTreeMap<u64, Box<[u128]>>,
+}
+
+struct Queued {
+    to: u64,
+    from: u64,
+    bytes: usize,
+    /// The block on the device.
+    block: u64,
+    /// Whether anything may arrive.
+    garbled: bool,
+}
+
+thread_local! {
+    static QUEUES: RefCell<Queues> = RefCell::default();
+    static FREE_BYTES: Cell<usize> = const { Cell::new(16 << 30) };
+    static BEFORE_LAUNCH: RefCell<Option<BeforeLaunch>> = const { RefCell::new(None) };
+}
+
+/// Sees a launch of this thread before it is made: its kernel and arguments.
+pub type BeforeLaunch = Box<dyn FnMut(&str, &[*mut c_void])>;
+
+/// `work`, while every launch of this thread is shown to `hook` first.
+pub fn before_launches<T>(hook: BeforeLaunch, work: impl FnOnce() -> T) -> T {
+    BEFORE_LAUNCH.set(Some(hook));
+    let result = work();
+    BEFORE_LAUNCH.set(None);
+    result
+}
+
+/// `work`, while devices of this thread say that they have so much free memory.
+pub fn with_free_bytes<T>(bytes: usize, work: impl FnOnce() -> T) -> T {
+    let before = FREE_BYTES.replace(bytes);
+    let result = work();
+    FREE_BYTES.set(before);
+    result
+}
+
+impl Queued {
+    fn run(&self) {
+        let Queued { to, from, bytes, .. } = *self;
+        // SAFETY: both were there when the copy was queued; `Queues::free` sees to it for blocks that have gone.
+        unsafe {
+            match self.garbled {
+                true => std::ptr::write_bytes(to as *mut u8, 0xFF, bytes),
+                false => std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes),
+            }
+        }
+    }
+}
+
+impl Queues {
+    fn block(&self, address: u64) -> Option<u64> {
+        let (start, (bytes, _)) = self.blocks.range(..=address).next_back()?;
+        (address < start + *bytes as u64).then_some(*start)
+    }
+
+    /// The next work of the queue of launches, on the block at each of these addresses.
+    fn launch(&mut self, addresses: impl Iterator<Item = u64>) {
+        self.finish_uploads();
+        self.launched += 1;
+        for address in addresses {
+            if let Some(block) = self.block(address)
+                && let Some((_, touched)) = self.blocks.get_mut(&block)
+            {
+                *touched = self.launched;
+            }
+        }
+    }
+
+    fn finish_uploads(&mut self) {
+        self.uploads.drain(..).for_each(|copy| copy.run());
+    }
+
+    fn finish_copies(&mut self, up_to: u64) {
+        while self.copies.front().is_some_and(|(number, _)| *number <= up_to) {
+            self.copies.pop_front().expect("a first one").1.run();
+        }
+    }
+
+    fn copy(&mut self, queue: Queue, on_device: u64, to: u64, from: u64, bytes: usize) {
+        let block = self.block(on_device).expect("a copy of memory that is there");
+        match queue {
+            Queue::Compute => {
+                self.launched += 1;
+                self.blocks.get_mut(&block).expect("a block").1 = self.launched;
+                self.uploads.push(Queued { to, from, bytes, block, garbled: false });
+            }
+            Queue::Copy => {
+                self.copied += 1;
+                let garbled = self.blocks[&block].1 > self.seen;
+                self.copies.push_back((self.copied, Queued { to, from, bytes, block, garbled }));
+            }
+        }
+    }
+
+    /// What is on its way to a block that goes never arrives; what comes from it is anything.
+    fn free(&mut self, address: u64) {
+        self.uploads.retain(|copy| copy.block != address);
+        self.copies.retain(|(_, copy)| copy.block != address || copy.to != address);
+        self.copies.iter_mut().filter(|(_, copy)| copy.block == address).for_each(|(_, copy)| copy.garbled = true);
+        self.blocks.remove(&address);
+    }
+
+    fn reach(&mut self, mark: Mark) {
+        match self.marks[&mark.0] {
+            (Queue::Compute, _) => self.finish_uploads(),
+            (Queue::Copy, number) => self.finish_copies(number),
+        }
+    }
+}
+
+/// The queues of this thread, if it is not ending.
+fn queues<T>(work: impl FnOnce(&mut Queues) -> T) -> T {
+    QUEUES.with_borrow_mut(work)
+}
+
 impl Driver for Emulated {
     fn name(&self) -> String {
         "emulator".into()
@@ -59,31 +197,38 @@ impl Driver for Emulated {
     fn alloc(&self, bytes: usize) -> Result<u64, Problem> {
         match emulator::alloc(bytes) {
             0 => Err(Problem::new("cuda::out_of_memory", "the emulator has no such amount of memory")),
-            address => Ok(address),
+            address => {
+                queues(|queues| queues.blocks.insert(address, (bytes.max(1), 0)));
+                Ok(address)
+            }
         }
     }
 
     fn free(&self, address: u64) {
+        queues(|queues| queues.free(address));
         emulator::free(address);
     }
 
     fn memory(&self) -> Result<(usize, usize), Problem> {
-        Ok((16 << 30, 16 << 30))
+        Ok((FREE_BYTES.get(), 16 << 30))
     }
 
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Problem> {
+        queues(|queues| queues.launch([to].into_iter()));
         // SAFETY: the pool hands out addresses of at least so many bytes.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len()) };
         Ok(())
     }
 
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Problem> {
+        queues(Queues::finish_uploads);
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
 
     fn zero(&self, at: u64, bytes: usize) -> Result<(), Problem> {
+        queues(|queues| queues.launch([at].into_iter()));
         // SAFETY: as above.
         unsafe { std::ptr::write_bytes(at as *mut u8, 0, bytes) };
         Ok(())
@@ -101,6 +246,14 @@ impl Driver for Emulated {
         shared_bytes: u32,
         arguments: &mut [*mut c_void],
     ) -> Result<(), Problem> {
+        // SAFETY: a launch's arguments are given as eight bytes each.
+        let addresses = arguments.iter().map(|argument| unsafe { argument.cast::<u64>().read_unaligned() });
+        queues(|queues| queues.launch(addresses));
+        BEFORE_LAUNCH.with_borrow_mut(|hook| {
+            if let Some(hook) = hook {
+                hook(kernel, arguments);
+            }
+        });
         let (grid, block) = ((grid.0, grid.1, grid.2), (block.0, block.1, block.2));
         // SAFETY: the caller's promise.
         unsafe { emulator::launch(kernel, grid, block, shared_bytes, arguments) }
@@ -108,7 +261,61 @@ impl Driver for Emulated {
     }
 
     fn synchronize(&self) -> Result<(), Problem> {
+        queues(|queues| {
+            queues.finish_uploads();
+            queues.finish_copies(u64::MAX);
+        });
         Ok(())
+    }
+
+    fn alloc_host(&self, bytes: usize) -> Result<u64, Problem> {
+        let memory = vec![u128::MAX; bytes.div_ceil(16)].into_boxed_slice();
+        let address = memory.as_ptr() as u64;
+        queues(|queues| queues.host.insert(address, memory));
+        Ok(address)
+    }
+
+    fn free_host(&self, address: u64) {
+        queues(|queues| queues.host.remove(&address));
+    }
+
+    unsafe fn queue_upload(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<(), Problem> {
+        queues(|queues| queues.copy(queue, to, to, from, bytes));
+        Ok(())
+    }
+
+    unsafe fn queue_download(&self, queue: Queue, from: u64, to: u64, bytes: usize) -> Result<(), Problem> {
+        queues(|queues| queues.copy(queue, from, to, from, bytes));
+        Ok(())
+    }
+
+    fn mark(&self, queue: Queue) -> Result<Mark, Problem> {
+        Ok(queues(|queues| {
+            queues.next_mark += 1;
+            let at = if queue == Queue::Compute { queues.launched } else { queues.copied };
+            queues.marks.insert(queues.next_mark, (queue, at));
+            Mark(queues.next_mark)
+        }))
+    }
+
+    fn queue_wait(&self, queue: Queue, mark: Mark) -> Result<(), Problem> {
+        queues(|queues| match (queue, queues.marks[&mark.0]) {
+            (Queue::Copy, (Queue::Compute, at)) => {
+                queues.finish_uploads();
+                queues.seen = queues.seen.max(at);
+            }
+            _ => queues.reach(mark),
+        });
+        Ok(())
+    }
+
+    fn wait(&self, mark: Mark) -> Result<(), Problem> {
+        queues(|queues| queues.reach(mark));
+        Ok(())
+    }
+
+    fn forget(&self, mark: Mark) {
+        queues(|queues| queues.marks.remove(&mark.0));
     }
 }
 
