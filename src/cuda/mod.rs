@@ -7,12 +7,14 @@
 //! | file | holds |
 //! |---|---|
 //! | `memory.rs` | [`Gpu`] and [`Buffer`]: allocation from a pool, the peak, copies |
+//! | `graph.rs` | launches captured once and carried out many times |
 //! | `launch.rs` | one launch: name, grid, shared memory, arguments |
 //! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none |
 //! | `prebuilt.rs` | the compiled kernels, embedded, and which of them a device runs; its table is generated |
 //! | `ops/` | the launcher of each kernel, under the stem of its `.cu` and of its reference in `tensor::ops` |
 
 mod driver;
+mod graph;
 mod launch;
 mod memory;
 pub mod ops;
@@ -20,6 +22,7 @@ pub mod prebuilt;
 mod prebuilt_table;
 
 pub use driver::open;
+pub use graph::{Graph, Turn};
 pub use launch::{Dim, Launch};
 pub use memory::{Buffer, Gpu, Usage};
 
@@ -63,4 +66,20 @@ pub trait Driver: Send + Sync {
 
     /// Waits for everything queued. `Err` tells of a kernel that failed.
     fn synchronize(&self) -> Result<(), Problem>;
+
+    /// From here on launches of this thread are noted down instead of carried out. Nothing else may be asked for
+    /// before [`Driver::end_capture`].
+    fn begin_capture(&self) -> Result<(), Problem>;
+
+    /// What was noted down, ready to be launched.
+    fn end_capture(&self) -> Result<u64, Problem>;
+
+    /// Queues all launches of a graph.
+    ///
+    /// # Safety
+    /// What the launches were given on the device must still be there.
+    unsafe fn launch_graph(&self, graph: u64) -> Result<(), Problem>;
+
+    /// Gives back what [`Driver::end_capture`] gave.
+    fn free_graph(&self, graph: u64);
 }

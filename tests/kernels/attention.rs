@@ -281,6 +281,23 @@ impl Driver for FaultIn {
     fn synchronize(&self) -> Result<(), Problem> {
         Emulated.synchronize()
     }
+
+    fn begin_capture(&self) -> Result<(), Problem> {
+        Emulated.begin_capture()
+    }
+
+    fn end_capture(&self) -> Result<u64, Problem> {
+        Emulated.end_capture()
+    }
+
+    unsafe fn launch_graph(&self, graph: u64) -> Result<(), Problem> {
+        // SAFETY: the caller's promise.
+        unsafe { Emulated.launch_graph(graph) }
+    }
+
+    fn free_graph(&self, graph: u64) {
+        Emulated.free_graph(graph);
+    }
 }
 
 const LOOPS: [&str; 3] = ["attention_forward", "attention_key_gradients", "attention_query_gradients"];

@@ -24,7 +24,7 @@ fn config(tied: bool) -> Config {
 }
 
 /// A model whose adapter does something.
-fn model(tied: bool, dtype: Dtype) -> Model {
+pub fn model(tied: bool, dtype: Dtype) -> Model {
     let mut model = Model::random(config(tied), 3, dtype);
     let targets = lora::TARGETS.map(String::from).to_vec();
     model.add_lora(&LoraSpec { rank: 5, alpha: 10.0, targets }, 4).unwrap();

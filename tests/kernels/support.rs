@@ -8,8 +8,10 @@ use half::bf16;
 use pipe::cuda::{Buffer, Dim, Driver, Gpu};
 use pipe::problem::Problem;
 use pipe::random::Stream;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 /// The emulator, as a device.
 pub struct Emulated;
@@ -60,14 +62,79 @@ impl Driver for Emulated {
         shared_bytes: u32,
         arguments: &mut [*mut c_void],
     ) -> Result<(), Problem> {
-        let (grid, block) = ((grid.0, grid.1, grid.2), (block.0, block.1, block.2));
-        // SAFETY: the caller's promise.
-        unsafe { emulator::launch(kernel, grid, block, shared_bytes, arguments) }
-            .map_err(|faults| Problem::new("cuda::fault", faults))
+        // SAFETY: every argument is a value of eight bytes, in its low ones (`cuda::Launch`).
+        let values = arguments.iter().map(|argument| unsafe { argument.cast::<u64>().read() }).collect();
+        let launch = Launched { kernel, grid, block, shared_bytes, arguments: values };
+        let captured = CAPTURED.with_borrow_mut(|captured| match captured {
+            Some(launches) => {
+                launches.push(launch.clone());
+                true
+            }
+            None => false,
+        });
+        if captured { Ok(()) } else { launch.run() }
     }
 
     fn synchronize(&self) -> Result<(), Problem> {
         Ok(())
+    }
+
+    fn begin_capture(&self) -> Result<(), Problem> {
+        CAPTURED.with_borrow_mut(|captured| match captured {
+            Some(_) => Err(Problem::new("cuda::driver", "launches are being captured already")),
+            None => {
+                *captured = Some(Vec::new());
+                Ok(())
+            }
+        })
+    }
+
+    fn end_capture(&self) -> Result<u64, Problem> {
+        let launches = CAPTURED.take().ok_or_else(|| Problem::new("cuda::driver", "nothing was captured"))?;
+        let mut graphs = GRAPHS.lock().unwrap();
+        graphs.1 += 1;
+        let handle = graphs.1;
+        graphs.0.insert(handle, launches);
+        Ok(handle)
+    }
+
+    unsafe fn launch_graph(&self, graph: u64) -> Result<(), Problem> {
+        let launches = GRAPHS.lock().unwrap().0.get(&graph).cloned();
+        let launches = launches.ok_or_else(|| Problem::new("cuda::driver", "there is no such graph"))?;
+        launches.iter().try_for_each(Launched::run)
+    }
+
+    fn free_graph(&self, graph: u64) {
+        assert!(GRAPHS.lock().unwrap().0.remove(&graph).is_some(), "graph {graph} is not there");
+    }
+}
+
+/// A launch, with its arguments' values.
+#[derive(Clone)]
+struct Launched {
+    kernel: &'static str,
+    grid: Dim,
+    block: Dim,
+    shared_bytes: u32,
+    arguments: Vec<u64>,
+}
+
+thread_local! {
+    /// What this thread has captured so far, if it captures.
+    static CAPTURED: RefCell<Option<Vec<Launched>>> = const { RefCell::new(None) };
+}
+
+/// All graphs, and how many there were.
+static GRAPHS: Mutex<(BTreeMap<u64, Vec<Launched>>, u64)> = Mutex::new((BTreeMap::new(), 0));
+
+impl Launched {
+    fn run(&self) -> Result<(), Problem> {
+        let mut values = self.arguments.clone();
+        let mut arguments: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        let (grid, block) = ((self.grid.0, self.grid.1, self.grid.2), (self.block.0, self.block.1, self.block.2));
+        // SAFETY: the arguments are the kernel's, as whoever launched it promised.
+        unsafe { emulator::launch(self.kernel, grid, block, self.shared_bytes, &mut arguments) }
+            .map_err(|faults| Problem::new("cuda::fault", faults))
     }
 }
 
