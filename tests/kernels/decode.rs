@@ -2,6 +2,7 @@
 
 use crate::model::model;
 use crate::support::{Emulated, gpu};
+use emulator::{Order, Schedule};
 use pipe::cuda::{Dim, Driver, Gpu};
 use pipe::model::{
     Completion, Device, Finish, Limits, Model, Placed, Prompt, Sampling, generate_placed, generate_within,
@@ -99,17 +100,16 @@ fn check(law: &Model, sampling: &Sampling, context: &[u32], (id, logprob): (u32,
 fn company_graphs_and_limits_change_no_bit() {
     let device = placed(gpu());
     // One of them grows beyond 256 keys on the way; some are equal; some stop early and leave their row to another.
-    let mut prompts = prompts(&[3, 250, 1, 17, 32, 5, 48, 2, 9]);
+    let mut prompts = prompts(&[3, 250, 1, 17, 32, 5]);
     prompts.extend([prompt(17, 30), prompt(17, 31), prompt(32, 30)]);
     let free = within(&device, &prompts, &drawn(), &Limits::default());
-    let sampling = Sampling { stop_ids: vec![free[0].ids[2], free[3].ids[4], free[9].ids[1]], ..drawn() };
+    let sampling = Sampling { stop_ids: vec![free[0].ids[2], free[3].ids[4], free[6].ids[1]], ..drawn() };
     let together = within(&device, &prompts, &sampling, &Limits::default());
     assert!(together.iter().any(|made| made.finish == Finish::Stop), "some stop");
     assert!(together.iter().any(|made| made.finish == Finish::Length), "and some do not");
     for limits in [
         Limits { graphs: false, ..Limits::default() },
-        Limits { live: 5, ..Limits::default() },
-        Limits { live: 3, graphs: false, ..Limits::default() },
+        Limits { live: 3, ..Limits::default() },
         // The longest needs 17 of them and one beside.
         Limits { pages: 18, ..Limits::default() },
     ] {
@@ -118,6 +118,18 @@ fn company_graphs_and_limits_change_no_bit() {
     for (prompt, expected) in prompts.iter().zip(&together) {
         let alone = within(&device, std::slice::from_ref(prompt), &sampling, &Limits::default());
         assert_eq!(alone, std::slice::from_ref(expected), "alone");
+    }
+}
+
+#[test]
+fn no_row_touches_what_is_anothers() {
+    // Five completions are eight rows, three of them for nobody.
+    let (prompts, sampling) = (prompts(&[3, 2, 17, 1, 3]), Sampling { max_tokens: 3, ..drawn() });
+    for schedule in [
+        Schedule { detector: true, ..Schedule::default() },
+        Schedule { detector: true, order: Order::Random(3), ..Schedule::default() },
+    ] {
+        emulator::with(schedule, || within(&placed(gpu()), &prompts, &sampling, &Limits::default()));
     }
 }
 
