@@ -12,7 +12,7 @@
 // Shapes    logits [B, V] f32 or bf16; ids [B] u32; log_probs, probabilities [B] f32; scratch [B, V] f32;
 //           seen [B, S] u32 of which seen_lengths [B] u32 count, null if there is no penalty; streams, counters
 //           [B] u64. Ids from `limit` <= V on are not drawn; seen ids from V on are passed over.
-// Writes    ids, log_probs (log softmax of the raw logits over all V, at the id) and probabilities (of the id,
+// Writes    where fewer than S ids of a row count, its id is written behind them: it is seen the next time. ids, log_probs (log softmax of the raw logits over all V, at the id) and probabilities (of the id,
 //           among those that were left; 1 at temperature 0) are overwritten (=), and so is scratch, which is not
 //           used at temperature 0. A NaN among the logits makes the log-prob NaN and the id any below `limit`.
 // Numerics  l and w in f32 with the operations of src/model/sampling.rs and of its exponential, bit by bit. Sums of
@@ -192,7 +192,7 @@ DEV void mark_seen(u32* marks, const u32* seen, int count, int columns) {
 
 // What the kernels below do, for either type of logits.
 template <class Logit>
-DEV void sample(u32* ids, float* log_probs, float* probabilities, float* scratch, const Logit* logits, const u32* seen,
+DEV void sample(u32* ids, float* log_probs, float* probabilities, float* scratch, const Logit* logits, u32* seen,
                 const u32* seen_lengths, const u64* streams, const u64* counters, int columns, int limit,
                 int seen_columns, float penalty, float temperature, int top_k, double top_p, u64 seed) {
     u64* partials = smem_ptr<u64>(0);
@@ -235,6 +235,7 @@ DEV void sample(u32* ids, float* log_probs, float* probabilities, float* scratch
         ids[row] = id;
         log_probs[row] = (float)((double)(logit_of(logits, id) - raw_max) - log_total);
         probabilities[row] = (float)probability;
+        if (seen && seen_lengths[row] < (u32)seen_columns) seen[(size_t)row * seen_columns + seen_lengths[row]] = id;
     };
     if (greedy) {
         if (threadIdx.x == 0) finish(ALL - (u32)best[1], 1.0);
@@ -312,7 +313,7 @@ DEV void sample(u32* ids, float* log_probs, float* probabilities, float* scratch
 }
 
 KERNEL(512) sample_f32(u32* __restrict__ ids, float* __restrict__ log_probs, float* __restrict__ probabilities,
-                       float* __restrict__ scratch, const float* __restrict__ logits, const u32* __restrict__ seen,
+                       float* __restrict__ scratch, const float* __restrict__ logits, u32* __restrict__ seen,
                        const u32* __restrict__ seen_lengths, const u64* __restrict__ streams,
                        const u64* __restrict__ counters, int columns, int limit, int seen_columns, float penalty,
                        float temperature, int top_k, double top_p, u64 seed) {
@@ -322,7 +323,7 @@ KERNEL(512) sample_f32(u32* __restrict__ ids, float* __restrict__ log_probs, flo
 EXPORT_KERNEL(sample_f32)
 
 KERNEL(512) sample_bf16(u32* __restrict__ ids, float* __restrict__ log_probs, float* __restrict__ probabilities,
-                        float* __restrict__ scratch, const bf16* __restrict__ logits, const u32* __restrict__ seen,
+                        float* __restrict__ scratch, const bf16* __restrict__ logits, u32* __restrict__ seen,
                         const u32* __restrict__ seen_lengths, const u64* __restrict__ streams,
                         const u64* __restrict__ counters, int columns, int limit, int seen_columns, float penalty,
                         float temperature, int top_k, double top_p, u64 seed) {

@@ -175,7 +175,7 @@ impl Gpu {
     fn beside(&self, copy: impl FnOnce(&dyn Driver) -> Result<(), Problem>) -> Result<End, Problem> {
         let driver = self.driver();
         let now = driver.mark(Queue::Compute)?;
-        let queued = driver.queue_wait(Queue::Copy, now).and_then(|()| copy(driver));
+        let queued = driver.queue_wait(Queue::Copy, now).and_then(|()| copy(&*driver));
         driver.forget(now);
         queued?;
         Ok(End { gpu: self.clone(), mark: driver.mark(Queue::Copy)? })

@@ -441,6 +441,47 @@ impl Driver for Nvidia {
     fn forget(&self, mark: Mark) {
         self.events().free.push(mark.0 as sys::CUevent);
     }
+
+    /// Only what this thread does counts: others may allocate meanwhile.
+    fn begin_capture(&self) -> Result<(), Problem> {
+        self.enter()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is there until `self` goes away.
+        unsafe { result::stream::begin_capture(self.stream, mode) }
+            .map_err(|error| self.failed("beginning to capture launches", error))
+    }
+
+    fn end_capture(&self) -> Result<u64, Problem> {
+        self.enter()?;
+        // SAFETY: as above; the graph is ours, and what is launched is made from it once.
+        let made = unsafe {
+            result::stream::end_capture(self.stream).and_then(|graph| {
+                let made = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+                let _ = result::graph::destroy(graph);
+                made
+            })
+        };
+        let graph = made.map_err(|error| self.failed("capturing launches", error))?;
+        Ok(graph.expose_provenance() as u64)
+    }
+
+    unsafe fn launch_graph(&self, graph: u64) -> Result<(), Problem> {
+        self.enter()?;
+        // SAFETY: the caller's promise; the handle is one that `end_capture` gave.
+        unsafe { result::graph::launch(std::ptr::with_exposed_provenance_mut(graph as usize), self.stream) }
+            .map_err(|error| self.failed("launching a graph", error))
+    }
+
+    fn free_graph(&self, graph: u64) {
+        if self.enter().is_ok() {
+            // SAFETY: the handle is one that `end_capture` gave, and nothing of it runs any more. As with `free`,
+            // there is nobody to tell.
+            unsafe {
+                let _ = result::stream::synchronize(self.stream);
+                let _ = result::graph::exec_destroy(std::ptr::with_exposed_provenance_mut(graph as usize));
+            }
+        }
+    }
 }
 
 impl Drop for Nvidia {

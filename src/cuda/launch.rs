@@ -67,12 +67,16 @@ impl Launch<'_> {
 
     /// A pointer to the first element.
     pub fn buffer<T: Pod>(self, buffer: &Buffer<T>) -> Self {
+        self.gpu.keep(buffer.block());
         self.address(buffer.address())
     }
 
     /// A pointer that may be null.
     pub fn optional<T: Pod>(self, buffer: Option<&Buffer<T>>) -> Self {
-        self.address(buffer.map_or(0, Buffer::address))
+        match buffer {
+            Some(buffer) => self.buffer(buffer),
+            None => self.address(0),
+        }
     }
 
     /// A pointer, as a number.

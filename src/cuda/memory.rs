@@ -1,10 +1,12 @@
 //! Device memory: one pool per device, so that a step allocates nothing anew.
 //!
 //! A buffer that goes away leaves its block in the pool, to be given to the next buffer of its size class.
-//! Since all work is in one queue, whoever gets the block next writes after the last reader.
+//! Since all work is in one queue, whoever gets the block next writes after the last reader. Parts of a buffer
+//! share its block, which goes back when the last of them has gone.
 
 use super::Driver;
 use super::beside::Staging;
+use super::graph::{Turn, Turns};
 use crate::problem::Problem;
 use bytemuck::Pod;
 use std::collections::BTreeMap;
@@ -14,11 +16,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// A device and its memory. Cheap to clone: all clones are the same device.
 #[derive(Clone)]
 pub struct Gpu {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
-struct Inner {
-    driver: Box<dyn Driver>,
+pub(super) struct Inner {
+    pub(super) driver: Box<dyn Driver>,
+    pub(super) turns: Turns,
     pool: Mutex<Pool>,
     staging: Mutex<Staging>,
     /// Blocks of the size asked for, given back at once: so that an emulator notices what goes beyond.
@@ -53,19 +56,31 @@ fn block_bytes(bytes: usize) -> usize {
     bytes.max(1).next_multiple_of(step)
 }
 
+/// The most bytes that a block of at most so many holds.
+fn largest_block(bytes: usize) -> usize {
+    let step = (bytes.next_power_of_two() / 16).max(GRAIN);
+    bytes / step * step
+}
+
 impl Gpu {
     pub fn new(driver: Box<dyn Driver>) -> Gpu {
-        Gpu { inner: Arc::new(Inner { driver, pool: Mutex::default(), staging: Mutex::default(), exact: false }) }
+        Gpu::with(driver, false)
     }
 
     /// A device whose blocks are exactly as large as their buffers and are not kept for reuse: slower, but an
     /// access beyond a buffer is one beyond what the driver gave.
     pub fn exact(driver: Box<dyn Driver>) -> Gpu {
-        Gpu { inner: Arc::new(Inner { driver, pool: Mutex::default(), staging: Mutex::default(), exact: true }) }
+        Gpu::with(driver, true)
     }
 
-    pub fn driver(&self) -> &dyn Driver {
-        self.inner.driver.as_ref()
+    fn with(driver: Box<dyn Driver>, exact: bool) -> Gpu {
+        let (turns, pool, staging) = Default::default();
+        Gpu { inner: Arc::new(Inner { driver, turns, pool, staging, exact }) }
+    }
+
+    /// The driver, for one call: while another thread captures launches, this waits for it to end.
+    pub fn driver(&self) -> Turn<'_> {
+        self.turn()
     }
 
     fn pool(&self) -> MutexGuard<'_, Pool> {
@@ -77,11 +92,20 @@ impl Gpu {
         self.pool().usage
     }
 
+    /// Bytes that each of `count` equal buffers may have, for all of them to fit into what is free beside `reserve`.
+    pub fn room(&self, count: usize, reserve: usize) -> Result<usize, Problem> {
+        let (free, _) = self.driver().memory()?;
+        Ok(largest_block((free + self.usage().pooled).saturating_sub(reserve) / count))
+    }
+
     /// Room for `len` elements whose values are not defined. `Err` (`cuda::out_of_memory`) tells how much was
     /// asked for and how much is taken.
     pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<T>, Problem> {
         let bytes = len * size_of::<T>();
         let bytes = if self.inner.exact { bytes.max(1) } else { block_bytes(bytes) };
+        self.not_capturing("room for a buffer")?;
+        // Before the pool is locked: who captures may want the pool, and everyone waits for who captures.
+        let driver = self.driver();
         let mut pool = self.pool();
         let reused = pool.free.get_mut(&bytes).and_then(Vec::pop);
         let address = match reused {
@@ -89,26 +113,11 @@ impl Gpu {
                 pool.usage.pooled -= bytes;
                 address
             }
-            None => self.fresh(&mut pool, bytes)?,
+            None => fresh(&*driver, &mut pool, bytes)?,
         };
         pool.usage.now += bytes;
         pool.usage.peak = pool.usage.peak.max(pool.usage.now);
-        Ok(Buffer { gpu: self.clone(), address, len, bytes, of: PhantomData })
-    }
-
-    /// A block from the driver; if there is none, what the pool keeps is given back first.
-    fn fresh(&self, pool: &mut Pool, bytes: usize) -> Result<u64, Problem> {
-        let driver = self.driver();
-        driver.alloc(bytes).or_else(|_| {
-            driver.synchronize()?;
-            for address in std::mem::take(&mut pool.free).into_values().flatten() {
-                driver.free(address);
-            }
-            pool.usage.pooled = 0;
-            driver.alloc(bytes).map_err(|problem| {
-                problem.note(format!("asked for {bytes} bytes while buffers take {} bytes", pool.usage.now))
-            })
-        })
+        Ok(Buffer { block: Arc::new(Block { gpu: self.clone(), address, bytes }), address, len, of: PhantomData })
     }
 
     /// A buffer of zeros.
@@ -128,16 +137,28 @@ impl Gpu {
     /// Page-locked memory of the host.
     pub(super) fn parking(&self, bytes: usize) -> Result<u64, Problem> {
         let bytes = block_bytes(bytes);
-        match self.pool().parking.get_mut(&bytes).and_then(Vec::pop) {
-            Some(address) => Ok(address),
-            None => self.driver().alloc_host(bytes),
-        }
+        let parked = self.pool().parking.get_mut(&bytes).and_then(Vec::pop);
+        parked.map_or_else(|| self.driver().alloc_host(bytes), Ok)
     }
 
     /// Takes back what [`Gpu::parking`] gave for so many bytes.
     pub(super) fn park_again(&self, bytes: usize, address: u64) {
         self.pool().parking.entry(block_bytes(bytes)).or_default().push(address);
     }
+}
+
+/// A block from the driver; if there is none, what the pool keeps is given back first.
+fn fresh(driver: &dyn Driver, pool: &mut Pool, bytes: usize) -> Result<u64, Problem> {
+    driver.alloc(bytes).or_else(|_| {
+        driver.synchronize()?;
+        for address in std::mem::take(&mut pool.free).into_values().flatten() {
+            driver.free(address);
+        }
+        pool.usage.pooled = 0;
+        driver.alloc(bytes).map_err(|problem| {
+            problem.note(format!("asked for {bytes} bytes while buffers take {} bytes", pool.usage.now))
+        })
+    })
 }
 
 impl Drop for Inner {
@@ -155,19 +176,38 @@ impl Drop for Inner {
     }
 }
 
-/// `len` elements on a device.
-pub struct Buffer<T: Pod> {
+/// Memory that goes back to the pool when nobody has it any more.
+pub(super) struct Block {
     gpu: Gpu,
     address: u64,
-    len: usize,
-    /// Of its block.
     bytes: usize,
+}
+
+/// `len` elements on a device.
+pub struct Buffer<T: Pod> {
+    block: Arc<Block>,
+    address: u64,
+    len: usize,
     of: PhantomData<T>,
 }
 
 impl<T: Pod> Buffer<T> {
     pub fn gpu(&self) -> &Gpu {
-        &self.gpu
+        &self.block.gpu
+    }
+
+    pub(super) fn block(&self) -> &Arc<Block> {
+        &self.block
+    }
+
+    /// `len` elements of any type from byte `from` on, in the same memory: what is written to one is read from the
+    /// other, in the order of the queue.
+    pub fn part<U: Pod>(&self, from: usize, len: usize) -> Buffer<U> {
+        let bytes = self.len * size_of::<T>();
+        assert!(from + len * size_of::<U>() <= bytes, "{len} elements from byte {from} of {bytes}");
+        let address = self.address + from as u64;
+        assert!(address.is_multiple_of(align_of::<U>() as u64), "elements at byte {from} are not aligned");
+        Buffer { block: self.block.clone(), address, len, of: PhantomData }
     }
 
     pub fn len(&self) -> usize {
@@ -191,6 +231,7 @@ impl<T: Pod> Buffer<T> {
 
     /// Its values, once everything queued has been done.
     pub fn download(&self) -> Result<Vec<T>, Problem> {
+        self.gpu().not_capturing("a buffer's values")?;
         let mut values = vec![T::zeroed(); self.len];
         self.download_to(&mut values)?;
         Ok(values)
@@ -199,28 +240,33 @@ impl<T: Pod> Buffer<T> {
     /// [`Buffer::download`] into memory that is there.
     pub fn download_to(&self, values: &mut [T]) -> Result<(), Problem> {
         assert_eq!(values.len(), self.len);
-        self.gpu.driver().download(self.address, bytemuck::cast_slice_mut(values))
+        self.gpu().driver().download(self.address, bytemuck::cast_slice_mut(values))
     }
 
     /// New values for all elements.
     pub fn write(&mut self, values: &[T]) -> Result<(), Problem> {
         assert_eq!(values.len(), self.len);
-        let mut staging = self.gpu.inner.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        staging.upload(self.gpu.driver(), self.address, bytemuck::cast_slice(values))
+        self.gpu().not_capturing("other values in a buffer")?;
+        let driver = self.gpu().driver();
+        let mut staging = self.gpu().inner.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        staging.upload(&*driver, self.address, bytemuck::cast_slice(values))
     }
 
     /// Zeros.
     pub fn clear(&mut self) -> Result<(), Problem> {
-        self.gpu.driver().zero(self.address, self.len * size_of::<T>())
+        self.gpu().not_capturing("zeros in a buffer")?;
+        self.gpu().driver().zero(self.address, self.len * size_of::<T>())
     }
 }
 
-impl<T: Pod> Drop for Buffer<T> {
+impl Drop for Block {
     fn drop(&mut self) {
+        // Before the pool is locked, as in `alloc`.
+        let driver = self.gpu.inner.exact.then(|| self.gpu.driver());
         let mut pool = self.gpu.pool();
         pool.usage.now -= self.bytes;
-        if self.gpu.inner.exact {
-            return self.gpu.driver().free(self.address);
+        if let Some(driver) = driver {
+            return driver.free(self.address);
         }
         pool.usage.pooled += self.bytes;
         pool.free.entry(self.bytes).or_default().push(self.address);
@@ -237,6 +283,8 @@ mod tests {
             let block = block_bytes(bytes);
             assert!(block >= bytes && block.is_multiple_of(GRAIN), "{bytes}: {block}");
             assert!(block <= bytes + (bytes / 8).max(GRAIN), "{bytes}: {block}");
+            assert!(block_bytes(largest_block(bytes).max(1)) <= bytes.max(GRAIN), "{bytes}");
+            assert!(largest_block(bytes) + (bytes / 8).max(GRAIN) >= bytes, "{bytes}");
         }
     }
 }

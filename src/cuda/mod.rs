@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `memory.rs` | [`Gpu`] and [`Buffer`]: allocation from a pool, the peak, copies |
 //! | `beside.rs` | copies nobody waits for: small uploads through a ring, buffers parked in host memory |
+//! | `graph.rs` | launches captured once and carried out many times |
 //! | `launch.rs` | one launch: name, grid, shared memory, arguments |
 //! | `tensor_map.rs` | what kernels for compute capability 9.0 are told of a matrix |
 //! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none |
@@ -16,6 +17,7 @@
 
 mod beside;
 mod driver;
+mod graph;
 mod launch;
 mod memory;
 pub mod ops;
@@ -25,6 +27,7 @@ mod tensor_map;
 
 pub use beside::{Arriving, Leaving, Parked};
 pub use driver::open;
+pub use graph::{Graph, Turn};
 pub use launch::{Dim, Launch};
 pub use memory::{Buffer, Gpu, Usage};
 pub use prebuilt::Capability;
@@ -119,4 +122,20 @@ pub trait Driver: Send + Sync {
 
     /// Takes back a mark nobody asks for any more. Waits that are queued stay.
     fn forget(&self, mark: Mark);
+
+    /// From here on launches of this thread are noted down instead of carried out. Nothing else may be asked for
+    /// before [`Driver::end_capture`].
+    fn begin_capture(&self) -> Result<(), Problem>;
+
+    /// What was noted down, ready to be launched.
+    fn end_capture(&self) -> Result<u64, Problem>;
+
+    /// Queues all launches of a graph.
+    ///
+    /// # Safety
+    /// What the launches were given on the device must still be there.
+    unsafe fn launch_graph(&self, graph: u64) -> Result<(), Problem>;
+
+    /// Gives back what [`Driver::end_capture`] gave.
+    fn free_graph(&self, graph: u64);
 }

@@ -1,13 +1,14 @@
 //! Generation: prompts in, completions out, many at once.
 //!
 //! Prompts are run packed, their keys and values kept; then every live completion advances by one token per
-//! step, together. A finished one leaves at once and the next prompt takes its place, so no row is wasted.
-//! How many live at once follows from memory alone and changes nothing: a completion has the same
-//! tokens alone as in any company, to the bit, because every row is computed by itself and draws its own
-//! random numbers.
+//! step, together. A finished one leaves at once and the next prompt takes its place, so no row is wasted; one that
+//! might not find room for its longest end waits. How many live at once follows from memory alone and changes
+//! nothing: a completion has the same tokens alone as in any company, to the bit, because every row is computed by
+//! itself and draws its own random numbers.
 
 use super::device::DeviceModel;
-use super::device_decode::DeviceCache;
+use super::device_decode::DeviceDecoder;
+use super::pages::Held;
 use super::placed::Placed;
 use super::qwen2::{Layer, Model, Sequences};
 use super::sampling::Sampling;
@@ -46,9 +47,27 @@ pub struct Completion {
     pub logprobs: Vec<f32>,
 }
 
-/// Bytes that keys and values of all live completions may take together.
+/// What generation may take of a machine. Changes nothing of what comes out.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limits {
+    /// Completions at once.
+    pub live: usize,
+    /// Pages of keys and values on a device, of 16 tokens each; those that it has memory for, if they are fewer.
+    pub pages: usize,
+    /// Whether steps on a device are captured and launched as a whole.
+    pub graphs: bool,
+}
+
+impl Default for Limits {
+    /// As much as there is.
+    fn default() -> Limits {
+        Limits { live: MOST_LIVE, pages: usize::MAX, graphs: true }
+    }
+}
+
+/// Bytes that keys and values of all live completions may take together, on the host.
 const CACHE_BYTES: usize = 1 << 30;
-/// Bytes of logits `[live, V]`.
+/// Bytes of logits `[live, V]`, on the host.
 const LOGIT_BYTES: usize = 128 << 20;
 const MOST_LIVE: usize = 256;
 /// Tokens by which a cache grows: doubling would take twice the memory that is counted.
@@ -77,7 +96,19 @@ pub fn generate_placed(
     decode: &dyn Fn(&[u32]) -> String,
     on_step: &mut dyn FnMut(usize) -> Result<(), Problem>,
 ) -> Result<Vec<Completion>, Problem> {
-    generate_on(placed, placed.device(), prompts, sampling, decode, on_step, MOST_LIVE)
+    generate_within(placed, prompts, sampling, decode, on_step, &Limits::default())
+}
+
+/// [`generate_placed`] within limits.
+pub fn generate_within(
+    placed: &Placed,
+    prompts: &[Prompt],
+    sampling: &Sampling,
+    decode: &dyn Fn(&[u32]) -> String,
+    on_step: &mut dyn FnMut(usize) -> Result<(), Problem>,
+    limits: &Limits,
+) -> Result<Vec<Completion>, Problem> {
+    generate_on(placed, placed.device(), prompts, sampling, decode, on_step, limits)
 }
 
 /// [`generate`] with at most `live` completions at once, and no more than memory allows.
@@ -89,7 +120,7 @@ pub fn generate_at_most(
     on_step: &mut dyn FnMut(usize) -> Result<(), Problem>,
     live: usize,
 ) -> Result<Vec<Completion>, Problem> {
-    generate_on(model, None, prompts, sampling, decode, on_step, live)
+    generate_on(model, None, prompts, sampling, decode, on_step, &Limits { live, ..Limits::default() })
 }
 
 fn generate_on(
@@ -99,7 +130,7 @@ fn generate_on(
     sampling: &Sampling,
     decode: &dyn Fn(&[u32]) -> String,
     on_step: &mut dyn FnMut(usize) -> Result<(), Problem>,
-    live: usize,
+    limits: &Limits,
 ) -> Result<Vec<Completion>, Problem> {
     for prompt in prompts {
         model.check_ids(&prompt.ids)?;
@@ -107,15 +138,19 @@ fn generate_on(
             return Err(Problem::new("model::empty_prompt", "a prompt has no tokens"));
         }
     }
-    let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0) + sampling.max_tokens;
-    let width = live.min(most_live(model, longest)).max(1);
-    let mut engine = Engine::new(model, device, width, longest)?;
+    if prompts.is_empty() || sampling.max_tokens == 0 {
+        on_step(prompts.len())?;
+        let nothing =
+            || Completion { ids: Vec::new(), text: decode(&[]), finish: Finish::Length, logprobs: Vec::new() };
+        return Ok(prompts.iter().map(|_| nothing()).collect());
+    }
+    let mut engine = Engine::new(model, device, prompts, sampling, limits)?;
     let mut completions: Vec<Option<Completion>> = prompts.iter().map(|_| None).collect();
     let mut waiting: VecDeque<usize> = (0..prompts.len()).collect();
     let mut live: Vec<Live> = Vec::new();
     let mut finished = 0;
-    let mut end = |engine: &mut Engine, live: &mut Vec<Live>, logits: &mut [f32]| -> Result<(), Problem> {
-        for (mut one, completion) in advance(model, live, logits, sampling, decode)? {
+    let mut end = |engine: &mut Engine, live: &mut Vec<Live>, drawn: Vec<Draw>| -> Result<(), Problem> {
+        for (mut one, completion) in advance(live, drawn, sampling, decode)? {
             engine.release(&mut one);
             completions[one.prompt] = Some(completion);
             finished += 1;
@@ -123,106 +158,243 @@ fn generate_on(
         on_step(finished)
     };
     loop {
-        while live.len() < width && !waiting.is_empty() {
-            let mut new = admit(model, prompts, &mut waiting, width - live.len(), sampling);
-            let mut logits = engine.prefill(prompts, &mut new)?;
-            end(&mut engine, &mut new, &mut logits)?;
-            live.append(&mut new);
+        while live.len() < engine.width {
+            let mut new = admit(&mut engine, prompts, &mut waiting, live.len(), sampling);
+            if new.live.is_empty() {
+                break;
+            }
+            let next = waiting.front().map(|&next| prompts[next].ids.as_slice());
+            let drawn = engine.prefill(&mut new, live.len(), next)?;
+            end(&mut engine, &mut new.live, drawn)?;
+            live.append(&mut new.live);
         }
         if live.is_empty() {
             break;
         }
-        let mut logits = engine.step(&mut live)?;
-        end(&mut engine, &mut live, &mut logits)?;
+        let drawn = engine.step(&mut live)?;
+        end(&mut engine, &mut live, drawn)?;
     }
+    engine.end();
     Ok(completions.into_iter().flatten().collect())
 }
 
+/// A token, and its log p under the model itself.
+pub(super) type Draw = (u32, f32);
+
 /// A completion in the making.
-struct Live {
-    prompt: usize,
+pub(super) struct Live {
+    /// Its place among the prompts.
+    pub prompt: usize,
     /// Prompt and completion.
-    ids: Vec<u32>,
-    prompt_len: usize,
-    random: Stream,
+    pub ids: Vec<u32>,
+    pub prompt_len: usize,
+    /// Of its random numbers.
+    pub stream: u64,
     logprobs: Vec<f32>,
     /// Keys and values of each layer, `[tokens, KV, D]`; empty on a device.
     cache: Vec<[Vec<f32>; 2]>,
     /// Where they are on a device.
-    pages: Vec<u32>,
+    pub held: Held,
 }
 
-/// Who runs prompts and tokens.
-enum Engine<'m> {
-    Host(&'m Model, RopeTable),
-    Device(Box<DeviceCache<'m>>),
+/// Completions that begin together. Their prompts are run, equal ones once.
+struct Admitted<'p> {
+    live: Vec<Live>,
+    /// None if the one prompt of all of them was run before.
+    different: Vec<&'p [u32]>,
+    /// Which of these each has.
+    same: Vec<usize>,
+}
+
+/// The next completions that there is room for beside `live` others.
+fn admit<'p>(
+    engine: &mut Engine,
+    prompts: &'p [Prompt],
+    waiting: &mut VecDeque<usize>,
+    live: usize,
+    sampling: &Sampling,
+) -> Admitted<'p> {
+    let mut new = Admitted { live: Vec::new(), different: Vec::new(), same: Vec::new() };
+    let (mut place_of, mut tokens) = (HashMap::new(), 0);
+    while let Some(&prompt) = waiting.front()
+        && live + new.live.len() < engine.width
+    {
+        let Prompt { ids, stream } = &prompts[prompt];
+        let known = engine.knows(ids);
+        let at = if known { 0 } else { *place_of.get(ids).unwrap_or(&new.different.len()) };
+        let runs = !known && at == new.different.len();
+        let begun = !new.live.is_empty();
+        // Either the prompt that is known, or some to run; and not too many tokens of those.
+        if begun && (known != new.different.is_empty() || (runs && tokens + ids.len() > PROMPT_TOKENS)) {
+            break;
+        }
+        let Some(held) = engine.promise(ids.len(), !runs) else { break };
+        if runs {
+            tokens += ids.len();
+            place_of.insert(ids, at);
+            new.different.push(ids);
+        }
+        new.same.push(at);
+        new.live.push(Live {
+            prompt,
+            ids: ids.clone(),
+            prompt_len: ids.len(),
+            stream: *stream,
+            logprobs: Vec::with_capacity(sampling.max_tokens.min(4096)),
+            cache: Vec::new(),
+            held,
+        });
+        waiting.pop_front();
+    }
+    new
+}
+
+/// Runs prompts and tokens and draws from what comes out.
+struct Engine<'m> {
+    /// Completions that it runs at once.
+    width: usize,
+    place: Place<'m>,
+}
+
+enum Place<'m> {
+    Host(Host<'m>),
+    Device(Box<DeviceDecoder<'m>>),
 }
 
 impl<'m> Engine<'m> {
     fn new(
         model: &'m Model,
         device: Option<&'m DeviceModel>,
-        live: usize,
-        longest: usize,
+        prompts: &[Prompt],
+        sampling: &'m Sampling,
+        limits: &Limits,
     ) -> Result<Engine<'m>, Problem> {
+        let prompt = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
+        let longest = prompt + sampling.max_tokens;
+        let width = limits.live.min(prompts.len());
         Ok(match device {
-            None => Engine::Host(model, RopeTable::new(longest, model.config.head_dim, model.config.rope_theta)),
-            Some(device) => Engine::Device(Box::new(DeviceCache::new(model, device, live, longest)?)),
+            None => {
+                let rope = RopeTable::new(longest, model.config.head_dim, model.config.rope_theta);
+                let width = width.min(most_live(model, longest)).max(1);
+                Engine { width, place: Place::Host(Host { model, rope, sampling }) }
+            }
+            Some(device) => {
+                let width = width.clamp(1, MOST_LIVE);
+                let prompt_tokens = prompt.max(PROMPT_TOKENS);
+                let decoder = DeviceDecoder::new(model, device, sampling, limits, width, longest, prompt_tokens)?;
+                Engine { width, place: Place::Device(Box::new(decoder)) }
+            }
         })
     }
 
-    /// Runs whole prompts, filling their caches; equal prompts are run once. Returns the logits after each,
-    /// `[live, V]`.
-    fn prefill(&mut self, prompts: &[Prompt], new: &mut [Live]) -> Result<Vec<f32>, Problem> {
-        let (different, same) = distinct(prompts, new);
-        match self {
-            Engine::Host(model, _) => Ok(prefill(model, &different, &same, new)),
-            Engine::Device(cache) => {
-                let mut owners: Vec<Vec<&mut Vec<u32>>> = different.iter().map(|_| Vec::new()).collect();
-                for (live, &at) in new.iter_mut().zip(&same) {
-                    owners[at].push(&mut live.pages);
-                }
-                let logits = cache.prefill(&different, &mut owners)?;
-                let width = logits.len() / different.len();
-                Ok(same.iter().flat_map(|&at| &logits[at * width..(at + 1) * width]).copied().collect())
-            }
+    /// Whether a prompt need not be run again.
+    fn knows(&self, ids: &[u32]) -> bool {
+        match &self.place {
+            Place::Host(_) => false,
+            Place::Device(decoder) => decoder.knows(ids),
         }
     }
 
-    /// One token further for all. Returns their next logits `[live, V]`.
-    fn step(&mut self, live: &mut [Live]) -> Result<Vec<f32>, Problem> {
-        match self {
-            Engine::Host(model, rope) => Ok(step(model, live, rope)),
-            Engine::Device(cache) => {
-                let ids: Vec<u32> = live.iter().map(|live| live.ids[live.ids.len() - 1]).collect();
-                let positions: Vec<u32> = live.iter().map(|live| live.ids.len() as u32 - 1).collect();
-                let mut pages: Vec<&mut Vec<u32>> = live.iter_mut().map(|live| &mut live.pages).collect();
-                cache.step(&ids, &positions, &mut pages)
+    /// Room for a completion of a prompt of `len` tokens, which are `shared` with another or not; none if it has to
+    /// wait.
+    fn promise(&mut self, len: usize, shared: bool) -> Option<Held> {
+        match &mut self.place {
+            Place::Host(_) => Some(Held::default()),
+            Place::Device(decoder) => decoder.promise(len, shared),
+        }
+    }
+
+    /// Runs whole prompts and draws the first token of each completion. There are `before` others; `next` is the
+    /// prompt of the next in line.
+    fn prefill(&mut self, new: &mut Admitted, before: usize, next: Option<&[u32]>) -> Result<Vec<Draw>, Problem> {
+        let Admitted { live, different, same } = new;
+        match &mut self.place {
+            Place::Host(host) => {
+                let mut logits = host.prefill(different, same, live);
+                Ok(host.draw(live, &mut logits))
             }
+            Place::Device(decoder) => decoder.prefill(live, different, same, before, next),
+        }
+    }
+
+    /// One token further for all.
+    fn step(&mut self, live: &mut [Live]) -> Result<Vec<Draw>, Problem> {
+        match &mut self.place {
+            Place::Host(host) => {
+                let mut logits = host.step(live);
+                Ok(host.draw(live, &mut logits))
+            }
+            Place::Device(decoder) => decoder.step(live),
         }
     }
 
     /// What a completion that has ended took.
     fn release(&mut self, live: &mut Live) {
-        if let Engine::Device(cache) = self {
-            cache.release(&mut live.pages);
+        if let Place::Device(decoder) = &mut self.place {
+            decoder.release(&mut live.held);
+        }
+    }
+
+    fn end(self) {
+        if let Place::Device(decoder) = self.place {
+            decoder.end();
         }
     }
 }
 
-/// The different ones among the prompts of `new`, and which of them each has.
-fn distinct<'p>(prompts: &'p [Prompt], new: &[Live]) -> (Vec<&'p [u32]>, Vec<usize>) {
-    let mut first_of: HashMap<&[u32], usize> = HashMap::new();
-    let mut different: Vec<&[u32]> = Vec::new();
-    let same = new.iter().map(|live| {
-        let ids = prompts[live.prompt].ids.as_slice();
-        *first_of.entry(ids).or_insert_with(|| {
-            different.push(ids);
-            different.len() - 1
-        })
-    });
-    let same = same.collect();
-    (different, same)
+/// Decoding on the host.
+struct Host<'m> {
+    model: &'m Model,
+    rope: RopeTable,
+    sampling: &'m Sampling,
+}
+
+impl Host<'_> {
+    /// Runs whole prompts, filling their caches: `same[i]` is the place of `new[i]`'s prompt in `different`. Returns
+    /// the logits after each, `[live, V]`.
+    fn prefill(&self, different: &[&[u32]], same: &[usize], new: &mut [Live]) -> Vec<f32> {
+        let model = self.model;
+        let lengths: Vec<usize> = different.iter().map(|ids| ids.len()).collect();
+        let ends: Vec<usize> = lengths.iter().scan(0, |end, length| (*end += length, Some(*end)).1).collect();
+        let sequences = Sequences::new(&model.config, &lengths);
+        let mut x = model.embed_ids(&different.concat());
+        for layer in &model.layers {
+            let (k, v) = model.layer_keys_values(layer, &mut x, &sequences);
+            for (live, &at) in new.iter_mut().zip(same) {
+                let width = model.config.key_size();
+                let range = (ends[at] - lengths[at]) * width..ends[at] * width;
+                live.cache.push([k[range.clone()].to_vec(), v[range].to_vec()]);
+            }
+        }
+        let hidden = model.config.hidden_size;
+        let last = same.iter().flat_map(|&at| &x[(ends[at] - 1) * hidden..ends[at] * hidden]);
+        head(model, &last.copied().collect::<Vec<f32>>())
+    }
+
+    /// One token further for all. Returns their next logits `[live, V]`.
+    fn step(&self, live: &mut [Live]) -> Vec<f32> {
+        let model = self.model;
+        let ids: Vec<u32> = live.iter().map(|live| live.ids[live.ids.len() - 1]).collect();
+        let positions: Vec<u32> = live.iter().map(|live| live.ids.len() as u32 - 1).collect();
+        let mut x = model.embed_ids(&ids);
+        for (i, layer) in model.layers.iter().enumerate() {
+            step_layer(model, layer, i, &mut x, live, (&self.rope, &positions));
+        }
+        head(model, &x)
+    }
+
+    /// The next token of each from its logits `[live, V]`, which are overwritten.
+    fn draw(&self, live: &[Live], logits: &mut [f32]) -> Vec<Draw> {
+        let sampling = self.sampling;
+        let rows = live.par_iter().zip(logits.par_chunks_exact_mut(self.model.config.vocab_size));
+        let draw = |(live, logits): (&Live, &mut [f32])| {
+            let mut plain = logits.to_vec();
+            let counter = (live.ids.len() - live.prompt_len) as u64;
+            let id = sampling.next(logits, &live.ids, &Stream::new(sampling.seed, live.stream), counter);
+            (id, log_probability(&mut plain, id))
+        };
+        rows.map(draw).collect()
+    }
 }
 
 fn most_live(model: &Model, longest: usize) -> usize {
@@ -230,67 +402,6 @@ fn most_live(model: &Model, longest: usize) -> usize {
     let cache = longest * config.num_hidden_layers * 2 * config.key_size() * size_of::<f32>();
     let logits = config.vocab_size * size_of::<f32>();
     (CACHE_BYTES / cache.max(1)).min(LOGIT_BYTES / logits)
-}
-
-/// The next prompts that fit, at least one.
-fn admit(
-    model: &Model,
-    prompts: &[Prompt],
-    waiting: &mut VecDeque<usize>,
-    most: usize,
-    sampling: &Sampling,
-) -> Vec<Live> {
-    let (mut new, mut tokens) = (Vec::new(), 0);
-    while let Some(&prompt) = waiting.front()
-        && new.len() < most
-    {
-        let Prompt { ids, stream } = &prompts[prompt];
-        tokens += ids.len();
-        if !new.is_empty() && tokens > PROMPT_TOKENS {
-            break;
-        }
-        new.push(Live {
-            prompt,
-            ids: ids.clone(),
-            prompt_len: ids.len(),
-            random: Stream::new(sampling.seed, *stream),
-            logprobs: Vec::new(),
-            cache: model.layers.iter().map(|_| Default::default()).collect(),
-            pages: Vec::new(),
-        });
-        waiting.pop_front();
-    }
-    new
-}
-
-/// [`Engine::prefill`] on the host: `same[i]` is the place of `new[i]`'s prompt in `different`.
-fn prefill(model: &Model, different: &[&[u32]], same: &[usize], new: &mut [Live]) -> Vec<f32> {
-    let lengths: Vec<usize> = different.iter().map(|ids| ids.len()).collect();
-    let ends: Vec<usize> = lengths.iter().scan(0, |end, length| (*end += length, Some(*end)).1).collect();
-    let sequences = Sequences::new(&model.config, &lengths);
-    let mut x = model.embed_ids(&different.concat());
-    for (i, layer) in model.layers.iter().enumerate() {
-        let (k, v) = model.layer_keys_values(layer, &mut x, &sequences);
-        for (live, &at) in new.iter_mut().zip(same) {
-            let width = model.config.key_size();
-            let range = (ends[at] - lengths[at]) * width..ends[at] * width;
-            live.cache[i] = [k[range.clone()].to_vec(), v[range].to_vec()];
-        }
-    }
-    let hidden = model.config.hidden_size;
-    let last = same.iter().flat_map(|&at| &x[(ends[at] - 1) * hidden..ends[at] * hidden]);
-    head(model, &last.copied().collect::<Vec<f32>>())
-}
-
-/// [`Engine::step`] on the host.
-fn step(model: &Model, live: &mut [Live], rope: &RopeTable) -> Vec<f32> {
-    let ids: Vec<u32> = live.iter().map(|live| live.ids[live.ids.len() - 1]).collect();
-    let positions: Vec<u32> = live.iter().map(|live| live.ids.len() as u32 - 1).collect();
-    let mut x = model.embed_ids(&ids);
-    for (i, layer) in model.layers.iter().enumerate() {
-        step_layer(model, layer, i, &mut x, live, (rope, &positions));
-    }
-    head(model, &x)
 }
 
 fn step_layer(model: &Model, layer: &Layer, i: usize, x: &mut [f32], live: &mut [Live], rope: (&RopeTable, &[u32])) {
@@ -324,22 +435,16 @@ fn head(model: &Model, x: &[f32]) -> Vec<f32> {
     logits
 }
 
-/// Draws the next token of each from its logits and takes out those that are finished.
+/// Gives each completion the token that was drawn for it and takes out those that are finished.
 fn advance(
-    model: &Model,
     live: &mut Vec<Live>,
-    logits: &mut [f32],
+    drawn: Vec<Draw>,
     sampling: &Sampling,
     decode: &dyn Fn(&[u32]) -> String,
 ) -> Result<Vec<(Live, Completion)>, Problem> {
-    if sampling.max_tokens > 0 {
-        live.par_iter_mut().zip(logits.par_chunks_exact_mut(model.config.vocab_size)).for_each(|(live, logits)| {
-            let mut plain = logits.to_vec();
-            let counter = (live.ids.len() - live.prompt_len) as u64;
-            let id = sampling.next(logits, &live.ids, &live.random, counter);
-            live.logprobs.push(log_probability(&mut plain, id));
-            live.ids.push(id);
-        });
+    for (live, (id, logprob)) in live.iter_mut().zip(drawn) {
+        live.ids.push(id);
+        live.logprobs.push(logprob);
     }
     if let Some(one) = live.iter().find(|one| one.logprobs.last().is_some_and(|p| !p.is_finite())) {
         let at = one.logprobs.len();
@@ -350,18 +455,15 @@ fn advance(
         .note("the weights are finite, so an activation overflowed: the model has diverged in training"));
     }
     let mut done = Vec::new();
-    let mut kept = Vec::with_capacity(live.len());
-    for mut one in live.drain(..) {
-        match finish(&one.ids[one.prompt_len..], sampling, decode) {
-            Some((finish, text)) => {
-                let ids = one.ids.split_off(one.prompt_len);
-                let logprobs = std::mem::take(&mut one.logprobs);
-                done.push((one, Completion { ids, text, finish, logprobs }));
-            }
-            None => kept.push(one),
+    // From the end, so that what takes the place of one that goes has been looked at, and few change places.
+    for at in (0..live.len()).rev() {
+        if let Some((finish, text)) = finish(&live[at].ids[live[at].prompt_len..], sampling, decode) {
+            let mut one = live.swap_remove(at);
+            let ids = one.ids.split_off(one.prompt_len);
+            let logprobs = std::mem::take(&mut one.logprobs);
+            done.push((one, Completion { ids, text, finish, logprobs }));
         }
     }
-    *live = kept;
     Ok(done)
 }
 

@@ -6,6 +6,7 @@
 //!
 //! Shapes: T tokens of all sequences, R rows, H hidden, V vocabulary.
 
+use super::device_decode::StepRows;
 use super::qwen2::{Batch, DOWN, GATE, K, Layer, Linear, LoraSlot, Model, O, Q, Recompute, UP, V};
 use super::{Parameter, fit};
 use crate::cuda::ops::adamw::Tensor;
@@ -17,7 +18,7 @@ use crate::problem::Problem;
 use crate::tensor::Matrix;
 use bytemuck::Pod;
 use half::bf16;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 /// What of a model lies on the device.
 pub struct DeviceModel {
@@ -30,7 +31,7 @@ pub struct DeviceModel {
     /// The model's trained tensors, in their order.
     trained: Vec<TrainedTensor>,
     /// Angles of the longest sequence so far: they are many, and the same for every batch.
-    table: Mutex<Option<Arc<Table>>>,
+    table: Mutex<Option<Table>>,
 }
 
 struct DeviceLayer {
@@ -148,15 +149,14 @@ struct DeviceSequences {
     cu_seqlens: Buffer<i32>,
     longest: usize,
     positions: Buffer<u32>,
-    table: Arc<Table>,
+    table: Table,
 }
 
 /// Takes a layer's keys and values.
 pub(super) type Keep<'k> = dyn FnMut(usize, &Buffer<bf16>, &Buffer<bf16>) -> Result<(), Problem> + 'k;
 
-/// Attends: layer, q, k, v, and what it writes.
-pub(super) type Attend<'a> =
-    dyn FnMut(usize, &Buffer<bf16>, &Buffer<bf16>, &Buffer<bf16>, &mut Buffer<bf16>) -> Result<(), Problem> + 'a;
+/// Keeps the keys and values of a layer's rows and attends.
+pub(super) type Attend<'a> = dyn FnMut(usize, &mut StepRows) -> Result<(), Problem> + 'a;
 
 /// What a linear layer gives, and A x if it has an adapter.
 type Adapted = (Buffer<bf16>, Option<Buffer<bf16>>);
@@ -329,60 +329,87 @@ impl DeviceModel {
         Ok(())
     }
 
-    /// Runs packed prompts, handing every layer's keys and values to `keep`. Returns the logits after each.
+    /// Runs packed prompts, handing every layer's keys and values to `keep`. Returns the logits after each,
+    /// `[prompts, V]`.
     pub(super) fn run_prompts(
         &self,
         model: &Model,
-        ids: &[u32],
-        lengths: &[usize],
+        prompts: &[&[u32]],
+        table: &Table,
         keep: &mut Keep,
-    ) -> Result<Vec<f32>, Problem> {
-        let sequences = self.sequences(model, &Batch { ids, lengths, rows: &[], targets: &[] })?;
-        let mut x = self.embed(model, ids)?;
+    ) -> Result<Buffer<bf16>, Problem> {
+        let lengths = || prompts.iter().map(|ids| ids.len());
+        let ends = || lengths().scan(0, |end, length| (*end += length as u32, Some(*end)).1);
+        let positions: Vec<u32> = lengths().flat_map(|length| 0..length as u32).collect();
+        let sequences = DeviceSequences {
+            cu_seqlens: self.gpu.upload(&std::iter::once(0).chain(ends().map(|end| end as i32)).collect::<Vec<_>>())?,
+            longest: lengths().max().unwrap_or(0),
+            positions: self.gpu.upload(&positions)?,
+            table: table.share(),
+        };
+        let mut x = self.embed(model, &prompts.concat())?;
         for (i, layer) in model.layers.iter().enumerate() {
             let (y, saved) = self.layer_forward(model, layer, &self.layers[i], &x, &sequences)?;
             keep(i, &saved.k, &saved.v)?;
             x = y;
         }
-        let ends = lengths.iter().scan(0, |end, length| {
-            *end += length;
-            Some(*end as u32 - 1)
-        });
-        self.logits(model, &x, &ends.collect::<Vec<_>>())
+        let rows = self.gpu.upload(&ends().map(|end| end - 1).collect::<Vec<_>>())?;
+        self.logits(model, &x, &rows)
     }
 
-    /// Runs one token of each completion. `attend(layer, q, k, v, attended)` keeps k and v and attends.
-    /// Returns the logits of each.
+    /// Runs one token of each row, `rows.ids`, to its logits. Nothing is allocated and nothing copied, so that it
+    /// can be captured; `attend` takes care of that too.
     pub(super) fn run_tokens(
         &self,
         model: &Model,
-        ids: &[u32],
+        rows: &mut StepRows,
         table: &Table,
-        positions: &Buffer<u32>,
         attend: &mut Attend,
-    ) -> Result<Vec<f32>, Problem> {
-        let mut x = self.embed(model, ids)?;
+    ) -> Result<(), Problem> {
+        let config = &model.config;
+        let eps = config.rms_norm_eps;
+        embedding::forward(&mut rows.x, self.matrix(&self.embed), &rows.ids)?;
         for (i, layer) in model.layers.iter().enumerate() {
             let device = &self.layers[i];
-            let (norm1, _) = self.norm(&x, &device.norm1, model)?;
-            let [q, k, v] = self.project(model, layer, device, &norm1, table, positions)?.map(|(y, _)| y);
-            let mut attended = self.gpu.alloc(q.len())?;
-            attend(i, &q, &k, &v, &mut attended)?;
-            x = self.after_attention(model, layer, device, &x, &attended)?.0;
+            let linear = |which: usize, y: &mut Buffer<bf16>, x: &Buffer<bf16>, low: &Buffer<bf16>, add: bool| {
+                let linear = &layer.linears[which];
+                let (dims, lora) = (dims(linear, x.len()), self.lora(model, linear.lora));
+                let mut low = lora.as_ref().map(|lora| low.part(0, dims.m * lora.rank));
+                let weight = self.matrix(&device.weights[which]);
+                let bias = device.biases[which].as_ref().map(|bias| self.vector(bias));
+                lora_matmul::forward_step(y, low.as_mut(), x, weight, bias, lora, dims, add)
+            };
+            rmsnorm::forward(&mut rows.norm, &mut rows.rstd, &rows.x, self.vector(&device.norm1), eps)?;
+            linear(Q, &mut rows.q, &rows.norm, &rows.low, false)?;
+            linear(K, &mut rows.k, &rows.norm, &rows.low, false)?;
+            linear(V, &mut rows.v, &rows.norm, &rows.low, false)?;
+            rope::rotate(&mut rows.q, config.num_attention_heads, table, &rows.positions, false)?;
+            rope::rotate(&mut rows.k, config.num_key_value_heads, table, &rows.positions, false)?;
+            attend(i, rows)?;
+            linear(O, &mut rows.x, &rows.attended, &rows.low, true)?;
+            rmsnorm::forward(&mut rows.norm, &mut rows.rstd, &rows.x, self.vector(&device.norm2), eps)?;
+            linear(GATE, &mut rows.gate, &rows.norm, &rows.low, false)?;
+            linear(UP, &mut rows.up, &rows.norm, &rows.low, false)?;
+            swiglu::forward(&mut rows.gated, &rows.gate, &rows.up)?;
+            linear(DOWN, &mut rows.x, &rows.gated, &rows.low, true)?;
         }
-        self.logits(model, &x, &(0..ids.len() as u32).collect::<Vec<_>>())
+        rmsnorm::forward(&mut rows.norm, &mut rows.rstd, &rows.x, self.vector(&self.norm), eps)?;
+        let dims = Dims { m: rows.ids.len(), n: config.vocab_size, k: config.hidden_size };
+        let lora = self.head_lora(model);
+        let mut low = lora.as_ref().map(|lora| rows.low.part(0, dims.m * lora.rank));
+        lora_matmul::forward_step(&mut rows.logits, low.as_mut(), &rows.norm, self.head(), None, lora, dims, false)
     }
 
     /// `[rows, V]` of some rows of the residual stream.
-    fn logits(&self, model: &Model, x: &Buffer<bf16>, rows: &[u32]) -> Result<Vec<f32>, Problem> {
+    fn logits(&self, model: &Model, x: &Buffer<bf16>, rows: &Buffer<u32>) -> Result<Buffer<bf16>, Problem> {
         let hidden = model.config.hidden_size;
         let mut selected = self.gpu.alloc(rows.len() * hidden)?;
-        residual::gather_rows(&mut selected, x, &self.gpu.upload(rows)?, hidden)?;
+        residual::gather_rows(&mut selected, x, rows, hidden)?;
         let (normed, _) = self.norm(&selected, &self.norm, model)?;
         let dims = Dims { m: rows.len(), n: model.config.vocab_size, k: hidden };
         let mut logits = self.gpu.alloc(dims.m * dims.n)?;
-        lora_matmul::forward(&mut logits, None, &normed, self.head(), None, self.head_lora(model), dims, false)?;
-        Ok(logits.download()?.into_iter().map(bf16::to_f32).collect())
+        lora_matmul::forward_step(&mut logits, None, &normed, self.head(), None, self.head_lora(model), dims, false)?;
+        Ok(logits)
     }
 
     fn sequences(&self, model: &Model, batch: &Batch) -> Result<DeviceSequences, Problem> {
@@ -404,14 +431,13 @@ impl DeviceModel {
     }
 
     /// The angles of at least so many positions.
-    fn table(&self, model: &Model, positions: usize) -> Result<Arc<Table>, Problem> {
+    fn table(&self, model: &Model, positions: usize) -> Result<Table, Problem> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(there) = table.as_ref().filter(|there| there.positions() >= positions) {
-            return Ok(Arc::clone(there));
+            return Ok(there.share());
         }
         let (head_dim, theta) = (model.config.head_dim, model.config.rope_theta);
-        let longer = Arc::new(Table::upload(&self.gpu, positions, head_dim, theta)?);
-        Ok(Arc::clone(table.insert(longer)))
+        Ok(table.insert(Table::upload(&self.gpu, positions, head_dim, theta)?).share())
     }
 
     /// `[T, H]`

@@ -11,6 +11,7 @@
 //! | `fit.rs` | how many layers may keep their insides |
 //! | `load.rs` | a chain of folders to a model, and back to folders |
 //! | `decode.rs` | generation with a key/value cache |
+//! | `pages.rs` | who has which pages of a device's cache |
 //! | `sampling.rs` | logits to the next token |
 
 pub mod config;
@@ -20,13 +21,14 @@ mod device_decode;
 pub mod fit;
 pub mod load;
 pub mod lora;
+mod pages;
 pub mod placed;
 pub mod qwen2;
 pub mod sampling;
 pub mod weights;
 
 pub use config::Config;
-pub use decode::{Completion, Finish, Prompt, generate, generate_placed};
+pub use decode::{Completion, Finish, Limits, Prompt, generate, generate_placed, generate_within};
 pub use load::LoadOptions;
 pub use lora::LoraSpec;
 pub use placed::{Device, Placed, PlacedGradients};

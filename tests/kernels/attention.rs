@@ -1,17 +1,16 @@
 //! Attention, forward and backward: against its f64 definition, on every schedule, with faults planted.
 
 use crate::support::{
-    PORTABLE, as_good_as, bf16_numbers, bytes, close, detector_is_silent, finds, gpu, rounded,
+    Watched, Watcher, as_good_as, bf16_numbers, bytes, close, detector_is_silent, finds, gpu, rounded,
     same_bits_on_every_schedule, through_bf16, values, wide,
 };
 use emulator::Schedule;
 use half::bf16;
+use pipe::cuda::Gpu;
 use pipe::cuda::ops::attention::{Dims, backward, forward};
-use pipe::cuda::{Capability, Dim, Driver, Gpu, Mark, Queue, TensorMap, TensorView};
 use pipe::problem::{Exit, Problem};
 use pipe::tensor::ops::Attention;
 use pipe::tensor::ops::attention::reference;
-use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const fn dims(heads: usize, kv_heads: usize, head_dim: usize) -> Dims {
@@ -233,95 +232,13 @@ fn faulty_case() -> Case {
 /// fault in all of them would prove the first one's only.
 struct FaultIn(&'static str);
 
-impl Driver for FaultIn {
-    fn name(&self) -> String {
-        PORTABLE.name()
-    }
-
-    fn capability(&self) -> Capability {
-        PORTABLE.capability()
-    }
-
-    fn alloc(&self, bytes: usize) -> Result<u64, Problem> {
-        PORTABLE.alloc(bytes)
-    }
-
-    fn free(&self, address: u64) {
-        PORTABLE.free(address);
-    }
-
-    fn memory(&self) -> Result<(usize, usize), Problem> {
-        PORTABLE.memory()
-    }
-
-    fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Problem> {
-        PORTABLE.upload(to, bytes)
-    }
-
-    fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Problem> {
-        PORTABLE.download(from, bytes)
-    }
-
-    fn zero(&self, at: u64, bytes: usize) -> Result<(), Problem> {
-        PORTABLE.zero(at, bytes)
-    }
-
-    fn tensor_map(&self, view: &TensorView) -> Result<TensorMap, Problem> {
-        PORTABLE.tensor_map(view)
-    }
-
-    unsafe fn launch(
-        &self,
-        kernel: &'static str,
-        grid: Dim,
-        block: Dim,
-        shared_bytes: u32,
-        arguments: &mut [*mut c_void],
-    ) -> Result<(), Problem> {
+impl Watcher for FaultIn {
+    fn launching(&self, kernel: &'static str, launch: &mut dyn FnMut() -> Result<(), Problem>) -> Result<(), Problem> {
         let mut schedule = emulator::schedule();
         if !kernel.starts_with(self.0) {
             schedule.fault = None;
         }
-        // SAFETY: the caller's promise.
-        emulator::with(schedule, || unsafe { PORTABLE.launch(kernel, grid, block, shared_bytes, arguments) })
-    }
-
-    fn synchronize(&self) -> Result<(), Problem> {
-        PORTABLE.synchronize()
-    }
-
-    fn alloc_host(&self, bytes: usize) -> Result<u64, Problem> {
-        PORTABLE.alloc_host(bytes)
-    }
-
-    fn free_host(&self, address: u64) {
-        PORTABLE.free_host(address);
-    }
-
-    unsafe fn queue_upload(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<(), Problem> {
-        // SAFETY: the caller's promise.
-        unsafe { PORTABLE.queue_upload(queue, to, from, bytes) }
-    }
-
-    unsafe fn queue_download(&self, queue: Queue, from: u64, to: u64, bytes: usize) -> Result<(), Problem> {
-        // SAFETY: the caller's promise.
-        unsafe { PORTABLE.queue_download(queue, from, to, bytes) }
-    }
-
-    fn mark(&self, queue: Queue) -> Result<Mark, Problem> {
-        PORTABLE.mark(queue)
-    }
-
-    fn queue_wait(&self, queue: Queue, mark: Mark) -> Result<(), Problem> {
-        PORTABLE.queue_wait(queue, mark)
-    }
-
-    fn wait(&self, mark: Mark) -> Result<(), Problem> {
-        PORTABLE.wait(mark)
-    }
-
-    fn forget(&self, mark: Mark) {
-        PORTABLE.forget(mark);
+        emulator::with(schedule, launch)
     }
 }
 
@@ -332,7 +249,7 @@ fn the_detector_finds_every_fault_of_synchronisation() {
     let case = faulty_case();
     for kernel in LOOPS {
         for fault in ["NO_END_BARRIER", "LAX_WAIT", "NO_WAIT_BARRIER"] {
-            let found = finds(fault, |_| case.run(&Gpu::new(Box::new(FaultIn(kernel)))));
+            let found = finds(fault, |_| case.run(&Gpu::new(Box::new(Watched(FaultIn(kernel))))));
             let said = found.detector.unwrap_or_else(|| panic!("the detector does not see {fault} in {kernel}"));
             assert!(said.contains(kernel), "{said}");
             println!("{kernel}, {fault}: the detector and {} of 8 schedules", found.schedules);
@@ -348,7 +265,7 @@ fn the_comparison_finds_every_fault_of_arithmetic() {
     let masks = LOOPS.map(|kernel| (kernel, "MASK_OFF_BY_ONE"));
     for (kernel, fault) in masks.into_iter().chain([("attention_forward", "NO_RESCALE")]) {
         let schedule = Schedule { fault: Some(fault), ..Schedule::default() };
-        let gpu = Gpu::new(Box::new(FaultIn(kernel)));
+        let gpu = Gpu::new(Box::new(Watched(FaultIn(kernel))));
         let results = emulator::with(schedule, || case.run(&gpu)).expect("a run");
         let checked = catch_unwind(AssertUnwindSafe(|| case.check(&results, &expected)));
         assert!(checked.is_err(), "nothing shows the fault {fault} in {kernel}");

@@ -8,7 +8,7 @@ use emulator::Schedule;
 use half::bf16;
 use pipe::cuda::Gpu;
 use pipe::cuda::ops::attention::Dims;
-use pipe::cuda::ops::attention_decode::{PAGE, append, forward};
+use pipe::cuda::ops::attention_decode::{PAGE, Parts, append, forward};
 use pipe::problem::Problem;
 use pipe::tensor::ops::Attention;
 use pipe::tensor::ops::attention::reference;
@@ -92,17 +92,18 @@ impl Case {
         if self.lengths.iter().all(|length| *length > 0) {
             let last = |rows: &[Vec<bf16>]| rows.iter().flat_map(|rows| rows[rows.len() - width..].to_vec()).collect();
             let (k, v): (Vec<bf16>, Vec<bf16>) = (last(&self.k), last(&self.v));
-            let positions: Vec<i32> = self.lengths.iter().map(|length| *length as i32 - 1).collect();
+            let positions: Vec<u32> = self.lengths.iter().map(|length| *length as u32 - 1).collect();
             let (k, v, positions) = (gpu.upload(&k)?, gpu.upload(&v)?, gpu.upload(&positions)?);
             append(k_cache, v_cache, &k, &v, &table, &positions, self.dims)?;
         } else {
             k_cache.write(&self.cache(&self.k, 0))?;
             v_cache.write(&self.cache(&self.v, 0))?;
         }
-        let lengths: Vec<i32> = self.lengths.iter().map(|length| *length as i32).collect();
+        let lengths: Vec<u32> = self.lengths.iter().map(|length| *length as u32).collect();
         let (q, lengths) = (gpu.upload(&self.q)?, gpu.upload(&lengths)?);
         let mut o = gpu.alloc(q.len())?;
-        forward(&mut o, &q, k_cache, v_cache, &table, &lengths, longest, self.dims)?;
+        let mut parts = Parts::new(gpu, self.lengths.len(), longest, self.dims)?;
+        forward(&mut o, &q, k_cache, v_cache, &table, &lengths, &mut parts, self.dims)?;
         Ok(vec![bytes(&o)?, bytes(k_cache)?, bytes(v_cache)?])
     }
 

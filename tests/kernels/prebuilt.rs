@@ -201,12 +201,43 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
     shared_bytes[(const char**)function - names] = value;
     return 0;
 }
+/* Launches that are captured: the function, the sizes, and the values of two arguments. */
+static struct launch { void* function; unsigned sizes[7]; void* first; int second; } captured[8];
+static int capturing = 0, launches = 0, graphs = 0;
+int cuLaunchKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+int cuStreamBeginCapture_v2(void* it, int mode) {
+    capturing = it == &stream && mode == 1 && !capturing;
+    launches = 0;
+    return capturing ? 0 : 1;
+}
+int cuStreamEndCapture(void* it, void** graph) { *graph = captured; capturing = 0; return it == &stream ? 0 : 400; }
+int cuGraphInstantiateWithFlags(void** ready, void* graph, unsigned long long flags) {
+    graphs++;
+    *ready = graph;
+    return flags ? 1 : 0;
+}
+int cuGraphDestroy(void* graph) { return graph == captured ? 0 : 1; }
+int cuGraphExecDestroy(void* ready) { return ready == captured && graphs-- ? 0 : 1; }
+int cuGraphLaunch(void* ready, void* it) {
+    for (int i = 0; i < launches; i++) {
+        struct launch* l = &captured[i];
+        void* arguments[] = {&l->first, &l->second};
+        unsigned* s = l->sizes;
+        int failed = cuLaunchKernel(l->function, s[0], s[1], s[2], s[3], s[4], s[5], s[6], it, arguments, 0);
+        if (failed) return failed;
+    }
+    return ready == captured ? 0 : 1;
+}
 /* No kernel runs. Its first argument gets what was asked for; a second, if it is 1 or 2, breaks the device. */
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* it, void** arguments, void** extra) {
     int at = (const char**)function - names;
     if (bx * by * bz > 1024 || (int)shared > shared_bytes[at]) return 1;
     int second = *(int*)arguments[1];
+    if (capturing) {
+        captured[launches++] = (struct launch){function, {gx, gy, gz, bx, by, bz, shared}, *(void**)arguments[0], second};
+        return 0;
+    }
     unsigned said[] = {gx, gy, gz, bx, by, bz, shared, second, modules, functions};
     memcpy(*(void**)arguments[0], said, sizeof said);
     if (second == 1) broken = 700;
@@ -330,6 +361,16 @@ fn over_the_stub() {
     assert_eq!(said.download().unwrap(), [3, 2, 1, 32, 4, 1, 0, 10, 2, 3]);
     // The calling thread has no context of its own until it is given one.
     std::thread::scope(|scope| scope.spawn(|| launch(first, 0, 11).unwrap()).join().unwrap());
+
+    // What is captured is carried out later, and as often as one likes.
+    let graph = gpu.capture(|| launch(first, 0, 12).and_then(|()| launch(second, 0, 13))).unwrap();
+    assert_eq!(said.download().unwrap()[7], 11, "a launch is carried out while it is captured");
+    for _ in 0..2 {
+        launch(third, 0, 14).unwrap();
+        graph.launch().unwrap();
+        assert_eq!(said.download().unwrap(), [3, 2, 1, 32, 4, 1, 0, 13, 2, 3]);
+    }
+    drop(graph);
 
     let problem = launch(first, 300_000, 0).unwrap_err();
     assert!(problem.code == "cuda::launch" && problem.message.contains("300000 bytes of shared memory"), "{problem}");

@@ -9,7 +9,7 @@ use crate::support::{
 };
 use half::bf16;
 use pipe::cuda::Gpu;
-use pipe::cuda::ops::sampling::{Drawn, Logits, Rule, Seen, next};
+use pipe::cuda::ops::sampling::{Drawn, Logits, Rule, Seen, next, scratch_len};
 use pipe::model::Sampling;
 use pipe::problem::Problem;
 use pipe::random::Stream;
@@ -51,13 +51,14 @@ impl Case {
 
     fn run(&self, gpu: &Gpu, sampling: &Sampling) -> Result<Vec<Vec<u8>>, Problem> {
         let rows = self.seen.len();
+        // In the longest row there is no room for what is drawn.
         let widest = self.seen.iter().map(Vec::len).max().unwrap_or(0);
         let mut ids = vec![u32::MAX; rows * widest];
         for (row, seen) in self.seen.iter().enumerate() {
             ids[row * widest..][..seen.len()].copy_from_slice(seen);
         }
         let lengths: Vec<u32> = self.seen.iter().map(|seen| seen.len() as u32).collect();
-        let (ids, lengths) = (gpu.upload(&ids)?, gpu.upload(&lengths)?);
+        let (mut on_device, lengths) = (gpu.upload(&ids)?, gpu.upload(&lengths)?);
         let (streams, counters) = (gpu.upload(&self.streams)?, gpu.upload(&self.counters)?);
         let (wide, narrow) = (gpu.upload(&self.logits)?, gpu.upload(&rounded(&self.logits))?);
         let logits = if self.narrow { Logits::Bf16(&narrow) } else { Logits::F32(&wide) };
@@ -70,7 +71,17 @@ impl Case {
             id_limit: sampling.id_limit,
         };
         let mut drawn = Drawn::new(gpu, rows)?;
-        next(&mut drawn, logits, Some(Seen { ids: &ids, lengths: &lengths }), &streams, &counters, &rule)?;
+        let mut scratch = gpu.alloc(scratch_len(rows, self.columns, &rule))?;
+        let seen = Seen { ids: &mut on_device, lengths: &lengths };
+        next(&mut drawn, &mut scratch, logits, Some(seen), &streams, &counters, &rule)?;
+        if rule.repetition_penalty != 1.0 {
+            for (row, (seen, drawn)) in self.seen.iter().zip(drawn.ids.download()?).enumerate() {
+                if seen.len() < widest {
+                    ids[row * widest + seen.len()] = drawn;
+                }
+            }
+        }
+        assert_eq!(on_device.download()?, ids, "an id is seen once it is drawn");
         assert!(wide.download()?.iter().zip(&self.logits).all(|(a, b)| a.to_bits() == b.to_bits()));
         Ok(vec![bytes(&drawn.ids)?, bytes(&drawn.log_probs)?, bytes(&drawn.probabilities)?])
     }

@@ -11,7 +11,7 @@ use pipe::random::Stream;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::c_void;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 /// The emulator, as a device of a capability.
 ///
@@ -246,18 +246,20 @@ impl Driver for Emulated {
         shared_bytes: u32,
         arguments: &mut [*mut c_void],
     ) -> Result<(), Problem> {
-        // SAFETY: a launch's arguments are given as eight bytes each.
-        let addresses = arguments.iter().map(|argument| unsafe { argument.cast::<u64>().read_unaligned() });
-        queues(|queues| queues.launch(addresses));
-        BEFORE_LAUNCH.with_borrow_mut(|hook| {
-            if let Some(hook) = hook {
-                hook(kernel, arguments);
+        let captured = CAPTURED.with_borrow_mut(|captured| match captured {
+            Some(launches) => {
+                let arguments = first_words(arguments);
+                launches.push(Launched { kernel, grid, block, shared_bytes, arguments });
+                true
             }
+            None => false,
         });
-        let (grid, block) = ((grid.0, grid.1, grid.2), (block.0, block.1, block.2));
-        // SAFETY: the caller's promise.
-        unsafe { emulator::launch(kernel, grid, block, shared_bytes, arguments) }
-            .map_err(|faults| Problem::new("cuda::fault", faults))
+        if captured {
+            // Their maps are longer than what is noted down here.
+            assert!(!kernel.ends_with("_hopper"), "`{kernel}` was captured");
+            return Ok(());
+        }
+        carry_out(kernel, grid, block, shared_bytes, arguments)
     }
 
     fn synchronize(&self) -> Result<(), Problem> {
@@ -316,6 +318,284 @@ impl Driver for Emulated {
 
     fn forget(&self, mark: Mark) {
         queues(|queues| queues.marks.remove(&mark.0));
+    }
+
+    fn begin_capture(&self) -> Result<(), Problem> {
+        CAPTURED.with_borrow_mut(|captured| match captured {
+            Some(_) => Err(Problem::new("cuda::driver", "launches are being captured already")),
+            None => {
+                *captured = Some(Vec::new());
+                Ok(())
+            }
+        })
+    }
+
+    fn end_capture(&self) -> Result<u64, Problem> {
+        let launches = CAPTURED.take().ok_or_else(|| Problem::new("cuda::driver", "nothing was captured"))?;
+        let mut graphs = GRAPHS.lock().unwrap();
+        graphs.1 += 1;
+        let handle = graphs.1;
+        graphs.0.insert(handle, launches);
+        Ok(handle)
+    }
+
+    unsafe fn launch_graph(&self, graph: u64) -> Result<(), Problem> {
+        let launches = GRAPHS.lock().unwrap().0.get(&graph).cloned();
+        let launches = launches.ok_or_else(|| Problem::new("cuda::driver", "there is no such graph"))?;
+        launches.iter().try_for_each(Launched::run)
+    }
+
+    fn free_graph(&self, graph: u64) {
+        assert!(GRAPHS.lock().unwrap().0.remove(&graph).is_some(), "graph {graph} is not there");
+    }
+}
+
+/// A launch, with its arguments' values.
+#[derive(Clone)]
+struct Launched {
+    kernel: &'static str,
+    grid: Dim,
+    block: Dim,
+    shared_bytes: u32,
+    arguments: Vec<u64>,
+}
+
+thread_local! {
+    /// What this thread has captured so far, if it captures.
+    static CAPTURED: RefCell<Option<Vec<Launched>>> = const { RefCell::new(None) };
+}
+
+/// All graphs, and how many there were.
+static GRAPHS: Mutex<(BTreeMap<u64, Vec<Launched>>, u64)> = Mutex::new((BTreeMap::new(), 0));
+
+impl Launched {
+    fn run(&self) -> Result<(), Problem> {
+        let mut values = self.arguments.clone();
+        let mut arguments: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        carry_out(self.kernel, self.grid, self.block, self.shared_bytes, &mut arguments)
+    }
+}
+
+/// The first eight bytes of every argument: all of it, but for maps (`cuda::Launch`).
+fn first_words(arguments: &[*mut c_void]) -> Vec<u64> {
+    // SAFETY: an argument has at least eight bytes.
+    arguments.iter().map(|argument| unsafe { argument.cast::<u64>().read_unaligned() }).collect()
+}
+
+fn carry_out(
+    kernel: &'static str,
+    grid: Dim,
+    block: Dim,
+    shared_bytes: u32,
+    arguments: &mut [*mut c_void],
+) -> Result<(), Problem> {
+    queues(|queues| queues.launch(first_words(arguments).into_iter()));
+    BEFORE_LAUNCH.with_borrow_mut(|hook| {
+        if let Some(hook) = hook {
+            hook(kernel, arguments);
+        }
+    });
+    let (grid, block) = ((grid.0, grid.1, grid.2), (block.0, block.1, block.2));
+    // SAFETY: the arguments are the kernel's, as whoever launched it promised.
+    unsafe { emulator::launch(kernel, grid, block, shared_bytes, arguments) }
+        .map_err(|faults| Problem::new("cuda::fault", faults))
+}
+
+/// Someone who looks on while a device works, and may refuse.
+pub trait Watcher: Send + Sync {
+    /// Before it is done; `Err` is what the device answers instead.
+    fn asked(&self, _: &Asked) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    /// After it was done.
+    fn given(&self, _: &Given) {}
+
+    /// Bytes that are free and bytes that there are, where it knows better.
+    fn memory(&self) -> Option<(usize, usize)> {
+        None
+    }
+
+    /// Has a kernel launched by `launch`.
+    fn launching(&self, _: &'static str, launch: &mut dyn FnMut() -> Result<(), Problem>) -> Result<(), Problem> {
+        launch()
+    }
+}
+
+/// What a device is asked for.
+#[derive(Debug, Clone, Copy)]
+pub enum Asked {
+    /// So many bytes of memory.
+    Memory(usize),
+    Upload(usize),
+    Download(usize),
+    Launch(&'static str),
+    Graph,
+}
+
+/// What came of it, where that is for the watcher.
+#[derive(Debug, Clone, Copy)]
+pub enum Given {
+    /// Bytes at an address.
+    Memory(u64, usize),
+    /// The memory at an address went back.
+    Back(u64),
+}
+
+/// The portable emulator, watched.
+pub struct Watched<W>(pub W);
+
+impl<W: Watcher> Driver for Watched<W> {
+    fn name(&self) -> String {
+        PORTABLE.name()
+    }
+
+    fn capability(&self) -> Capability {
+        PORTABLE.capability()
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64, Problem> {
+        self.0.asked(&Asked::Memory(bytes))?;
+        let address = PORTABLE.alloc(bytes)?;
+        self.0.given(&Given::Memory(address, bytes));
+        Ok(address)
+    }
+
+    fn free(&self, address: u64) {
+        self.0.given(&Given::Back(address));
+        PORTABLE.free(address);
+    }
+
+    fn memory(&self) -> Result<(usize, usize), Problem> {
+        self.0.memory().map_or_else(|| PORTABLE.memory(), Ok)
+    }
+
+    fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Problem> {
+        self.0.asked(&Asked::Upload(bytes.len()))?;
+        PORTABLE.upload(to, bytes)
+    }
+
+    fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Problem> {
+        self.0.asked(&Asked::Download(bytes.len()))?;
+        PORTABLE.download(from, bytes)
+    }
+
+    fn zero(&self, at: u64, bytes: usize) -> Result<(), Problem> {
+        PORTABLE.zero(at, bytes)
+    }
+
+    fn tensor_map(&self, view: &TensorView) -> Result<TensorMap, Problem> {
+        PORTABLE.tensor_map(view)
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: Dim,
+        block: Dim,
+        shared_bytes: u32,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), Problem> {
+        self.0.asked(&Asked::Launch(kernel))?;
+        // SAFETY: the caller's promise.
+        self.0.launching(kernel, &mut || unsafe { PORTABLE.launch(kernel, grid, block, shared_bytes, arguments) })
+    }
+
+    fn synchronize(&self) -> Result<(), Problem> {
+        PORTABLE.synchronize()
+    }
+
+    fn alloc_host(&self, bytes: usize) -> Result<u64, Problem> {
+        PORTABLE.alloc_host(bytes)
+    }
+
+    fn free_host(&self, address: u64) {
+        PORTABLE.free_host(address);
+    }
+
+    unsafe fn queue_upload(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<(), Problem> {
+        self.0.asked(&Asked::Upload(bytes))?;
+        // SAFETY: the caller's promise.
+        unsafe { PORTABLE.queue_upload(queue, to, from, bytes) }
+    }
+
+    unsafe fn queue_download(&self, queue: Queue, from: u64, to: u64, bytes: usize) -> Result<(), Problem> {
+        self.0.asked(&Asked::Download(bytes))?;
+        // SAFETY: the caller's promise.
+        unsafe { PORTABLE.queue_download(queue, from, to, bytes) }
+    }
+
+    fn mark(&self, queue: Queue) -> Result<Mark, Problem> {
+        PORTABLE.mark(queue)
+    }
+
+    fn queue_wait(&self, queue: Queue, mark: Mark) -> Result<(), Problem> {
+        PORTABLE.queue_wait(queue, mark)
+    }
+
+    fn wait(&self, mark: Mark) -> Result<(), Problem> {
+        PORTABLE.wait(mark)
+    }
+
+    fn forget(&self, mark: Mark) {
+        PORTABLE.forget(mark);
+    }
+
+    fn begin_capture(&self) -> Result<(), Problem> {
+        PORTABLE.begin_capture()
+    }
+
+    fn end_capture(&self) -> Result<u64, Problem> {
+        PORTABLE.end_capture()
+    }
+
+    unsafe fn launch_graph(&self, graph: u64) -> Result<(), Problem> {
+        self.0.asked(&Asked::Graph)?;
+        // SAFETY: the caller's promise.
+        unsafe { PORTABLE.launch_graph(graph) }
+    }
+
+    fn free_graph(&self, graph: u64) {
+        PORTABLE.free_graph(graph);
+    }
+}
+
+/// A device with so many bytes of memory and no more.
+pub struct Limited {
+    left: Mutex<usize>,
+    given: Mutex<BTreeMap<u64, usize>>,
+}
+
+impl Limited {
+    pub fn to(bytes: usize) -> Gpu {
+        Gpu::new(Box::new(Watched(Limited { left: Mutex::new(bytes), given: Mutex::default() })))
+    }
+}
+
+impl Watcher for Limited {
+    fn asked(&self, asked: &Asked) -> Result<(), Problem> {
+        match asked {
+            Asked::Memory(bytes) if *bytes > *self.left.lock().unwrap() => {
+                Err(Problem::new("cuda::out_of_memory", "the emulator has not enough free memory"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn given(&self, given: &Given) {
+        let (mut left, mut all) = (self.left.lock().unwrap(), self.given.lock().unwrap());
+        match given {
+            Given::Memory(address, bytes) => {
+                *left -= bytes;
+                all.insert(*address, *bytes);
+            }
+            Given::Back(address) => *left += all.remove(address).expect("given before"),
+        }
+    }
+
+    fn memory(&self) -> Option<(usize, usize)> {
+        let (left, given) = (*self.left.lock().unwrap(), self.given.lock().unwrap().values().sum::<usize>());
+        Some((left, left + given))
     }
 }
 

@@ -2,7 +2,7 @@
 //! growth of the cache.
 
 use super::attention::Dims;
-use crate::cuda::Buffer;
+use crate::cuda::{Buffer, Gpu};
 use crate::problem::Problem;
 use half::bf16;
 
@@ -13,16 +13,39 @@ pub const PAGE: usize = 16;
 const THREADS: usize = 128;
 const WARPS: usize = 4;
 /// Keys of a sequence that a block takes. Part of the results.
-const SPAN: usize = 256;
+pub const SPAN: usize = 256;
 /// Query heads of a group that a block takes.
 const HEADS: usize = 16;
+
+/// Room for what is known of each 256 keys before they are put together.
+pub struct Parts {
+    /// [B, H, spans, D].
+    o: Buffer<f32>,
+    /// [B, H, spans, 2].
+    sums: Buffer<f32>,
+    spans: usize,
+}
+
+impl Parts {
+    /// For `batch` sequences, the longest of at most `longest` keys.
+    pub fn new(gpu: &Gpu, batch: usize, longest: usize, dims: Dims) -> Result<Parts, Problem> {
+        let (rows, spans) = (batch * dims.heads, longest.div_ceil(SPAN));
+        Ok(Parts { o: gpu.alloc(rows * spans * dims.head_dim)?, sums: gpu.alloc(rows * spans * 2)?, spans })
+    }
+
+    /// The same memory for fewer or shorter sequences.
+    pub fn part(&self, batch: usize, longest: usize, dims: Dims) -> Parts {
+        let (rows, spans) = (batch * dims.heads, longest.div_ceil(SPAN));
+        Parts { o: self.o.part(0, rows * spans * dims.head_dim), sums: self.sums.part(0, rows * spans * 2), spans }
+    }
+}
 
 /// o [B, H, D] = the attention of q [B, H, D], one token of each sequence, over the sequence's keys and values.
 ///
 /// The caches are [pages, PAGE, KV, D], the page table [B, max_pages], lengths [B]. A sequence of length 0 gets
-/// zeros. `longest` is at least the largest length; the entries of the table that lengths reach are below the
-/// number of pages, no length above `max_pages * PAGE`. The device's memory is not looked at: the caller sees to
-/// this. A sequence's result does not depend on the others, nor on `longest`.
+/// zeros. No length is above what `parts` was made for, nor above `max_pages * PAGE`; the entries of the table that
+/// lengths reach are below the number of pages. The device's memory is not looked at: the caller sees to this. A
+/// sequence's result depends neither on the others nor on how much room `parts` has.
 #[expect(clippy::too_many_arguments, reason = "the result, the operands, where pages lie, and sizes")]
 pub fn forward(
     o: &mut Buffer<bf16>,
@@ -30,8 +53,8 @@ pub fn forward(
     k_cache: &Buffer<bf16>,
     v_cache: &Buffer<bf16>,
     page_table: &Buffer<u32>,
-    lengths: &Buffer<i32>,
-    longest: usize,
+    lengths: &Buffer<u32>,
+    parts: &mut Parts,
     dims: Dims,
 ) -> Result<(), Problem> {
     dims.check()?;
@@ -41,11 +64,9 @@ pub fn forward(
         return Ok(());
     }
     let max_pages = check_cache(k_cache, v_cache, page_table, batch, dims);
-    assert!(longest <= max_pages * PAGE, "{longest} keys in {max_pages} pages");
-    let (gpu, rows, spans) = (o.gpu(), batch * dims.heads, longest.div_ceil(SPAN));
-
-    let part_o = gpu.alloc::<f32>(rows * spans * dims.head_dim)?;
-    let part_sums = gpu.alloc::<f32>(rows * spans * 2)?;
+    let (gpu, rows, Parts { o: part_o, sums: part_sums, spans }) = (o.gpu(), batch * dims.heads, parts);
+    let spans = *spans;
+    assert!(part_o.len() == rows * spans * dims.head_dim && part_sums.len() == rows * spans * 2, "parts for others");
     let groups = (dims.heads / dims.kv_heads).div_ceil(HEADS);
     let launch = gpu
         .launch(
@@ -54,8 +75,8 @@ pub fn forward(
             THREADS,
         )
         .shared(parts_bytes(dims))
-        .buffer(&part_o)
-        .buffer(&part_sums)
+        .buffer(part_o)
+        .buffer(part_sums)
         .buffer(q)
         .buffer(k_cache)
         .buffer(v_cache)
@@ -71,8 +92,8 @@ pub fn forward(
     let launch = gpu
         .launch("attention_decode_merge", rows.div_ceil(WARPS), THREADS)
         .buffer(o)
-        .buffer(&part_o)
-        .buffer(&part_sums)
+        .buffer(part_o)
+        .buffer(part_sums)
         .buffer(lengths)
         .int(batch)
         .int(dims.heads)
@@ -90,7 +111,7 @@ pub fn append(
     k: &Buffer<bf16>,
     v: &Buffer<bf16>,
     page_table: &Buffer<u32>,
-    positions: &Buffer<i32>,
+    positions: &Buffer<u32>,
     dims: Dims,
 ) -> Result<(), Problem> {
     dims.check()?;

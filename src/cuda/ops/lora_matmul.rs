@@ -3,8 +3,8 @@
 //!
 //! Every element of low, y, dlow and dx is one chain over the summed index, whichever kernel computes it. So the choice
 //! between the kernels of the first file is about speed alone: a row has the same bits by itself and in any batch. Those
-//! of the second, for compute capability 9.0, have the same law and may differ from the others in last bits: there a row
-//! has the same bits in any batch of [`HOPPER_ROWS`] or more.
+//! of the second, for compute capability 9.0, have the same law and may differ from the others in last bits: who calls
+//! says which ([`forward`], [`forward_step`]), never the number of rows.
 
 use crate::cuda::{Buffer, Dim, Gpu, copies_rows_of};
 use crate::problem::Problem;
@@ -76,8 +76,6 @@ const FACTOR: Tile = Tile::new("lora_matmul_factor", (64, 64), 128, 32 << 10);
 
 /// Takes tensor maps, each with a box of as many rows as the tile.
 const FORWARD_HOPPER: Tile = Tile::new("lora_matmul_forward_hopper", (128, 256), 384, 4 * (48 << 10) + 64);
-/// From so many rows on, where the device and the sizes allow it.
-pub const HOPPER_ROWS: usize = 64;
 
 /// At most so many rows are decoded sixteen at a time, ...
 const DECODE_ROWS: usize = 16;
@@ -98,8 +96,44 @@ fn part_rows(m: usize) -> usize {
 /// pass wants; with `low` absent it is thrown away. x [m, k], W [n, k], bias [n].
 ///
 /// The adapter's product and the base's are summed in the same f32 accumulators; y is rounded once.
+///
+/// Where the device has wgmma and the sizes suit it, that is used for any m, so that a row has the same bits in
+/// every batch.
 #[expect(clippy::too_many_arguments, reason = "two results, the operands of a layer, and its sizes")]
 pub fn forward(
+    y: &mut Buffer<bf16>,
+    low: Option<&mut Buffer<bf16>>,
+    x: &Buffer<bf16>,
+    w: &Buffer<bf16>,
+    bias: Option<&Buffer<f32>>,
+    lora: Option<Lora<'_>>,
+    dims: Dims,
+    add: bool,
+) -> Result<(), Problem> {
+    let suits = copies_rows_of(dims.k) && lora.is_none_or(|lora| copies_rows_of(lora.rank));
+    let wgmma = y.gpu().has_wgmma() && suits;
+    forward_by(wgmma, y, low, x, w, bias, lora, dims, add)
+}
+
+/// [`forward`] for rows that are a token each, of so many completions as happen to be in the making: small tiles,
+/// the same kernels whatever the device.
+#[expect(clippy::too_many_arguments, reason = "as above")]
+pub fn forward_step(
+    y: &mut Buffer<bf16>,
+    low: Option<&mut Buffer<bf16>>,
+    x: &Buffer<bf16>,
+    w: &Buffer<bf16>,
+    bias: Option<&Buffer<f32>>,
+    lora: Option<Lora<'_>>,
+    dims: Dims,
+    add: bool,
+) -> Result<(), Problem> {
+    forward_by(false, y, low, x, w, bias, lora, dims, add)
+}
+
+#[expect(clippy::too_many_arguments, reason = "as above")]
+fn forward_by(
+    wgmma: bool,
     y: &mut Buffer<bf16>,
     low: Option<&mut Buffer<bf16>>,
     x: &Buffer<bf16>,
@@ -130,8 +164,7 @@ pub fn forward(
         }
     };
 
-    if y.gpu().has_wgmma() && m >= HOPPER_ROWS && copies_rows_of(k) && lora.is_none_or(|lora| copies_rows_of(lora.rank))
-    {
+    if wgmma {
         return forward_hopper(y, x, w, bias, lora.zip(low), dims, add);
     }
     let tile = if m <= DECODE_ROWS {

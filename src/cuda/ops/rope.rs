@@ -29,6 +29,11 @@ impl Table {
         Ok(Table { cos: gpu.upload(&cos)?, sin: gpu.upload(&sin)?, head_dim })
     }
 
+    /// The same table, in the same memory.
+    pub fn share(&self) -> Table {
+        Table { cos: self.cos.part(0, self.cos.len()), sin: self.sin.part(0, self.sin.len()), head_dim: self.head_dim }
+    }
+
     /// How many positions it covers.
     pub fn positions(&self) -> usize {
         self.cos.len() / (self.head_dim / 2)

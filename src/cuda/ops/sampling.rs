@@ -36,10 +36,9 @@ pub enum Logits<'a> {
 }
 
 /// The ids of each row so far, prompt included, in any order and as often as they occurred.
-#[derive(Clone, Copy)]
 pub struct Seen<'a> {
-    /// `[B, S]`.
-    pub ids: &'a Buffer<u32>,
+    /// `[B, S]`. What is drawn is written behind those that count, where there is room.
+    pub ids: &'a mut Buffer<u32>,
     /// `[B]`: how many count in each row, at most S.
     pub lengths: &'a Buffer<u32>,
 }
@@ -60,10 +59,17 @@ impl Drawn {
     }
 }
 
+/// How many elements of scratch memory [`next`] needs for `rows` rows of `columns` logits.
+pub fn scratch_len(rows: usize, columns: usize, rule: &Rule) -> usize {
+    if rule.temperature == 0.0 { 0 } else { rows * columns }
+}
+
 /// Draws an id per row into `drawn` (=), as `Sampling::next` does with number `counters[row]` of the stream
-/// (`rule.seed`, `streams[row]`). `seen` may be missing if there is no penalty.
+/// (`rule.seed`, `streams[row]`). `seen` may be missing if there is no penalty. `scratch` has [`scratch_len`]
+/// elements.
 pub fn next(
     drawn: &mut Drawn,
+    scratch: &mut Buffer<f32>,
     logits: Logits,
     seen: Option<Seen>,
     streams: &Buffer<u64>,
@@ -71,9 +77,9 @@ pub fn next(
     rule: &Rule,
 ) -> Result<(), Problem> {
     let rows = drawn.ids.len();
-    let (kernel, address, len) = match logits {
-        Logits::F32(logits) => ("sample_f32", logits.address(), logits.len()),
-        Logits::Bf16(logits) => ("sample_bf16", logits.address(), logits.len()),
+    let (kernel, len) = match logits {
+        Logits::F32(logits) => ("sample_f32", logits.len()),
+        Logits::Bf16(logits) => ("sample_bf16", logits.len()),
     };
     assert_eq!((drawn.log_probs.len(), drawn.probabilities.len()), (rows, rows));
     assert_eq!((streams.len(), counters.len()), (rows, rows));
@@ -85,8 +91,8 @@ pub fn next(
     let penalty = rule.repetition_penalty as f32;
     let seen = seen.filter(|_| rule.repetition_penalty != 1.0);
     assert!(seen.is_some() || rule.repetition_penalty == 1.0, "a penalty is for ids that were seen");
-    let seen_columns = seen.map_or(0, |seen| seen.ids.len() / rows);
-    if let Some(seen) = seen {
+    let seen_columns = seen.as_ref().map_or(0, |seen| seen.ids.len() / rows);
+    if let Some(seen) = &seen {
         assert_eq!((seen.ids.len(), seen.lengths.len()), (rows * seen_columns, rows));
     }
     let shared = SUM_BYTES + if seen.is_some() { columns.div_ceil(32) * 4 } else { 0 };
@@ -98,18 +104,23 @@ pub fn next(
     }
     let limit = if rule.id_limit == 0 { columns } else { rule.id_limit.min(columns) };
     let temperature = rule.temperature as f32;
-    let gpu = drawn.ids.gpu();
-    let scratch = if rule.temperature == 0.0 { None } else { Some(gpu.alloc::<f32>(len)?) };
-    let launch = gpu
+    assert_eq!(scratch.len(), scratch_len(rows, columns, rule));
+    let launch = drawn
+        .ids
+        .gpu()
         .launch(kernel, rows, THREADS)
         .shared(shared)
         .buffer(&drawn.ids)
         .buffer(&drawn.log_probs)
         .buffer(&drawn.probabilities)
-        .optional(scratch.as_ref())
-        .address(address)
-        .optional(seen.map(|seen| seen.ids))
-        .optional(seen.map(|seen| seen.lengths))
+        .buffer(scratch);
+    let launch = match logits {
+        Logits::F32(logits) => launch.buffer(logits),
+        Logits::Bf16(logits) => launch.buffer(logits),
+    };
+    let launch = launch
+        .optional(seen.as_ref().map(|seen| &*seen.ids))
+        .optional(seen.as_ref().map(|seen| seen.lengths))
         .buffer(streams)
         .buffer(counters)
         .int(columns)
