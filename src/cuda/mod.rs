@@ -10,16 +10,20 @@
 //! | `launch.rs` | one launch: name, grid, shared memory, arguments |
 //! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none |
 //! | `prebuilt.rs` | the compiled kernels, embedded, and which of them a device runs; its table is generated |
+//! | `jit.rs` | kernels compiled at run time, for whoever works on them; `units.rs` and `nvrtc.rs`: what and by whom |
 //! | `ops/` | the launcher of each kernel, under the stem of its `.cu` and of its reference in `tensor::ops` |
 
 mod driver;
+pub mod jit;
 mod launch;
 mod memory;
+pub mod nvrtc;
 pub mod ops;
 pub mod prebuilt;
 mod prebuilt_table;
+pub mod units;
 
-pub use driver::open;
+pub use driver::{open, open_with};
 pub use launch::{Dim, Launch};
 pub use memory::{Buffer, Gpu, Usage};
 
@@ -63,4 +67,14 @@ pub trait Driver: Send + Sync {
 
     /// Waits for everything queued. `Err` tells of a kernel that failed.
     fn synchronize(&self) -> Result<(), Problem>;
+
+    /// The seconds that passed between beginning and end of what `work` queues; waits for it. By the host's clock
+    /// where a device has none of its own.
+    fn time(&self, work: &mut dyn FnMut() -> Result<(), Problem>) -> Result<f64, Problem> {
+        self.synchronize()?;
+        let started = std::time::Instant::now();
+        work()?;
+        self.synchronize()?;
+        Ok(started.elapsed().as_secs_f64())
+    }
 }

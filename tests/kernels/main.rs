@@ -12,6 +12,7 @@ mod embedding;
 mod emulator;
 mod grad_norm;
 mod head_logprob;
+mod jit;
 mod lora_matmul;
 mod model;
 mod prebuilt;

@@ -7,9 +7,11 @@
 
 mod check;
 mod compile;
+#[path = "../../src/cuda/nvrtc.rs"]
 mod nvrtc;
 mod prebuilt;
 mod tools;
+#[path = "../../src/cuda/units.rs"]
 mod units;
 
 use check::Tools;
@@ -51,7 +53,7 @@ type Job<'u> = (&'u Unit, &'u str);
 
 fn generate(root: &Path) -> Done {
     let started = Instant::now();
-    let units = units::read(&root.join("kernels"))?;
+    let units = units::read(&root.join("kernels"), &root.join("kernels"))?;
     let prebuilt = Prebuilt::of(root);
     let old = prebuilt.made();
     let fresh = |(unit, arch): &Job| {
@@ -100,7 +102,7 @@ fn generate(root: &Path) -> Done {
 
 fn verify(root: &Path) -> Done {
     let started = Instant::now();
-    let units = units::read(&root.join("kernels"))?;
+    let units = units::read(&root.join("kernels"), &root.join("kernels"))?;
     let prebuilt = Prebuilt::of(root);
     let nvrtc = open(root)?;
     let tools = Tools {
