@@ -31,8 +31,8 @@ pub struct Jit {
     nvrtc: Nvrtc,
     version: String,
     cache: Option<PathBuf>,
-    /// Cubins by unit and architecture.
-    made: Mutex<BTreeMap<(String, String), Arc<Vec<u8>>>>,
+    /// Cubins by unit and architecture, as `rmsnorm.sm_90a`.
+    made: Mutex<BTreeMap<String, Arc<Vec<u8>>>>,
 }
 
 impl Jit {
@@ -88,16 +88,17 @@ impl Jit {
 
     fn compiled(&self, unit: &Unit, capability: Capability) -> Result<Arc<Vec<u8>>, Problem> {
         let arch = exact(capability);
+        let name = format!("{}.{arch}", unit.name);
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(image) = made.get(&(unit.name.clone(), arch.clone())) {
+        if let Some(image) = made.get(&name) {
             return Ok(image.clone());
         }
-        let image = Arc::new(self.from_cache_or_source(unit, &arch)?);
-        made.insert((unit.name.clone(), arch), image.clone());
+        let image = Arc::new(self.kept_or_made(unit, &arch)?);
+        made.insert(name, image.clone());
         Ok(image)
     }
 
-    fn from_cache_or_source(&self, unit: &Unit, arch: &str) -> Result<Vec<u8>, Problem> {
+    fn kept_or_made(&self, unit: &Unit, arch: &str) -> Result<Vec<u8>, Problem> {
         let kept = self.cache.as_ref().map(|cache| {
             let digest = unit.fingerprint_by(&self.version, arch);
             cache.join(format!("{}.{arch}.{digest}.cubin", unit.name))

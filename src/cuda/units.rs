@@ -29,6 +29,8 @@ struct Manifest {
     archs: Vec<String>,
     #[serde(default)]
     kernels: BTreeMap<String, Entry>,
+    #[serde(default)]
+    shared: BTreeMap<String, u32>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -109,10 +111,8 @@ pub fn is_ptx(arch: &str) -> bool {
 /// All units of a folder of kernels, by name; or everything that is wrong with its manifest. Headers that are not
 /// beside the kernels are looked for in `headers`.
 pub fn read(kernels: &Path, headers: &Path) -> Result<Vec<Unit>, Vec<String>> {
-    let text = |path: &Path| fs::read_to_string(path).map_err(|error| vec![format!("{}: {error}", path.display())]);
     let manifest_path = kernels.join("manifest.toml");
-    let manifest: Manifest = toml::from_str(&text(&manifest_path)?)
-        .map_err(|error| vec![format!("{}: {}", manifest_path.display(), error.to_string().trim_end())])?;
+    let manifest = manifest(&manifest_path).map_err(|wrong| vec![wrong])?;
     let stems: BTreeSet<String> = fs::read_dir(kernels)
         .map_err(|error| vec![format!("{}: {error}", kernels.display())])?
         .flatten()
@@ -148,6 +148,16 @@ pub fn read(kernels: &Path, headers: &Path) -> Result<Vec<Unit>, Vec<String>> {
         }
     }
     if wrong.is_empty() { Ok(units) } else { Err(wrong) }
+}
+
+/// Kernel -> the most dynamic shared memory that a launch of it asks for, in bytes, as the manifest of a folder says.
+pub fn shared(kernels: &Path) -> Result<BTreeMap<String, u32>, String> {
+    manifest(&kernels.join("manifest.toml")).map(|manifest| manifest.shared)
+}
+
+fn manifest(path: &Path) -> Result<Manifest, String> {
+    let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    toml::from_str(&text).map_err(|error| format!("{}: {}", path.display(), error.to_string().trim_end()))
 }
 
 /// Adds `file`, of the first of the folders that has it, and what it includes. An include that is in none belongs to

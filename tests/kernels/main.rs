@@ -10,6 +10,7 @@ mod bias;
 mod cast;
 mod embedding;
 mod emulator;
+mod gpu_bench;
 mod grad_norm;
 mod head_logprob;
 mod jit;

@@ -18,23 +18,34 @@ fn root() -> PathBuf {
 
 /// Unit -> architecture -> fingerprint, size, kernels, as `cargo xtask kernels` wrote them.
 fn index() -> BTreeMap<String, BTreeMap<String, Value>> {
-    let text = fs::read_to_string(root().join("kernels/prebuilt/index.toml")).expect("kernels/prebuilt/index.toml");
+    index_of("kernels")
+}
+
+fn index_of(folder: &str) -> BTreeMap<String, BTreeMap<String, Value>> {
+    let path = root().join(folder).join("prebuilt/index.toml");
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     toml::from_str(&text).expect("index.toml")
+}
+
+/// Units, each with the architectures for which another text was compiled than is there.
+fn stale(folder: &str) -> Vec<String> {
+    let index = index_of(folder);
+    let mut wrong = Vec::new();
+    for unit in units::read(&root().join(folder), &root().join("kernels")).expect(folder) {
+        let made = |arch: &str| index.get(&unit.name)?.get(arch);
+        let stale = |arch: &str| made(arch).is_none_or(|made| made["fingerprint"] != unit.fingerprint(arch));
+        let stale: Vec<&str> = unit.archs.iter().map(String::as_str).filter(|arch| stale(arch)).collect();
+        if !stale.is_empty() {
+            wrong.push(format!("{folder}, {}: {}", unit.name, stale.join(", ")));
+        }
+    }
+    wrong
 }
 
 #[test]
 fn what_is_embedded_was_made_from_the_kernels_that_are_here() {
     let units = units::read(&root().join("kernels"), &root().join("kernels")).expect("kernels/");
-    let index = index();
-    let mut wrong = Vec::new();
-    for unit in &units {
-        let made = |arch: &str| index.get(&unit.name)?.get(arch);
-        let stale = |arch: &str| made(arch).is_none_or(|made| made["fingerprint"] != unit.fingerprint(arch));
-        let stale: Vec<&str> = unit.archs.iter().map(String::as_str).filter(|arch| stale(arch)).collect();
-        if !stale.is_empty() {
-            wrong.push(format!("{}: {}", unit.name, stale.join(", ")));
-        }
-    }
+    let mut wrong = [stale("kernels"), stale("tests/conformance")].concat();
     let embedded: BTreeSet<&str> = prebuilt::units().iter().map(|unit| unit.name).collect();
     let here: BTreeSet<&str> = units.iter().map(|unit| unit.name.as_str()).collect();
     wrong.extend(embedded.symmetric_difference(&here).map(|name| format!("{name}: embedded, or here, not both")));
