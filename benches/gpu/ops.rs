@@ -34,6 +34,9 @@ pub enum Against {
 /// One run of an operation: the seconds it took.
 pub type Run = Box<dyn FnMut() -> Result<f64, Problem>>;
 
+/// Makes the operands.
+pub type Make = Box<dyn Fn(&Gpu) -> Result<Run, Problem>>;
+
 pub struct Plan {
     /// Op and shape are the name by which the peer's figure is found.
     pub op: &'static str,
@@ -42,7 +45,7 @@ pub struct Plan {
     pub against: Against,
     /// The ratio to what it is held against that is aimed at.
     pub target: f64,
-    pub make: Box<dyn Fn(&Gpu) -> Result<Run, Problem>>,
+    pub make: Make,
 }
 
 /// Sizes of everything measured: a GPU's, or small ones for a test of this code.
@@ -71,10 +74,6 @@ const QWEN_1_5B: &str = r#"{ "model_type": "qwen2", "hidden_size": 1536, "num_hi
     "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151936, "max_position_embeddings": 32768,
     "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": true, "hidden_act": "silu" }"#;
 
-const TINY: &str = r#"{ "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
-    "num_key_value_heads": 1, "head_dim": 64, "intermediate_size": 64, "vocab_size": 96, "max_position_embeddings": 64,
-    "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": true, "hidden_act": "silu" }"#;
-
 impl Sizes {
     /// Those of Qwen2.5-7B; decoding those of 1.5B.
     pub fn of_a_gpu() -> Sizes {
@@ -88,20 +87,6 @@ impl Sizes {
             parameters: 100_000_000,
             step: (QWEN_7B, 20_000, 256),
             decode: (QWEN_1_5B, 64, 1024, 32),
-        }
-    }
-
-    pub fn of_a_test() -> Sizes {
-        Sizes {
-            matmul: 64,
-            copy: 1 << 10,
-            attention: (attention::Dims { heads: 2, kv_heads: 1, head_dim: 128 }, vec![70]),
-            linears: (20, vec![(40, 24)], vec![16]),
-            head: (20, 40, 200),
-            rows: (5, 64, 96),
-            parameters: 5000,
-            step: (TINY, 24, 8),
-            decode: (TINY, 2, 20, 2),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! From seconds to the table: rates, limits, ratios, and whether they are what is aimed at.
 
-use crate::ops::{Against, Amount, Plan};
+use super::ops::{Against, Amount, Plan};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 

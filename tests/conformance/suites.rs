@@ -84,8 +84,11 @@ fn kernels() -> Vec<Row> {
     rows
 }
 
+/// A test and what came of it.
+type Verdict = (String, Result<(), String>);
+
 /// Runs a test program as `cargo test` does: its tests, each with what came of it.
-fn run(program: &str, notes: Option<&Path>) -> Result<Vec<(String, Result<(), String>)>, String> {
+fn run(program: &str, notes: Option<&Path>) -> Result<Vec<Verdict>, String> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.current_dir(env!("CARGO_MANIFEST_DIR")).args(["test", "--test", program]);
@@ -109,7 +112,7 @@ fn run(program: &str, notes: Option<&Path>) -> Result<Vec<(String, Result<(), St
 }
 
 /// Reads `test NAME ... ok`, and of what failed the words of its panic.
-fn verdicts(text: &str) -> Vec<(String, Result<(), String>)> {
+fn verdicts(text: &str) -> Vec<Verdict> {
     let results = text.lines().filter_map(|line| line.strip_prefix("test ")?.split_once(" ... "));
     let verdict = |(test, verdict): (&str, &str)| match verdict.split([' ', ',']).next() {
         Some("ok") => Some((test.to_string(), Ok(()))),

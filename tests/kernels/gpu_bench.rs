@@ -2,18 +2,36 @@
 //! How long the emulator takes means nothing and is printed nowhere.
 
 #[path = "../../benches/gpu/ops.rs"]
-#[allow(dead_code, reason = "the bench measures larger shapes, which the emulator would take days for")]
 mod ops;
 #[path = "../../benches/gpu/table.rs"]
 mod table;
 
 use crate::support::gpu;
 use ops::{Against, Amount, Plan, Sizes, plans};
+use pipe::cuda::ops::attention::Dims;
 use table::{Limits, Line, Peer, head, median};
+
+const TINY: &str = r#"{ "model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "head_dim": 64, "intermediate_size": 64, "vocab_size": 96, "max_position_embeddings": 64,
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": true, "hidden_act": "silu" }"#;
+
+fn small() -> Sizes {
+    Sizes {
+        matmul: 64,
+        copy: 1 << 10,
+        attention: (Dims { heads: 2, kv_heads: 1, head_dim: 128 }, vec![70]),
+        linears: (20, vec![(40, 24)], vec![16]),
+        head: (20, 40, 200),
+        rows: (5, 64, 96),
+        parameters: 5000,
+        step: (TINY, 24, 8),
+        decode: (TINY, 2, 20, 2),
+    }
+}
 
 #[test]
 fn every_operation_of_the_bench_runs() {
-    let plans = plans(&Sizes::of_a_test());
+    let plans = plans(&small());
     for plan in &plans {
         let run = (plan.make)(&gpu()).and_then(|mut run| run());
         let seconds = run.unwrap_or_else(|problem| panic!("{}, {}: {problem}", plan.op, plan.shape));
