@@ -62,6 +62,20 @@ impl Instruction {
         output.download()
     }
 
+    /// Places of the output and words that are wrong there, if only just.
+    pub fn just_beyond(&self, law: &[u32]) -> Vec<(usize, u32)> {
+        let normal = |word: &u32| f32::from_bits(*word).is_normal();
+        let at = law.iter().position(normal).unwrap_or(0);
+        match self.bound {
+            Bound::Exact => vec![(0, law[0] ^ 1), (law.len() - 1, law[law.len() - 1] ^ 1 << 31)],
+            Bound::Ulps(most) => vec![(at, law[at] + most + 1), (at, law[at] - most - 1), (at, f32::NAN.to_bits())],
+            Bound::Relative(most, scales) => {
+                let beyond = f64::from(f32::from_bits(law[at])) + 1.1 * most * scales(&self.input())[at];
+                vec![(at, (beyond as f32).to_bits()), (at, f32::NAN.to_bits())]
+            }
+        }
+    }
+
     pub fn compare(&self, got: &[u32], want: &[u32]) -> Compared {
         assert_eq!(got.len(), want.len(), "{}", self.name);
         let float = f32::from_bits;
