@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn blocks_of_a_multiprocessor_are_limited_by_what_is_scarcest() {
         assert_eq!(blocks("sm_80", 32, 256, 0), (8, "registers"));
-        assert_eq!(blocks("sm_80", 24, 1024, 0), (2, "threads"));
+        assert_eq!(blocks("sm_80", 16, 1024, 0), (2, "threads"));
         assert_eq!(blocks("sm_80", 16, 32, 0), (32, "blocks"));
         assert_eq!(blocks("sm_90a", 255, 128, 0), (2, "registers"));
         assert_eq!(blocks("sm_90a", 128, 256, 0), (2, "registers"));
