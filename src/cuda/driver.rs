@@ -8,7 +8,8 @@
 //! the driver again. Its buffers, which record two events each, are not used: the order of a queue is nearly
 //! all we need, and the few events between two queues are marked by hand.
 
-use super::prebuilt::{self, Blob, Capability};
+use super::jit::Jit;
+use super::prebuilt::{Capability, Image, Kernels, Unit};
 use super::{Dim, Driver, Gpu, Mark, Queue, TensorMap, TensorView};
 use crate::problem::{Exit, Problem};
 use cudarc::driver::DriverError;
@@ -31,7 +32,12 @@ const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
 /// The `ordinal`-th device that the driver shows. `Err`: `cuda::no_driver`, `cuda::old_driver`,
 /// `cuda::no_device`, `cuda::old_device`, each with what to do about it.
 pub fn open(ordinal: usize) -> Result<Gpu, Problem> {
-    Ok(Gpu::new(Box::new(Nvidia::open(ordinal)?)))
+    open_with(ordinal, &[])
+}
+
+/// The same, and it also knows the kernels of these units, whose names are no others'.
+pub fn open_with(ordinal: usize, more: &'static [Unit]) -> Result<Gpu, Problem> {
+    Ok(Gpu::new(Box::new(Nvidia::open(ordinal, more)?)))
 }
 
 struct Nvidia {
@@ -43,6 +49,7 @@ struct Nvidia {
     stream: sys::CUstream,
     /// The queue of copies beside it.
     copies: sys::CUstream,
+    kernels: Kernels,
     loaded: Mutex<Loaded>,
     events: Mutex<Events>,
 }
@@ -62,7 +69,8 @@ unsafe impl Sync for Nvidia {}
 /// Kernels are loaded when first launched.
 #[derive(Default)]
 struct Loaded {
-    modules: HashMap<&'static str, sys::CUmodule>,
+    /// By unit.
+    modules: HashMap<String, sys::CUmodule>,
     functions: HashMap<&'static str, Function>,
     /// The kernel that was queued last, for messages about a failure that shows only later.
     last: Option<&'static str>,
@@ -76,7 +84,7 @@ struct Function {
 }
 
 impl Nvidia {
-    fn open(ordinal: usize) -> Result<Nvidia, Problem> {
+    fn open(ordinal: usize, more: &'static [Unit]) -> Result<Nvidia, Problem> {
         // SAFETY: opens and closes the library, as its first use would.
         if !unsafe { sys::is_culib_present() } {
             let help = format!("install NVIDIA's driver, {NEEDED_DRIVER} or later");
@@ -98,6 +106,7 @@ impl Nvidia {
             let message = format!("{name} is too old: its compute capability is {capability}, needed is 8.0 or more");
             return Err(missing("cuda::old_device", message, "use a GPU of 2020 or later: A100, RTX 30, or newer"));
         }
+        let kernels = Kernels { more, jit: Jit::of_environment()? };
         // SAFETY: the device is one that the driver named.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(|error| match error.0 as u32 {
             code::DEVICE_UNAVAILABLE => no_device(format!("{name} is taken: another process has it for itself")),
@@ -106,7 +115,7 @@ impl Nvidia {
         })?;
         let (stream, copies) = (std::ptr::null_mut(), std::ptr::null_mut());
         let (loaded, events) = (Mutex::default(), Mutex::default());
-        let mut nvidia = Nvidia { name, capability, device, context, stream, copies, loaded, events };
+        let mut nvidia = Nvidia { name, capability, device, context, stream, copies, kernels, loaded, events };
         nvidia.enter()?;
         // Not the default stream, which waits for others of the process.
         let queue = |nvidia: &Nvidia| {
@@ -188,12 +197,12 @@ impl Nvidia {
     }
 
     fn load(&self, loaded: &mut Loaded, kernel: &'static str) -> Result<sys::CUfunction, Problem> {
-        let unit = prebuilt::unit_of(kernel)?;
-        let module = match loaded.modules.get(unit.name) {
+        let unit = self.kernels.unit_of(kernel, self.capability)?;
+        let module = match loaded.modules.get(&unit) {
             Some(module) => *module,
             None => {
-                let module = self.load_module(unit.blob_for(self.capability, &self.name)?, unit.name)?;
-                loaded.modules.insert(unit.name, module);
+                let module = self.load_module(&self.kernels.image(&unit, self.capability, &self.name)?, &unit)?;
+                loaded.modules.insert(unit, module);
                 module
             }
         };
@@ -203,19 +212,18 @@ impl Nvidia {
             .map_err(|error| self.failed(&format!("looking for kernel `{kernel}`"), error))
     }
 
-    fn load_module(&self, blob: &Blob, unit: &str) -> Result<sys::CUmodule, Problem> {
-        let image = blob.unpack();
+    fn load_module(&self, image: &Image, unit: &str) -> Result<sys::CUmodule, Problem> {
         let mut module = std::ptr::null_mut();
-        let mut log = vec![0u8; if blob.is_ptx() { 8 << 10 } else { 0 }];
+        let mut log = vec![0u8; if image.is_ptx { 8 << 10 } else { 0 }];
         let mut options =
             [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
         let mut values = [log.as_mut_ptr().cast::<c_void>(), std::ptr::without_provenance_mut(log.len())];
-        let used = if blob.is_ptx() { options.len() } else { 0 };
+        let used = if image.is_ptx { options.len() } else { 0 };
         // SAFETY: the image is a whole cubin, or PTX ending with zero; the log is as large as said.
         let done = unsafe {
             sys::cuModuleLoadDataEx(
                 &mut module,
-                image.as_ptr().cast(),
+                image.bytes.as_ptr().cast(),
                 used as u32,
                 options.as_mut_ptr(),
                 values.as_mut_ptr(),
@@ -227,7 +235,7 @@ impl Nvidia {
                 missing("cuda::old_driver", message, format!("install driver {NEEDED_FOR_PTX} or later"))
             }
             _ => {
-                let problem = self.failed(&format!("loading the kernels of `{unit}` ({})", blob.arch), error);
+                let problem = self.failed(&format!("loading the kernels of `{unit}` ({})", image.arch), error);
                 let said = String::from_utf8_lossy(&log);
                 match said.trim_end_matches('\0').trim() {
                     "" => problem,
@@ -481,6 +489,52 @@ impl Driver for Nvidia {
                 let _ = result::graph::exec_destroy(std::ptr::with_exposed_provenance_mut(graph as usize));
             }
         }
+    }
+
+    /// By two events in the queue: the device's own clock, which sees nothing of the host.
+    fn time(&self, work: &mut dyn FnMut() -> Result<(), Problem>) -> Result<f64, Problem> {
+        let marks = [self.instant()?, self.instant()?];
+        let timed = self.record(&marks[0]).and_then(|()| work()).and_then(|()| self.record(&marks[1]));
+        timed.and_then(|()| self.seconds_between(&marks))
+    }
+}
+
+/// A place in the queue whose time is taken.
+struct Timed(sys::CUevent);
+
+impl Drop for Timed {
+    fn drop(&mut self) {
+        // SAFETY: made by the driver, and in use nowhere else; one that is recorded goes once it has passed.
+        let _ = unsafe { result::event::destroy(self.0) };
+    }
+}
+
+impl Nvidia {
+    fn instant(&self) -> Result<Timed, Problem> {
+        self.enter()?;
+        let made = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        made.map(Timed).map_err(|error| self.failed("making an event", error))
+    }
+
+    fn record(&self, mark: &Timed) -> Result<(), Problem> {
+        self.enter()?;
+        // SAFETY: event and stream are of this context, and are there.
+        unsafe { result::event::record(mark.0, self.stream) }.map_err(|error| self.failed("queueing an event", error))
+    }
+
+    /// Waits for both. `cudarc` asks for the time in a way that drivers before CUDA 12.8 lack; this is the older one.
+    fn seconds_between(&self, marks: &[Timed; 2]) -> Result<f64, Problem> {
+        type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
+        let mut milliseconds = 0.0;
+        // SAFETY: both events were recorded; the function has been in every driver, with this type.
+        let done = unsafe {
+            result::event::synchronize(marks[1].0).and_then(|()| {
+                let elapsed = sys::culib().get::<Elapsed>(b"cuEventElapsedTime").expect("in every driver");
+                elapsed(&mut milliseconds, marks[0].0, marks[1].0).result()
+            })
+        };
+        done.map_err(|error| self.failed("waiting for an event", error))?;
+        Ok(f64::from(milliseconds) / 1e3)
     }
 }
 

@@ -13,20 +13,24 @@
 //! | `tensor_map.rs` | what kernels for compute capability 9.0 are told of a matrix |
 //! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none |
 //! | `prebuilt.rs` | the compiled kernels, embedded, and which of them a device runs; its table is generated |
+//! | `jit.rs` | kernels compiled at run time, for whoever works on them; `units.rs` and `nvrtc.rs`: what and by whom |
 //! | `ops/` | the launcher of each kernel, under the stem of its `.cu` and of its reference in `tensor::ops` |
 
 mod beside;
 mod driver;
 mod graph;
+pub mod jit;
 mod launch;
 mod memory;
+pub mod nvrtc;
 pub mod ops;
 pub mod prebuilt;
 mod prebuilt_table;
 mod tensor_map;
+pub mod units;
 
 pub use beside::{Arriving, Leaving, Parked};
-pub use driver::open;
+pub use driver::{open, open_with};
 pub use graph::{Graph, Turn};
 pub use launch::{Dim, Launch};
 pub use memory::{Buffer, Gpu, Usage};
@@ -138,4 +142,14 @@ pub trait Driver: Send + Sync {
 
     /// Gives back what [`Driver::end_capture`] gave.
     fn free_graph(&self, graph: u64);
+
+    /// The seconds that passed between beginning and end of what `work` queues; waits for it. By the host's clock
+    /// where a device has none of its own.
+    fn time(&self, work: &mut dyn FnMut() -> Result<(), Problem>) -> Result<f64, Problem> {
+        self.synchronize()?;
+        let started = std::time::Instant::now();
+        work()?;
+        self.synchronize()?;
+        Ok(started.elapsed().as_secs_f64())
+    }
 }

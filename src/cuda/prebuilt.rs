@@ -4,9 +4,11 @@
 //! `.cu` became: for each architecture a cubin (machine code), and PTX, which the driver compiles for devices
 //! that came after us.
 
+use super::jit::Jit;
 use super::prebuilt_table::UNITS;
 use crate::problem::{Exit, Problem};
 use std::fmt;
+use std::sync::Arc;
 
 /// Kernels that were compiled together.
 #[derive(Debug)]
@@ -43,6 +45,47 @@ pub fn unit_of(kernel: &str) -> Result<&'static Unit, Problem> {
         Problem::new("cuda::no_kernel", format!("no kernel `{kernel}` is embedded in this build"))
             .help("if its `.cu` is in kernels/, `cargo xtask kernels` compiles and embeds it")
     })
+}
+
+/// Where the kernels of a device come from.
+pub(super) struct Kernels {
+    /// Units that are not ours, and go before: those of a test.
+    pub more: &'static [Unit],
+    /// Takes the place of what is embedded.
+    pub jit: Option<Jit>,
+}
+
+/// A unit as the driver takes it: a cubin, or PTX that ends with zero.
+pub(super) struct Image {
+    pub arch: String,
+    pub bytes: Arc<Vec<u8>>,
+    pub is_ptx: bool,
+}
+
+impl Kernels {
+    /// The name of the unit that holds a kernel.
+    pub fn unit_of(&self, kernel: &str, capability: Capability) -> Result<String, Problem> {
+        match (self.more.iter().find(|unit| unit.kernels.contains(&kernel)), &self.jit) {
+            (Some(unit), _) => Ok(unit.name.to_string()),
+            (None, Some(jit)) => jit.unit_of(kernel, capability),
+            (None, None) => Ok(unit_of(kernel)?.name.to_string()),
+        }
+    }
+
+    /// What a device of this capability and name runs of a unit, whose name [`Kernels::unit_of`] gave.
+    pub fn image(&self, unit: &str, capability: Capability, device: &str) -> Result<Image, Problem> {
+        let named = |units: &'static [Unit]| units.iter().find(|candidate| candidate.name == unit);
+        let embedded = match (named(self.more), &self.jit) {
+            (Some(unit), _) => unit,
+            (None, Some(jit)) => {
+                let bytes = jit.image(unit, capability)?;
+                return Ok(Image { arch: "compiled now".to_string(), bytes, is_ptx: false });
+            }
+            (None, None) => named(UNITS).expect("a name that `unit_of` gave"),
+        };
+        let blob = embedded.blob_for(capability, device)?;
+        Ok(Image { arch: blob.arch.to_string(), bytes: Arc::new(blob.unpack()), is_ptx: blob.is_ptx() })
+    }
 }
 
 impl Unit {

@@ -155,12 +155,14 @@ fn main() {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo"));
     let device = fs::canonicalize(root.join("../../kernels")).expect("kernels/");
     println!("cargo:rerun-if-env-changed=KERNELS");
-    for watched in [&device, &root.join("planted"), &root.join("runtime"), &root.join("build.rs")] {
+    // Kernels of tests, and of tests alone.
+    let others = [root.join("planted"), root.join("../conformance")];
+    for watched in others.iter().chain([&device, &root.join("runtime"), &root.join("build.rs")]) {
         println!("cargo:rerun-if-changed={}", watched.display());
     }
 
     let mut kernels = files_in(&device, &[".cu"]);
-    kernels.extend(files_in(&root.join("planted"), &[".cu"]));
+    kernels.extend(others.iter().flat_map(|folder| files_in(folder, &[".cu"])));
     if let Ok(wanted) = std::env::var("KERNELS")
         && !wanted.is_empty()
     {

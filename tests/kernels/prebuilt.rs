@@ -4,12 +4,8 @@
 //! That library shows that the driver is asked in the right order, with what, and what becomes of its errors.
 //! Whether a GPU then does what it should, it cannot show.
 
-#[allow(dead_code)]
-#[path = "../../xtask/src/units.rs"]
-mod units;
-
 use bytemuck::Zeroable;
-use pipe::cuda::{self, Dim, prebuilt};
+use pipe::cuda::{self, Dim, prebuilt, units};
 use pipe::problem::Exit;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,23 +18,34 @@ fn root() -> PathBuf {
 
 /// Unit -> architecture -> fingerprint, size, kernels, as `cargo xtask kernels` wrote them.
 fn index() -> BTreeMap<String, BTreeMap<String, Value>> {
-    let text = fs::read_to_string(root().join("kernels/prebuilt/index.toml")).expect("kernels/prebuilt/index.toml");
+    index_of("kernels")
+}
+
+fn index_of(folder: &str) -> BTreeMap<String, BTreeMap<String, Value>> {
+    let path = root().join(folder).join("prebuilt/index.toml");
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     toml::from_str(&text).expect("index.toml")
 }
 
-#[test]
-fn what_is_embedded_was_made_from_the_kernels_that_are_here() {
-    let units = units::read(&root().join("kernels")).expect("kernels/");
-    let index = index();
+/// Units, each with the architectures for which another text was compiled than is there.
+fn stale(folder: &str) -> Vec<String> {
+    let index = index_of(folder);
     let mut wrong = Vec::new();
-    for unit in &units {
+    for unit in units::read(&root().join(folder), &root().join("kernels")).expect(folder) {
         let made = |arch: &str| index.get(&unit.name)?.get(arch);
         let stale = |arch: &str| made(arch).is_none_or(|made| made["fingerprint"] != unit.fingerprint(arch));
         let stale: Vec<&str> = unit.archs.iter().map(String::as_str).filter(|arch| stale(arch)).collect();
         if !stale.is_empty() {
-            wrong.push(format!("{}: {}", unit.name, stale.join(", ")));
+            wrong.push(format!("{folder}, {}: {}", unit.name, stale.join(", ")));
         }
     }
+    wrong
+}
+
+#[test]
+fn what_is_embedded_was_made_from_the_kernels_that_are_here() {
+    let units = units::read(&root().join("kernels"), &root().join("kernels")).expect("kernels/");
+    let mut wrong = [stale("kernels"), stale("tests/conformance")].concat();
     let embedded: BTreeSet<&str> = prebuilt::units().iter().map(|unit| unit.name).collect();
     let here: BTreeSet<&str> = units.iter().map(|unit| unit.name.as_str()).collect();
     wrong.extend(embedded.symmetric_difference(&here).map(|name| format!("{name}: embedded, or here, not both")));
@@ -178,6 +185,17 @@ int cuMemsetD8Async(address at, unsigned char value, size_t bytes, void* it) {
     memset((void*)at, value, bytes);
     return broken;
 }
+/* Each event that is recorded is a millisecond and a half later than the one before. */
+static struct { int at; } events[8];
+static int made = 0, recorded = 0, alive = 0;
+int cuEventCreate(void** it, unsigned flags) { *it = &events[made++ % 8]; ++alive; return current ? 0 : 201; }
+int cuEventRecord(void* event, void* it) { *(int*)event = ++recorded; return it == &stream ? 0 : 400; }
+int cuEventSynchronize(void* event) { return broken; }
+int cuEventElapsedTime(float* ms, void* from, void* to) {
+    *ms = 1.5f * (*(int*)to - *(int*)from);
+    return alive == 2 ? 0 : 1;
+}
+int cuEventDestroy_v2(void* event) { --alive; return 0; }
 
 static int modules = 0;
 static char allowed[64][2];
@@ -266,8 +284,14 @@ fn stub_folder() -> &'static Path {
 
 /// Runs [`over_the_stub`] in a process of its own, whose driver is the stub.
 fn with_stub(device: &str, capability: u32) {
+    in_process_of_its_own("prebuilt::over_the_stub", device, capability, &[]);
+}
+
+fn in_process_of_its_own(test: &str, device: &str, capability: u32, variables: &[(&str, PathBuf)]) {
     let output = std::process::Command::new(std::env::current_exe().expect("this test's path"))
-        .args(["--exact", "prebuilt::over_the_stub", "--ignored", "--nocapture"])
+        .args(["--exact", test, "--ignored", "--nocapture"])
+        .env_remove("PIPE_KERNELS_JIT")
+        .envs(variables.iter().cloned())
         .env("LD_LIBRARY_PATH", stub_folder())
         .env("STUB", device)
         .env("STUB_CAPABILITY", capability.to_string())
@@ -378,6 +402,12 @@ fn over_the_stub() {
     let problem = unsafe { gpu.launch(first, 1, 2048).buffer(&said).int(0).run() }.unwrap_err();
     assert!(problem.code == "cuda::launch" && problem.to_string().contains("CUDA_ERROR_INVALID_VALUE"), "{problem}");
 
+    // By the device's clock, and its events are given back.
+    for launches in [1, 3] {
+        let work = &mut || (0..launches).try_for_each(|_| launch(first, 0, 12));
+        assert_eq!(gpu.driver().time(work).unwrap(), 1.5e-3);
+    }
+
     let mut copy = gpu.upload(&[1.5f32, -2.0]).unwrap();
     assert_eq!(copy.download().unwrap(), [1.5, -2.0]);
     copy.clear().unwrap();
@@ -395,6 +425,36 @@ fn over_the_stub() {
         assert!(problem.code == code && problem.exit == Exit::Failed, "{problem}");
         assert!(problem.message.contains(words) && problem.notes[0].contains(third), "{problem}");
     }
+}
+
+/// The whole way of a kernel in the making: the variable, the compiler, the driver.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_folder_named_by_the_environment_takes_the_place_of_what_is_embedded() {
+    let workshop = crate::jit::Workshop::new();
+    let of = |kernels: &str| {
+        let cache = ("XDG_CACHE_HOME", workshop.at("cache"));
+        [("PIPE_KERNELS_JIT", workshop.at(kernels)), ("NVRTC_DIR", workshop.at("nvrtc")), cache]
+    };
+    in_process_of_its_own("prebuilt::over_the_stub_compiling", "works", 90, &of("kernels"));
+    in_process_of_its_own("prebuilt::over_the_stub_compiling", "nowhere", 90, &of("nowhere"));
+    assert_eq!(workshop.compiled(), "hopper.cu sm_90a, product.cu sm_90a, ");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+#[ignore = "the test above runs it in processes of their own"]
+fn over_the_stub_compiling() {
+    let Ok(device) = std::env::var("STUB") else { return };
+    if device == "nowhere" {
+        let problem = cuda::open(0).err().expect("no kernels");
+        return assert!(problem.code == "cuda::jit" && problem.message.contains("PIPE_KERNELS_JIT"), "{problem}");
+    }
+    let gpu = cuda::open(0).expect("the stub's device");
+    let said = gpu.zeros::<u32>(10).unwrap();
+    // SAFETY: the stub runs no kernel; it takes a pointer and an int.
+    unsafe { gpu.launch("product", 3, 32).buffer(&said).int(7).run() }.unwrap();
+    assert_eq!(said.download().unwrap(), [3, 1, 1, 32, 1, 1, 0, 7, 1, 1]);
 }
 
 #[test]

@@ -395,6 +395,10 @@ fn carry_out(
             hook(kernel, arguments);
         }
     });
+    if let Some(most) = shared_by_manifest().get(kernel).filter(|most| shared_bytes > **most) {
+        let message = format!("`{kernel}` asks for {shared_bytes} bytes; kernels/manifest.toml says at most {most}");
+        return Err(Problem::new("cuda::fault", message));
+    }
     let (grid, block) = ((grid.0, grid.1, grid.2), (block.0, block.1, block.2));
     // SAFETY: the arguments are the kernel's, as whoever launched it promised.
     unsafe { emulator::launch(kernel, grid, block, shared_bytes, arguments) }
@@ -599,6 +603,15 @@ impl Watcher for Limited {
     }
 }
 
+/// What the report of `cargo xtask kernels` calculates with; here it is held against the launches.
+fn shared_by_manifest() -> &'static BTreeMap<String, u32> {
+    static SHARED: OnceLock<BTreeMap<String, u32>> = OnceLock::new();
+    SHARED.get_or_init(|| {
+        let kernels = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+        pipe::cuda::units::shared(&kernels).expect("kernels/manifest.toml")
+    })
+}
+
 /// Whether the tests run on a GPU: `PIPE_TEST_GPU=1`, for whoever has one.
 pub fn on_device() -> bool {
     std::env::var_os("PIPE_TEST_GPU").is_some()
@@ -717,12 +730,27 @@ pub fn wide<T: Copy + Into<f64>>(x: &[T]) -> Vec<f64> {
     x.iter().map(|x| (*x).into()).collect()
 }
 
+/// Names the file that comparisons are noted in, by `tests/conformance`: a line for each, with its test, the number
+/// of values, the largest difference and the bound.
+pub const NOTES: &str = "PIPE_TEST_NOTES";
+
+fn note(values: usize, difference: f64, bound: f64) {
+    let Some(path) = std::env::var_os(NOTES) else { return };
+    let thread = std::thread::current();
+    let line = format!("{}\t{values}\t{difference:e}\t{bound:e}\n", thread.name().unwrap_or("?"));
+    let file = std::fs::File::options().create(true).append(true).open(&path);
+    let written = file.and_then(|mut file| std::io::Write::write_all(&mut file, line.as_bytes()));
+    written.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+}
+
 /// The largest difference is at most `tolerance` times the largest wanted magnitude, or times 1, the size of
 /// the inputs, where results cancel.
 #[track_caller]
 pub fn close<T: Copy + Into<f64>>(got: &[T], want: &[f64], tolerance: f64, what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
     let size = want.iter().fold(1.0f64, |max, x| max.max(x.abs()));
+    let differences = got.iter().zip(want).map(|(got, want)| ((*got).into() - want).abs());
+    note(got.len(), differences.fold(0.0, f64::max), tolerance * size);
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         let got: f64 = (*got).into();
         let error = (got - want).abs();
@@ -748,6 +776,7 @@ pub fn as_good_as<T: Copy + Into<f64>>(got: &[T], plain: &[f64], want: &[f64], t
     // `max` passes over NaN, so each element is asked for.
     assert!(got.iter().all(|x| x.is_finite()), "{what}: not a finite number");
     let (mine, theirs) = (largest(&got), largest(plain));
+    note(got.len(), mine, 2.0 * theirs + tiny * size);
     assert!(mine <= 2.0 * theirs + tiny * size, "{what}: errs by {mine}, the plain composition by {theirs}");
     let (mine, theirs) = (error_of(&got, want), error_of(plain, want));
     assert!(

@@ -1,15 +1,20 @@
-//! `cargo xtask kernels`: compiles the kernels of `kernels/` for every GPU we ship for.
+//! `cargo xtask kernels`: compiles the kernels of `kernels/` for every GPU we ship for, and those of
+//! `tests/conformance/`, which are for its test alone.
 //!
-//!     cargo xtask kernels              compiles what changed, writes kernels/prebuilt/ and its table
+//!     cargo xtask kernels              compiles what changed, writes prebuilt/ beside the kernels and its table
 //!     cargo xtask kernels --check      compiles everything, compares, and looks at the result; writes nothing
+//!     cargo xtask kernels --report     what the compiled kernels take and are made of; compiles nothing
 //!
 //! Needs no GPU and no CUDA: only Linux on x86-64 or ARM, and Python's pip once, for NVIDIA's compiler.
 
 mod check;
 mod compile;
+#[path = "../../src/cuda/nvrtc.rs"]
 mod nvrtc;
 mod prebuilt;
+mod report;
 mod tools;
+#[path = "../../src/cuda/units.rs"]
 mod units;
 
 use check::Tools;
@@ -29,10 +34,11 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let root = std::env::current_dir().expect("a current folder");
     let done = match arguments.as_slice() {
-        ["kernels"] => generate(&root),
-        ["kernels", "--check"] => verify(&root),
+        ["kernels"] => for_each_set(&root, generate),
+        ["kernels", "--check"] => for_each_set(&root, verify),
+        ["kernels", "--report"] => report(&root),
         _ => {
-            eprintln!("usage: cargo xtask kernels [--check]");
+            eprintln!("usage: cargo xtask kernels [--check | --report]");
             return ExitCode::from(2);
         }
     };
@@ -49,10 +55,16 @@ type Done = Result<(), Vec<String>>;
 /// A unit and one of its architectures.
 type Job<'u> = (&'u Unit, &'u str);
 
-fn generate(root: &Path) -> Done {
+/// Both sets, though there be problems in the first.
+fn for_each_set(root: &Path, work: fn(&Path, &Prebuilt) -> Done) -> Done {
+    let results = Prebuilt::all(root).map(|set| work(root, &set));
+    let problems: Vec<String> = results.into_iter().filter_map(Result::err).flatten().collect();
+    if problems.is_empty() { Ok(()) } else { Err(problems) }
+}
+
+fn generate(root: &Path, prebuilt: &Prebuilt) -> Done {
     let started = Instant::now();
-    let units = units::read(&root.join("kernels"))?;
-    let prebuilt = Prebuilt::of(root);
+    let units = units::read(&prebuilt.sources, &root.join("kernels"))?;
     let old = prebuilt.made();
     let fresh = |(unit, arch): &Job| {
         let entry = old.get(&unit.name).and_then(|archs| archs.get(*arch));
@@ -93,15 +105,14 @@ fn generate(root: &Path) -> Done {
         problems.extend(prebuilt.remove(&stray).err());
     }
     problems.extend(prebuilt.write(&units, &made).err());
-    tell(&units, &made, &prebuilt);
+    tell(&units, &made, prebuilt);
     println!("{changed} compiled, {} unchanged, {:.1} s", kept.len(), started.elapsed().as_secs_f32());
     if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
 
-fn verify(root: &Path) -> Done {
+fn verify(root: &Path, prebuilt: &Prebuilt) -> Done {
     let started = Instant::now();
-    let units = units::read(&root.join("kernels"))?;
-    let prebuilt = Prebuilt::of(root);
+    let units = units::read(&prebuilt.sources, &root.join("kernels"))?;
     let nvrtc = open(root)?;
     let tools = Tools {
         ptxas: optional("whether older drivers take the PTX", tools::ptxas(root)),
@@ -127,15 +138,29 @@ fn verify(root: &Path) -> Done {
         made.entry(unit.name.clone()).or_default().insert(arch.to_string(), Entry::new(unit, arch, &compiled));
     }
     problems.extend(clashes(&made));
-    problems.extend(prebuilt.strays(&units).into_iter().map(|stray| format!("kernels/prebuilt/{stray} has no kernel")));
+    problems.extend(
+        prebuilt.strays(&units).into_iter().map(|stray| format!("{}/{stray} has no kernel", prebuilt.folder.display())),
+    );
     problems.extend(prebuilt.compare(&units, &made));
-    tell(&units, &made, &prebuilt);
+    tell(&units, &made, prebuilt);
     println!("{} compiled and compared, {:.1} s", all_jobs(&units).len(), started.elapsed().as_secs_f32());
     if problems.is_empty() {
         return Ok(());
     }
     eprintln!("after `cargo xtask kernels`, what is still named here is to be mended in the kernels:");
     Err(problems)
+}
+
+/// Of what is committed and embedded.
+fn report(root: &Path) -> Done {
+    let [ours, _] = Prebuilt::all(root);
+    let units = units::read(&ours.sources, &ours.sources)?;
+    let scratch = Scratch::new()?;
+    let told = tools::nvdisasm(root)
+        .and_then(|nvdisasm| report::report(&units, &ours.made(), &ours, &nvdisasm, &scratch.0))
+        .map_err(|error| vec![error])?;
+    print!("{told}");
+    Ok(())
 }
 
 /// The compiler, which must be of the pinned version.

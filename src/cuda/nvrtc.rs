@@ -1,4 +1,4 @@
-//! NVRTC, NVIDIA's compiler as a library: the nine functions we need of it.
+//! NVRTC, NVIDIA's compiler as a library: the functions we need of it. `cargo xtask kernels` includes this file.
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use std::collections::BTreeMap;
@@ -26,7 +26,7 @@ pub struct Nvrtc {
     ptx: (Size, Text),
     cubin: (Size, Text),
     /// The functions above are in there.
-    _libraries: [Library; 2],
+    _libraries: (Library, Option<Library>),
 }
 
 /// What came of one compilation.
@@ -37,27 +37,27 @@ pub struct Output {
 }
 
 impl Nvrtc {
-    /// The library in `folder` or where a wheel has it below `folder`.
+    /// The library in `folder` or where a wheel or a toolkit has it below `folder`.
     pub fn open(folder: &Path) -> Result<Nvrtc, String> {
-        let builtins = find(folder, "libnvrtc-builtins.so")?;
-        let compiler = find(folder, "libnvrtc.so")?;
         // NVRTC opens its built-in headers by bare name: they have to be there before, for all to see.
-        // SAFETY: NVIDIA's libraries; opening them runs nothing that we depend on.
-        let open = |path: &Path| unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) };
-        let open = |path: &Path| open(path).map_err(|error| format!("cannot open {}: {error}", path.display()));
-        let libraries = [open(&builtins)?, open(&compiler)?];
+        let builtins = library(&find(folder, "libnvrtc-builtins.so")?)?;
+        Nvrtc::of(library(&find(folder, "libnvrtc.so")?)?, Some(builtins))
+    }
+
+    /// The functions of an opened library, whose built-in headers are open or will be found by it.
+    pub fn of(compiler: Library, builtins: Option<Library>) -> Result<Nvrtc, String> {
         // SAFETY: the types are those of nvrtc.h, the same since CUDA 11.1; the libraries stay open as long
         // as the struct lives.
         unsafe {
             Ok(Nvrtc {
-                create: symbol(&libraries[1], "nvrtcCreateProgram")?,
-                destroy: symbol(&libraries[1], "nvrtcDestroyProgram")?,
-                compile: symbol(&libraries[1], "nvrtcCompileProgram")?,
-                error_string: symbol(&libraries[1], "nvrtcGetErrorString")?,
-                log: (symbol(&libraries[1], "nvrtcGetProgramLogSize")?, symbol(&libraries[1], "nvrtcGetProgramLog")?),
-                ptx: (symbol(&libraries[1], "nvrtcGetPTXSize")?, symbol(&libraries[1], "nvrtcGetPTX")?),
-                cubin: (symbol(&libraries[1], "nvrtcGetCUBINSize")?, symbol(&libraries[1], "nvrtcGetCUBIN")?),
-                _libraries: libraries,
+                create: symbol(&compiler, "nvrtcCreateProgram")?,
+                destroy: symbol(&compiler, "nvrtcDestroyProgram")?,
+                compile: symbol(&compiler, "nvrtcCompileProgram")?,
+                error_string: symbol(&compiler, "nvrtcGetErrorString")?,
+                log: (symbol(&compiler, "nvrtcGetProgramLogSize")?, symbol(&compiler, "nvrtcGetProgramLog")?),
+                ptx: (symbol(&compiler, "nvrtcGetPTXSize")?, symbol(&compiler, "nvrtcGetPTX")?),
+                cubin: (symbol(&compiler, "nvrtcGetCUBINSize")?, symbol(&compiler, "nvrtcGetCUBIN")?),
+                _libraries: (compiler, builtins),
             })
         }
     }
@@ -141,6 +141,13 @@ pub fn text(bytes: Vec<u8>) -> String {
     String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_string()
 }
 
+/// Opens a library by path, or by name where the system looks for it.
+pub fn library(name: &Path) -> Result<Library, String> {
+    // SAFETY: NVIDIA's libraries; opening them runs nothing that we depend on.
+    let opened = unsafe { Library::open(Some(name), RTLD_NOW | RTLD_GLOBAL) };
+    opened.map_err(|error| format!("cannot open {}: {error}", name.display()))
+}
+
 /// # Safety
 /// `T` must be the function's type, and must not be called once the library is closed.
 unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> Result<T, String> {
@@ -149,7 +156,7 @@ unsafe fn symbol<T: Copy>(library: &Library, name: &str) -> Result<T, String> {
 }
 
 fn find(folder: &Path, name: &str) -> Result<PathBuf, String> {
-    let places = ["", "lib", "lib64", "nvidia/cuda_nvrtc/lib"];
+    let places = ["", "lib", "lib64", "nvidia/cuda_nvrtc/lib", "nvidia/cu13/lib"];
     let in_place = |place: &&str| {
         let files = std::fs::read_dir(folder.join(place)).ok()?.flatten();
         files.map(|entry| entry.path()).find(|path| path.file_name().is_some_and(|file| starts(file, name)))

@@ -3,8 +3,9 @@
 //! A unit is one `.cu` under one set of definitions; it becomes one cubin for each architecture. Every `.cu`
 //! of `kernels/` is a unit of its own name, unless `kernels/manifest.toml` names variants of it.
 //!
-//! Nothing here needs a compiler, so the tests of `pipe` read this file too and see with it whether what is
-//! committed was made from the sources that are there.
+//! Two compile with this: `cargo xtask kernels`, a package of its own that includes the file, for what is shipped,
+//! and `jit.rs` at run time for whoever works on kernels. Nothing here needs a compiler, so the tests see with it
+//! whether what is committed was made from the sources that are there.
 
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,6 +29,8 @@ struct Manifest {
     archs: Vec<String>,
     #[serde(default)]
     kernels: BTreeMap<String, Entry>,
+    #[serde(default)]
+    shared: BTreeMap<String, u32>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -69,15 +72,20 @@ impl Unit {
         options
     }
 
-    /// Equal fingerprints, equal output.
+    /// Equal fingerprints, equal output of the pinned compiler.
     pub fn fingerprint(&self, arch: &str) -> String {
+        self.fingerprint_by(NVRTC_VERSION, arch)
+    }
+
+    /// The same for another version of the compiler.
+    pub fn fingerprint_by(&self, version: &str, arch: &str) -> String {
         let mut hasher = blake3::Hasher::new();
         // Each part after its length, or two different lists could read the same.
         let mut part = |text: &str| {
             hasher.update(&(text.len() as u64).to_le_bytes());
             hasher.update(text.as_bytes());
         };
-        part(NVRTC_VERSION);
+        part(version);
         part(if is_ptx(arch) { PTX_VERSION } else { "" });
         let options = self.options(arch);
         part(&options.len().to_string());
@@ -100,12 +108,11 @@ pub fn is_ptx(arch: &str) -> bool {
     arch.starts_with("compute_")
 }
 
-/// All units of a `kernels/` folder, by name; or everything that is wrong with its manifest.
-pub fn read(kernels: &Path) -> Result<Vec<Unit>, Vec<String>> {
-    let text = |path: &Path| fs::read_to_string(path).map_err(|error| vec![format!("{}: {error}", path.display())]);
+/// All units of a folder of kernels, by name; or everything that is wrong with its manifest. Headers that are not
+/// beside the kernels are looked for in `headers`.
+pub fn read(kernels: &Path, headers: &Path) -> Result<Vec<Unit>, Vec<String>> {
     let manifest_path = kernels.join("manifest.toml");
-    let manifest: Manifest = toml::from_str(&text(&manifest_path)?)
-        .map_err(|error| vec![format!("{}: {}", manifest_path.display(), error.to_string().trim_end())])?;
+    let manifest = manifest(&manifest_path).map_err(|wrong| vec![wrong])?;
     let stems: BTreeSet<String> = fs::read_dir(kernels)
         .map_err(|error| vec![format!("{}: {error}", kernels.display())])?
         .flatten()
@@ -121,7 +128,7 @@ pub fn read(kernels: &Path) -> Result<Vec<Unit>, Vec<String>> {
         let entry = manifest.kernels.get(&stem).unwrap_or(&nothing);
         let file = format!("{stem}.cu");
         let mut sources = BTreeMap::new();
-        if let Err(problem) = gather(kernels, &file, &mut sources) {
+        if let Err(problem) = gather([kernels, headers], &file, &mut sources) {
             wrong.push(problem);
             continue;
         }
@@ -143,10 +150,21 @@ pub fn read(kernels: &Path) -> Result<Vec<Unit>, Vec<String>> {
     if wrong.is_empty() { Ok(units) } else { Err(wrong) }
 }
 
-/// Adds `file` and what it includes. An include that is not in `kernels/` belongs to the emulated side,
-/// which the compiler skips; if it does not, it says so itself.
-fn gather(kernels: &Path, file: &str, sources: &mut BTreeMap<String, String>) -> Result<(), String> {
-    let path = kernels.join(file);
+/// Kernel -> the most dynamic shared memory that a launch of it asks for, in bytes, as the manifest of a folder says.
+pub fn shared(kernels: &Path) -> Result<BTreeMap<String, u32>, String> {
+    manifest(&kernels.join("manifest.toml")).map(|manifest| manifest.shared)
+}
+
+fn manifest(path: &Path) -> Result<Manifest, String> {
+    let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    toml::from_str(&text).map_err(|error| format!("{}: {}", path.display(), error.to_string().trim_end()))
+}
+
+/// Adds `file`, of the first of the folders that has it, and what it includes. An include that is in none belongs to
+/// the emulated side, which the compiler skips; if it does not, it says so itself.
+fn gather(folders: [&Path; 2], file: &str, sources: &mut BTreeMap<String, String>) -> Result<(), String> {
+    let path = folders.map(|folder| folder.join(file)).into_iter().find(|path| path.is_file());
+    let Some(path) = path else { return Ok(()) };
     let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
     let included: Vec<String> = text
         .lines()
@@ -155,8 +173,8 @@ fn gather(kernels: &Path, file: &str, sources: &mut BTreeMap<String, String>) ->
         .collect();
     sources.insert(file.to_string(), text);
     for name in included {
-        if !sources.contains_key(&name) && kernels.join(&name).is_file() {
-            gather(kernels, &name, sources)?;
+        if !sources.contains_key(&name) {
+            gather(folders, &name, sources)?;
         }
     }
     Ok(())
