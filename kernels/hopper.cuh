@@ -36,6 +36,10 @@ enum Major { K_MAJOR, MN_MAJOR };
 
 #if defined(__CUDACC_RTC__) || defined(__CUDACC__)
 
+// Stands before the name of a kernel in which warpgroups give and take registers: one block per multiprocessor, so
+// that the compiler knows how many a thread is launched with. Without that ptxas may leave both out (its C7508).
+#define HOPPER_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+
 // What a kernel is told of a tensor in global memory; made by `Gpu::tensor_map`. A parameter is written
 // `TENSOR_MAP x` and used as `&x`.
 struct __align__(64) TensorMap {
