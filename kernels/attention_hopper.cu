@@ -267,9 +267,9 @@ DEV void forward(bf16* o, float* lse, const TensorMap* q, const TensorMap* k, co
         cleared();
     }
 
+    if (steps > 1) keys.wait_full(1);
     for (int step = 0; step + 1 < steps; step++) {
         // Two groups of products: the next tile's scores, then this tile's values under p.
-        keys.wait_full(step + 1);
         start_turned<D, OWN, OWN>(scores, own, keys.tile(step + 1));
         values.wait_full(step);
         start_product<D, OWN>(sums, p, values.tile(step));
@@ -286,6 +286,10 @@ DEV void forward(bf16* o, float* lse, const TensorMap* q, const TensorMap* k, co
 #ifdef FAULT_P_EARLY
         round_to_operand<OWN>(p, scores);
 #endif
+        // The exponentials are to run beside the second group; the compiler would put them after its wait. They may
+        // not pass a loop, and a wait for the next keys, which are needed next, is one.
+        wgmma_operand(scores);
+        if (step + 2 < steps) keys.wait_full(step + 2);
         wgmma_wait<0>();
         // Only now may sums and p be touched: the second group read p until here.
         wgmma_operand(sums);
@@ -500,9 +504,9 @@ DEV void query_gradients(bf16* dq, const TensorMap* d_o, const TensorMap* q, con
     u32 left_ds[VISIT / 16][4];
 
     mbarrier_wait(own_full, 0);
+    pairs.wait_full(0);
     for (int step = 0; step < steps; step++) {
         const sptr keys = pairs.tile(step), values = keys + VISIT_BYTES;
-        pairs.wait_full(step);
         clear_pair<D, VISIT>(keys, span.length - step * VISIT);
         start_turned<D, OWN, VISIT>(p, queries + half, keys);
         start_turned<D, OWN, VISIT>(ds, d_outs + half, values);
@@ -514,6 +518,9 @@ DEV void query_gradients(bf16* dq, const TensorMap* d_o, const TensorMap* q, con
             const bool seen = all_seen || sees(row + 8 * lower(i), step * VISIT + column_of(i));
             p[i] = seen ? exp2_approx(p[i] * scale2 - row_lse[lower(i)]) : 0.0f;
         }
+        // As in `forward`: the exponentials stay before a wait that is a loop, beside the second group.
+        wgmma_operand(p);
+        if (step + 1 < steps) pairs.wait_full(step + 1);
         wgmma_wait<0>();
         wgmma_operand(ds);
 #pragma unroll

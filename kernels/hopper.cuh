@@ -27,7 +27,7 @@
 //     wait is enough for its warpgroup.
 //   * Bytes expected equal those of the boxes, zeros beyond the edges counted. (a deadlock that names the barrier)
 //   * registers_give and registers_take: whole warpgroups, a multiple of 8; the sum over all warps stays within what
-//     the block was launched with. (not reported)
+//     the block was launched with; in a HOPPER_KERNEL. (not reported)
 #pragma once
 #include "dev.cuh"
 

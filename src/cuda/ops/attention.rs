@@ -315,8 +315,11 @@ mod tests {
             for bytes in [forward_bytes(dims), key_gradients_bytes(dims), query_gradients_bytes(dims)] {
                 assert!(bytes <= GRANTED, "{dims:?}: {bytes}");
             }
-            use hopper::{forward_bytes, key_gradients_bytes, query_gradients_bytes};
-            for bytes in [forward_bytes(head_dim), key_gradients_bytes(head_dim), query_gradients_bytes(head_dim)] {
+            for bytes in [
+                hopper::forward_bytes(head_dim),
+                hopper::key_gradients_bytes(head_dim),
+                hopper::query_gradients_bytes(head_dim),
+            ] {
                 assert!(bytes <= GRANTED_BY_HOPPER, "{dims:?}: {bytes}");
             }
         }
