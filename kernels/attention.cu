@@ -29,16 +29,6 @@ constexpr int OWN = 64;
 // Rows of the other side that the backward kernels visit at once: few, so that two sums, p and dp fit the registers.
 constexpr int VISIT = 32;
 
-// A sequence and one head's rows in it.
-struct Span {
-    int begin, length;
-    Span(const int* cu, int sequence) : begin(cu[sequence]), length(cu[sequence + 1] - begin) {}
-    // Of element 0 of row `row` of head `head` of `heads`.
-    template <int D> size_t at(int row, int head, int heads) const {
-        return ((size_t)(begin + row) * heads + head) * D;
-    }
-};
-
 // Stores this lane's part of x [16, D] * factor as rows row0.. of `to`, those that exist. The factor is one for
 // row g, one for row g + 8.
 template <int D>

@@ -1,9 +1,9 @@
-// What the attention kernels share: tiles of bf16 rows in shared memory, products of tiles, the online softmax.
+// What the portable attention kernels share: tiles of bf16 rows in shared memory, products of tiles, the online softmax.
 //
 // A warp owns 16 rows of every product. With g = lane / 4 and t = lane % 4, a lane holds of an accumulator
 // c [16, N], as c[n][i]:  row g + 8 * (i / 2),  column 8 * n + 2 * t + i % 2.
 #pragma once
-#include "dev.cuh"
+#include "packed.cuh"
 
 // What a test may plant, one at a time, by a macro: the emulator, or the comparison with the reference, has to
 // notice. NONE is what is shipped.
@@ -23,8 +23,6 @@ constexpr Fault FAULT = NO_RESCALE;
 #else
 constexpr Fault FAULT = NONE;
 #endif
-
-constexpr float LOG2_E = 1.4426950408889634f;
 
 // How many groups of copies may still be under way when a tile is used: the next tile's.
 constexpr int IN_FLIGHT = FAULT == LAX_WAIT ? 2 : 1;
@@ -87,16 +85,6 @@ template <int D, int K> DEV void add_product(float (&c)[D / 8][4], const float (
             mma_bf16_16816(c[2 * n + 1], a, b[2], b[3]);
         }
     }
-}
-
-// Reductions over the four lanes that hold a row.
-DEV float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
-    return fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
-}
-DEV float row_sum(float x) {
-    x += __shfl_xor_sync(FULL_WARP, x, 1);
-    return x + __shfl_xor_sync(FULL_WARP, x, 2);
 }
 
 // What a lane keeps of the two rows it has a part in, g and g + 8, while it walks along the keys.

@@ -27,7 +27,7 @@
 //     wait is enough for its warpgroup.
 //   * Bytes expected equal those of the boxes, zeros beyond the edges counted. (a deadlock that names the barrier)
 //   * registers_give and registers_take: whole warpgroups, a multiple of 8; the sum over all warps stays within what
-//     the block was launched with. (not reported)
+//     the block was launched with; in a HOPPER_KERNEL. (not reported)
 #pragma once
 #include "dev.cuh"
 
@@ -35,6 +35,10 @@
 enum Major { K_MAJOR, MN_MAJOR };
 
 #if defined(__CUDACC_RTC__) || defined(__CUDACC__)
+
+// Stands before the name of a kernel in which warpgroups give and take registers: one block per multiprocessor, so
+// that the compiler knows how many a thread is launched with. Without that ptxas may leave both out (its C7508).
+#define HOPPER_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 
 // What a kernel is told of a tensor in global memory; made by `Gpu::tensor_map`. A parameter is written
 // `TENSOR_MAP x` and used as `&x`.

@@ -104,7 +104,7 @@ DEV void multiply(float (&d)[COLS / 2], int low_steps, float scale, int steps) {
 }
 
 // y. Grid: ceil(m/128) * ceil(n/256), in bands; 384 threads.
-KERNEL(384) lora_matmul_forward_hopper(bf16* y, TENSOR_MAP x, TENSOR_MAP w, const float* bias, TENSOR_MAP low,
+HOPPER_KERNEL(384) lora_matmul_forward_hopper(bf16* y, TENSOR_MAP x, TENSOR_MAP w, const float* bias, TENSOR_MAP low,
                                        TENSOR_MAP b, int m, int n, int k, int rank, float scale, int add) {
     const Spot spot = spot_of(blockIdx.x, (m + ROWS - 1) / ROWS, (n + COLS - 1) / COLS);
     const int row0 = spot.row * ROWS, col0 = spot.col * COLS;

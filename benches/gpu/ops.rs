@@ -3,9 +3,7 @@
 use half::bf16;
 use pipe::cuda::ops::{adamw, attention, head_logprob, lora_matmul, residual, rmsnorm, rope, swiglu};
 use pipe::cuda::{Buffer, Gpu};
-use pipe::model::{
-    Batch, Config, Device, Gradients, LoraSpec, Model, Placed, Prompt, Recompute, Sampling, generate_placed, lora,
-};
+use pipe::model::{Batch, Config, Device, LoraSpec, Model, Placed, Prompt, Recompute, Sampling, generate_placed, lora};
 use pipe::problem::Problem;
 use pipe::random::Stream;
 use pipe::tensor::Dtype;

@@ -78,7 +78,7 @@ fn main() -> ExitCode {
         Ok(gpu) => gpu,
         Err(problem) => panic!("PIPE_TEST_GPU is set, and {problem}"),
     });
-    let emulator = Gpu::exact(Box::new(support::Emulated));
+    let emulator = Gpu::exact(Box::new(support::PORTABLE));
 
     println!("{:<66} {:>9} {:>10} {:>18} {:>5} {:>7}", "compared", "values", "largest", "bound", "", "seconds");
     let started = Instant::now();

@@ -2,11 +2,11 @@
 
 use crate::{Row, failed};
 use pipe::cuda::Gpu;
-use pipe::model::{Batch, Config, Device, Gradients, LoraSpec, Model, Placed, lora};
+use pipe::model::{Batch, Config, Device, LoraSpec, Model, Placed, lora};
 use pipe::problem::Problem;
 use pipe::random::Stream;
 use pipe::tensor::Dtype;
-use pipe::train::{Kind, Optimizer, Options, clip, global_norm};
+use pipe::train::{Kind, Options, PlacedOptimizer};
 use std::time::Instant;
 
 const VOCABULARY: usize = 131;
@@ -48,17 +48,18 @@ fn losses(device: &Device) -> Result<Vec<f64>, Problem> {
     let targets: Vec<u32> = rows.iter().map(|row| ids[row + 1]).collect();
     let batch = Batch { ids: &ids, lengths: &[28, 12], rows: &rows, targets: &targets };
     let mut placed = placed(device)?;
-    let mut optimizer = Optimizer::new(Kind::AdamW, Options::default(), placed.params());
+    let mut optimizer = PlacedOptimizer::new(Kind::AdamW, Options::default(), &placed)?;
+    let mut gradients = placed.zero_gradients()?;
     let slope = -1.0 / rows.len() as f32;
     let mut losses = Vec::new();
     for _ in 0..STEPS {
         let forward = placed.forward(&batch)?;
         losses.push(forward.logprobs.iter().map(|logprob| f64::from(logprob * slope)).sum());
-        let mut gradients = Gradients::zeros(&placed);
+        gradients.clear()?;
         placed.backward(forward.tape, &vec![slope; rows.len()], &mut gradients)?;
-        let norm = global_norm(&gradients);
-        clip(&mut gradients, norm, 1.0);
-        placed.update(|params| optimizer.step(params, &gradients, 5e-3))?;
+        let norm = optimizer.norm(&gradients)?;
+        optimizer.clip(&mut gradients, norm, 1.0)?;
+        optimizer.step(&mut placed, &gradients, 5e-3)?;
     }
     Ok(losses)
 }

@@ -1,8 +1,8 @@
 //! Attention, forward and backward: against its f64 definition, on every schedule, with faults planted.
 
 use crate::support::{
-    Watched, Watcher, as_good_as, bf16_numbers, bytes, close, detector_is_silent, finds, gpu, rounded,
-    same_bits_on_every_schedule, through_bf16, values, wide,
+    Emulated, HOPPER, PORTABLE, Watched, Watcher, as_good_as, bf16_numbers, bytes, close, detector_is_silent, gpu, on,
+    on_each_kind_of_device, rounded, same_bits_on_every_schedule, through_bf16, values, wide,
 };
 use emulator::Schedule;
 use half::bf16;
@@ -145,7 +145,8 @@ fn plain_composition(q: &[f64], k: &[f64], v: &[f64], d_o: &[f64], lse: &[f64], 
     [o, dq, dk, dv].map(|x| through_bf16(&x))
 }
 
-/// Sequences of one token and of none, ends before, at and after the borders of tiles, groups of 1, 2 and 7.
+/// Sequences of one token and of none, ends before, at and after the borders of tiles of 32, 64 and 128, groups of 1, 2
+/// and 7.
 fn cases() -> Vec<Case> {
     vec![
         Case::new(&[1], dims(1, 1, 64)),
@@ -153,64 +154,100 @@ fn cases() -> Vec<Case> {
         Case::new(&[65, 31, 32, 33], dims(2, 2, 128)),
         Case::new(&[3, 67], dims(7, 1, 128)),
         Case::new(&[0, 17, 0], dims(14, 2, 64)),
+        Case::new(&[63, 128, 127], dims(1, 1, 64)),
+        Case::new(&[129, 1], dims(1, 1, 128)),
+        Case::new(&[270], dims(2, 1, 64)),
     ]
 }
 
 #[test]
 fn it_follows_its_definition_with_the_same_bits_on_every_schedule() {
     for case in cases() {
-        let results = same_bits_on_every_schedule(|gpu| case.run(gpu));
-        case.check(&results, &case.exact_and_plain());
+        let expected = case.exact_and_plain();
+        on_each_kind_of_device(|| {
+            let results = same_bits_on_every_schedule(|gpu| case.run(gpu));
+            case.check(&results, &expected);
+        });
     }
 }
 
 #[test]
 fn the_detector_has_nothing_to_say() {
     for case in cases() {
-        detector_is_silent(|gpu| case.run(gpu));
+        on_each_kind_of_device(|| detector_is_silent(|gpu| case.run(gpu)));
     }
 }
 
 #[test]
 fn a_packed_sequence_gives_the_bits_it_gives_alone() {
     let case = Case::new(&[70, 1, 0, 129, 64], dims(2, 1, 64));
-    let packed = case.run(&gpu()).expect("a run");
-    let mut joined = vec![Vec::new(); 5];
-    for sequence in 0..case.lengths.len() {
-        for (all, part) in joined.iter_mut().zip(case.alone(sequence).run(&gpu()).expect("a run")) {
-            all.extend(part);
+    on_each_kind_of_device(|| {
+        let packed = case.run(&gpu()).expect("a run");
+        let mut joined = vec![Vec::new(); 5];
+        for sequence in 0..case.lengths.len() {
+            for (all, part) in joined.iter_mut().zip(case.alone(sequence).run(&gpu()).expect("a run")) {
+                all.extend(part);
+            }
         }
+        assert!(packed == joined);
+    });
+}
+
+/// Sequences 0 and 2 of a batch, alone, and what became of them beside a sequence of NaN.
+fn beside_nan(gpu: &Gpu) -> Result<[Vec<Vec<u8>>; 2], Problem> {
+    let mut case = Case::new(&[70, 3, 60], dims(2, 1, 64));
+    for (x, heads) in [(&mut case.q, 2), (&mut case.k, 1), (&mut case.v, 1), (&mut case.d_o, 2)] {
+        x[70 * heads * 64..73 * heads * 64].fill(bf16::NAN);
     }
-    assert!(packed == joined);
+    let packed = case.run(gpu)?;
+    let of_neighbours = packed.iter().map(|bits| {
+        let token = bits.len() / 133;
+        [&bits[..70 * token], &bits[73 * token..]].concat()
+    });
+    let [first, last] = [case.alone(0).run(gpu)?, case.alone(2).run(gpu)?];
+    let alone = first.into_iter().zip(last).map(|(first, last)| [first, last].concat());
+    Ok([of_neighbours.collect(), alone.collect()])
+}
+
+#[test]
+fn a_sequence_of_nan_does_not_reach_its_neighbours() {
+    on_each_kind_of_device(|| {
+        let [packed, alone] = beside_nan(&gpu()).expect("runs");
+        assert!(packed == alone);
+    });
 }
 
 #[test]
 fn large_scores_do_not_overflow() {
-    let mut case = Case::new(&[90], dims(2, 1, 64));
-    case.q = rounded(&case.q.iter().map(|q| q.to_f32() * 300.0).collect::<Vec<f32>>());
-    let results = case.run(&gpu()).expect("a run");
-    let (exact, plain) = case.exact_and_plain();
-    // Scores around 1000 are known to 1e-4 in f32, so probabilities are too.
-    as_good_as(&values::<bf16>(&results[0]), &plain[0], &exact[0], 1e-3, "o");
-    close(&values::<f32>(&results[1]), &exact[1], 1e-6, "lse");
-    for gradient in &results[2..] {
-        assert!(values::<bf16>(gradient).iter().all(|x| x.is_finite()));
-    }
-    // All scores far below zero: what is not visible must not win by being 0.
-    case.q.iter_mut().for_each(|q| *q = bf16::from_f32(-300.0));
-    case.k.iter_mut().for_each(|k| *k = bf16::from_f32(k.to_f32().abs() + 1.0));
-    let results = case.run(&gpu()).expect("a run");
-    let (exact, plain) = case.exact_and_plain();
-    as_good_as(&values::<bf16>(&results[0]), &plain[0], &exact[0], 1e-2, "o below zero");
-    close(&values::<f32>(&results[1]), &exact[1], 1e-6, "lse below zero");
+    on_each_kind_of_device(|| {
+        let mut case = Case::new(&[90], dims(2, 1, 64));
+        case.q = rounded(&case.q.iter().map(|q| q.to_f32() * 300.0).collect::<Vec<f32>>());
+        let results = case.run(&gpu()).expect("a run");
+        let (exact, plain) = case.exact_and_plain();
+        // Scores around 1000 are known to 1e-4 in f32, so probabilities are too.
+        as_good_as(&values::<bf16>(&results[0]), &plain[0], &exact[0], 1e-3, "o");
+        close(&values::<f32>(&results[1]), &exact[1], 1e-6, "lse");
+        for gradient in &results[2..] {
+            assert!(values::<bf16>(gradient).iter().all(|x| x.is_finite()));
+        }
+        // All scores far below zero: what is not visible must not win by being 0.
+        case.q.iter_mut().for_each(|q| *q = bf16::from_f32(-300.0));
+        case.k.iter_mut().for_each(|k| *k = bf16::from_f32(k.to_f32().abs() + 1.0));
+        let results = case.run(&gpu()).expect("a run");
+        let (exact, plain) = case.exact_and_plain();
+        as_good_as(&values::<bf16>(&results[0]), &plain[0], &exact[0], 1e-2, "o below zero");
+        close(&values::<f32>(&results[1]), &exact[1], 1e-6, "lse below zero");
+    });
 }
 
 #[test]
 fn an_empty_batch_is_nothing() {
-    for lengths in [&[][..], &[0], &[0, 0]] {
-        let results = Case::new(lengths, dims(2, 1, 64)).run(&gpu()).expect("a run");
-        assert!(results.iter().all(Vec::is_empty));
-    }
+    on_each_kind_of_device(|| {
+        for lengths in [&[][..], &[0], &[0, 0]] {
+            let results = Case::new(lengths, dims(2, 1, 64)).run(&gpu()).expect("a run");
+            assert!(results.iter().all(Vec::is_empty));
+        }
+    });
 }
 
 #[test]
@@ -223,9 +260,9 @@ fn other_sizes_of_a_head_are_refused_by_name() {
     }
 }
 
-/// Three tiles of keys and more: each turn of the double buffer comes again.
-fn faulty_case() -> Case {
-    Case::new(&[130], dims(1, 1, 64))
+/// An end within a tile, and so many tiles that each turn of the double buffer comes again: of 64 keys, and of 128.
+fn faulty_case(kind: Emulated) -> Case {
+    Case::new(&[if kind.0 == PORTABLE.0 { 130 } else { 260 }], dims(1, 1, 64))
 }
 
 /// The emulator, with the schedule's fault in one kernel only: a launch that reports one ends a run, so that a
@@ -246,28 +283,42 @@ const LOOPS: [&str; 3] = ["attention_forward", "attention_key_gradients", "atten
 
 #[test]
 fn the_detector_finds_every_fault_of_synchronisation() {
-    let case = faulty_case();
-    for kernel in LOOPS {
-        for fault in ["NO_END_BARRIER", "LAX_WAIT", "NO_WAIT_BARRIER"] {
-            let found = finds(fault, |_| case.run(&Gpu::new(Box::new(Watched(FaultIn(kernel))))));
-            let said = found.detector.unwrap_or_else(|| panic!("the detector does not see {fault} in {kernel}"));
-            assert!(said.contains(kernel), "{said}");
-            println!("{kernel}, {fault}: the detector and {} of 8 schedules", found.schedules);
-        }
+    let portable = ["NO_END_BARRIER", "LAX_WAIT", "NO_WAIT_BARRIER"].map(|fault| (PORTABLE, fault));
+    let hopper = ["FULL", "EMPTY", "RELEASE", "CLEAR_FENCE"].map(|fault| (HOPPER, fault));
+    let everywhere = LOOPS
+        .iter()
+        .flat_map(|kernel| portable.iter().chain(&hopper).map(move |(kind, fault)| (*kind, *kernel, *fault)));
+    for (kind, kernel, fault) in everywhere.chain([(HOPPER, "attention_forward", "P_EARLY")]) {
+        let schedule = Schedule { detector: true, fault: Some(fault), ..Schedule::default() };
+        let run = || faulty_case(kind).run(&Gpu::exact(Box::new(Watched(kind, FaultIn(kernel)))));
+        let said = emulator::with(schedule, run).err().map(|problem| problem.to_string());
+        let said = said.unwrap_or_else(|| panic!("the detector does not see {fault} in {kernel}"));
+        assert!(said.contains(kernel), "{said}");
     }
 }
 
 #[test]
 fn the_comparison_finds_every_fault_of_arithmetic() {
-    let case = faulty_case();
-    let expected = case.exact_and_plain();
-    case.check(&case.run(&gpu()).expect("a run"), &expected);
-    let masks = LOOPS.map(|kernel| (kernel, "MASK_OFF_BY_ONE"));
-    for (kernel, fault) in masks.into_iter().chain([("attention_forward", "NO_RESCALE")]) {
+    let faulty = |kind, kernel, fault| {
         let schedule = Schedule { fault: Some(fault), ..Schedule::default() };
-        let gpu = Gpu::new(Box::new(Watched(FaultIn(kernel))));
-        let results = emulator::with(schedule, || case.run(&gpu)).expect("a run");
-        let checked = catch_unwind(AssertUnwindSafe(|| case.check(&results, &expected)));
-        assert!(checked.is_err(), "nothing shows the fault {fault} in {kernel}");
+        (schedule, Gpu::exact(Box::new(Watched(kind, FaultIn(kernel)))))
+    };
+    for kind in [PORTABLE, HOPPER] {
+        let case = faulty_case(kind);
+        let expected = case.exact_and_plain();
+        let sound = on(kind, || case.run(&gpu())).expect("a run");
+        case.check(&sound, &expected);
+        let masks = LOOPS.map(|kernel| (kernel, "MASK_OFF_BY_ONE"));
+        for (kernel, fault) in masks.into_iter().chain([("attention_forward", "NO_RESCALE")]) {
+            let (schedule, gpu) = faulty(kind, kernel, fault);
+            let results = emulator::with(schedule, || case.run(&gpu)).expect("a run");
+            let checked = catch_unwind(AssertUnwindSafe(|| case.check(&results, &expected)));
+            assert!(checked.is_err(), "nothing shows the fault {fault} in {kernel}");
+        }
+    }
+    for kernel in LOOPS {
+        let (schedule, gpu) = faulty(HOPPER, kernel, "NO_CLEAR");
+        let [packed, alone] = emulator::with(schedule, || beside_nan(&gpu)).expect("runs");
+        assert!(packed != alone, "nothing shows the fault NO_CLEAR in {kernel}");
     }
 }

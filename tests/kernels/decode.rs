@@ -1,7 +1,7 @@
 //! Decoding through the kernels: drawn on the device, captured, with common pages, within bounds.
 
 use crate::model::model;
-use crate::support::{Asked, Watched, Watcher, gpu};
+use crate::support::{Asked, PORTABLE, Watched, Watcher, gpu};
 use emulator::{Order, Schedule};
 use pipe::cuda::Gpu;
 use pipe::model::{
@@ -178,7 +178,7 @@ struct Counting {
 impl Counting {
     fn gpu(free: usize) -> (Gpu, Arc<Mutex<Counts>>) {
         let counts = Arc::<Mutex<Counts>>::default();
-        (Gpu::new(Box::new(Watched(Counting { counts: counts.clone(), free }))), counts)
+        (Gpu::new(Box::new(Watched(PORTABLE, Counting { counts: counts.clone(), free }))), counts)
     }
 }
 

@@ -446,50 +446,50 @@ pub enum Given {
     Back(u64),
 }
 
-/// The portable emulator, watched.
-pub struct Watched<W>(pub W);
+/// An emulator, watched.
+pub struct Watched<W>(pub Emulated, pub W);
 
 impl<W: Watcher> Driver for Watched<W> {
     fn name(&self) -> String {
-        PORTABLE.name()
+        self.0.name()
     }
 
     fn capability(&self) -> Capability {
-        PORTABLE.capability()
+        self.0.capability()
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64, Problem> {
-        self.0.asked(&Asked::Memory(bytes))?;
-        let address = PORTABLE.alloc(bytes)?;
-        self.0.given(&Given::Memory(address, bytes));
+        self.1.asked(&Asked::Memory(bytes))?;
+        let address = self.0.alloc(bytes)?;
+        self.1.given(&Given::Memory(address, bytes));
         Ok(address)
     }
 
     fn free(&self, address: u64) {
-        self.0.given(&Given::Back(address));
-        PORTABLE.free(address);
+        self.1.given(&Given::Back(address));
+        self.0.free(address);
     }
 
     fn memory(&self) -> Result<(usize, usize), Problem> {
-        self.0.memory().map_or_else(|| PORTABLE.memory(), Ok)
+        self.1.memory().map_or_else(|| self.0.memory(), Ok)
     }
 
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Problem> {
-        self.0.asked(&Asked::Upload(bytes.len()))?;
-        PORTABLE.upload(to, bytes)
+        self.1.asked(&Asked::Upload(bytes.len()))?;
+        self.0.upload(to, bytes)
     }
 
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Problem> {
-        self.0.asked(&Asked::Download(bytes.len()))?;
-        PORTABLE.download(from, bytes)
+        self.1.asked(&Asked::Download(bytes.len()))?;
+        self.0.download(from, bytes)
     }
 
     fn zero(&self, at: u64, bytes: usize) -> Result<(), Problem> {
-        PORTABLE.zero(at, bytes)
+        self.0.zero(at, bytes)
     }
 
     fn tensor_map(&self, view: &TensorView) -> Result<TensorMap, Problem> {
-        PORTABLE.tensor_map(view)
+        self.0.tensor_map(view)
     }
 
     unsafe fn launch(
@@ -500,67 +500,67 @@ impl<W: Watcher> Driver for Watched<W> {
         shared_bytes: u32,
         arguments: &mut [*mut c_void],
     ) -> Result<(), Problem> {
-        self.0.asked(&Asked::Launch(kernel))?;
+        self.1.asked(&Asked::Launch(kernel))?;
         // SAFETY: the caller's promise.
-        self.0.launching(kernel, &mut || unsafe { PORTABLE.launch(kernel, grid, block, shared_bytes, arguments) })
+        self.1.launching(kernel, &mut || unsafe { self.0.launch(kernel, grid, block, shared_bytes, arguments) })
     }
 
     fn synchronize(&self) -> Result<(), Problem> {
-        PORTABLE.synchronize()
+        self.0.synchronize()
     }
 
     fn alloc_host(&self, bytes: usize) -> Result<u64, Problem> {
-        PORTABLE.alloc_host(bytes)
+        self.0.alloc_host(bytes)
     }
 
     fn free_host(&self, address: u64) {
-        PORTABLE.free_host(address);
+        self.0.free_host(address);
     }
 
     unsafe fn queue_upload(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<(), Problem> {
-        self.0.asked(&Asked::Upload(bytes))?;
+        self.1.asked(&Asked::Upload(bytes))?;
         // SAFETY: the caller's promise.
-        unsafe { PORTABLE.queue_upload(queue, to, from, bytes) }
+        unsafe { self.0.queue_upload(queue, to, from, bytes) }
     }
 
     unsafe fn queue_download(&self, queue: Queue, from: u64, to: u64, bytes: usize) -> Result<(), Problem> {
-        self.0.asked(&Asked::Download(bytes))?;
+        self.1.asked(&Asked::Download(bytes))?;
         // SAFETY: the caller's promise.
-        unsafe { PORTABLE.queue_download(queue, from, to, bytes) }
+        unsafe { self.0.queue_download(queue, from, to, bytes) }
     }
 
     fn mark(&self, queue: Queue) -> Result<Mark, Problem> {
-        PORTABLE.mark(queue)
+        self.0.mark(queue)
     }
 
     fn queue_wait(&self, queue: Queue, mark: Mark) -> Result<(), Problem> {
-        PORTABLE.queue_wait(queue, mark)
+        self.0.queue_wait(queue, mark)
     }
 
     fn wait(&self, mark: Mark) -> Result<(), Problem> {
-        PORTABLE.wait(mark)
+        self.0.wait(mark)
     }
 
     fn forget(&self, mark: Mark) {
-        PORTABLE.forget(mark);
+        self.0.forget(mark);
     }
 
     fn begin_capture(&self) -> Result<(), Problem> {
-        PORTABLE.begin_capture()
+        self.0.begin_capture()
     }
 
     fn end_capture(&self) -> Result<u64, Problem> {
-        PORTABLE.end_capture()
+        self.0.end_capture()
     }
 
     unsafe fn launch_graph(&self, graph: u64) -> Result<(), Problem> {
-        self.0.asked(&Asked::Graph)?;
+        self.1.asked(&Asked::Graph)?;
         // SAFETY: the caller's promise.
-        unsafe { PORTABLE.launch_graph(graph) }
+        unsafe { self.0.launch_graph(graph) }
     }
 
     fn free_graph(&self, graph: u64) {
-        PORTABLE.free_graph(graph);
+        self.0.free_graph(graph);
     }
 }
 
@@ -572,7 +572,7 @@ pub struct Limited {
 
 impl Limited {
     pub fn to(bytes: usize) -> Gpu {
-        Gpu::new(Box::new(Watched(Limited { left: Mutex::new(bytes), given: Mutex::default() })))
+        Gpu::new(Box::new(Watched(PORTABLE, Limited { left: Mutex::new(bytes), given: Mutex::default() })))
     }
 }
 

@@ -1,6 +1,8 @@
-//! Launchers of `kernels/attention.cu`: causal attention over packed sequences, forward and backward.
+//! Launchers of `kernels/attention.cu` and, where a device has what it takes, of `kernels/attention_hopper.cu`: causal
+//! attention over packed sequences, forward and backward.
 
-use crate::cuda::{Buffer, Launch};
+use crate::cuda::tensor_map::BOX_COLS;
+use crate::cuda::{Buffer, Gpu, Launch, TensorMap};
 use crate::problem::{Exit, Problem};
 use half::bf16;
 
@@ -11,6 +13,40 @@ const OWN: usize = 64;
 /// Keys that the forward kernel visits at once, and rows that the backward kernels visit.
 const FORWARD_VISIT: usize = 64;
 const BACKWARD_VISIT: usize = 32;
+
+/// The same of `attention_hopper.cu`.
+mod hopper {
+    pub(super) const THREADS: usize = 384;
+    /// Also the keys that the forward kernel visits at once.
+    pub(super) const OWN: usize = 128;
+    pub(super) const QUERIES_VISITED: usize = 64;
+    pub(super) const KEYS_VISITED: usize = 128;
+    /// Turns that tiles take.
+    pub(super) const STAGES: usize = 2;
+    /// A full and an empty barrier of each stage.
+    const RING_BARRIERS: usize = STAGES * 16;
+    /// Of the tiles that stay.
+    const OWN_BARRIER: usize = 8;
+
+    fn tile_bytes(rows: usize, head_dim: usize) -> usize {
+        rows * head_dim * size_of::<half::bf16>()
+    }
+
+    pub(super) fn forward_bytes(head_dim: usize) -> usize {
+        (1 + 2 * STAGES) * tile_bytes(OWN, head_dim) + 2 * RING_BARRIERS + OWN_BARRIER
+    }
+
+    /// Also lse and delta of each stage.
+    pub(super) fn key_gradients_bytes(head_dim: usize) -> usize {
+        let tiles = 2 * tile_bytes(OWN, head_dim) + STAGES * 2 * tile_bytes(QUERIES_VISITED, head_dim);
+        tiles + STAGES * 2 * QUERIES_VISITED * size_of::<f32>() + RING_BARRIERS + OWN_BARRIER
+    }
+
+    pub(super) fn query_gradients_bytes(head_dim: usize) -> usize {
+        let tiles = 2 * tile_bytes(OWN, head_dim) + STAGES * 2 * tile_bytes(KEYS_VISITED, head_dim);
+        tiles + RING_BARRIERS + OWN_BARRIER
+    }
+}
 
 /// Sizes of an attention: q and o are [T, heads, head_dim], k and v [T, kv_heads, head_dim].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +77,12 @@ impl Dims {
     /// Elements of a token's queries, and of its keys.
     pub(super) fn widths(&self) -> (usize, usize) {
         (self.heads * self.head_dim, self.kv_heads * self.head_dim)
+    }
+
+    /// A map by which a block takes `rows` tokens of one head of x [T, heads, head_dim], 64 columns at a time.
+    fn map(&self, gpu: &Gpu, x: &Buffer<bf16>, heads: usize, rows: usize) -> Result<TensorMap, Problem> {
+        let tokens = x.len() / (heads * self.head_dim);
+        gpu.tensor_map(x, &[tokens, heads, self.head_dim], &[rows, 1, BOX_COLS])
     }
 
     pub(super) fn scale(&self) -> f32 {
@@ -92,9 +134,28 @@ pub fn forward(
     dims.check()?;
     let (sequences, tokens) = sequences_and_tokens(q, k, cu_seqlens, longest, dims);
     assert!(v.len() == k.len() && o.len() == q.len() && lse.len() == tokens * dims.heads);
+    if longest == 0 {
+        return Ok(());
+    }
+    let gpu = o.gpu();
+    if gpu.has_wgmma() {
+        let kernel = dims.pick("attention_forward_64_hopper", "attention_forward_128_hopper");
+        let launch = gpu
+            .launch(kernel, (dims.heads * sequences, longest.div_ceil(hopper::OWN)), hopper::THREADS)
+            .shared(hopper::forward_bytes(dims.head_dim))
+            .buffer(o)
+            .buffer(lse)
+            .map(dims.map(gpu, q, dims.heads, hopper::OWN)?)
+            .map(dims.map(gpu, k, dims.kv_heads, hopper::OWN)?)
+            .map(dims.map(gpu, v, dims.kv_heads, hopper::OWN)?)
+            .buffer(cu_seqlens)
+            .dims(dims);
+        // SAFETY: the arguments of `attention_forward_*_hopper` in their order; maps are of whole buffers, the rest is
+        // as below.
+        return unsafe { launch.run() };
+    }
     let kernel = dims.pick("attention_forward_64", "attention_forward_128");
-    let launch = o
-        .gpu()
+    let launch = gpu
         .launch(kernel, (dims.heads * sequences, longest.div_ceil(OWN)), THREADS)
         .shared(forward_bytes(dims))
         .buffer(o)
@@ -131,7 +192,10 @@ pub fn backward(
     let rows = tokens * dims.heads;
     assert!([o.len(), d_o.len(), dq.len()] == [q.len(); 3] && lse.len() == rows);
     assert!([v.len(), dk.len(), dv.len()] == [k.len(); 3]);
-    let (gpu, tiles) = (dq.gpu(), longest.div_ceil(OWN));
+    if longest == 0 {
+        return Ok(());
+    }
+    let gpu = dq.gpu();
 
     let delta = gpu.alloc::<f32>(rows)?;
     let rows_per_block = THREADS * 8 / dims.head_dim;
@@ -145,6 +209,46 @@ pub fn backward(
     // many.
     unsafe { launch.run()? };
 
+    if gpu.has_wgmma() {
+        let tiles = longest.div_ceil(hopper::OWN);
+        let visited = hopper::QUERIES_VISITED;
+        let kernel = dims.pick("attention_key_gradients_64_hopper", "attention_key_gradients_128_hopper");
+        let launch = gpu
+            .launch(kernel, (dims.kv_heads * sequences, tiles), hopper::THREADS)
+            .shared(hopper::key_gradients_bytes(dims.head_dim))
+            .buffer(dk)
+            .buffer(dv)
+            .map(dims.map(gpu, d_o, dims.heads, visited)?)
+            .map(dims.map(gpu, q, dims.heads, visited)?)
+            .map(dims.map(gpu, k, dims.kv_heads, hopper::OWN)?)
+            .map(dims.map(gpu, v, dims.kv_heads, hopper::OWN)?)
+            .buffer(lse)
+            .buffer(&delta)
+            .buffer(cu_seqlens)
+            .dims(dims);
+        // SAFETY: the arguments of `attention_key_gradients_*_hopper` in their order; maps are of whole buffers, the
+        // rest is as below.
+        unsafe { launch.run()? };
+
+        let visited = hopper::KEYS_VISITED;
+        let kernel = dims.pick("attention_query_gradients_64_hopper", "attention_query_gradients_128_hopper");
+        let launch = gpu
+            .launch(kernel, (dims.heads * sequences, tiles), hopper::THREADS)
+            .shared(hopper::query_gradients_bytes(dims.head_dim))
+            .buffer(dq)
+            .map(dims.map(gpu, d_o, dims.heads, hopper::OWN)?)
+            .map(dims.map(gpu, q, dims.heads, hopper::OWN)?)
+            .map(dims.map(gpu, k, dims.kv_heads, visited)?)
+            .map(dims.map(gpu, v, dims.kv_heads, visited)?)
+            .buffer(lse)
+            .buffer(&delta)
+            .buffer(cu_seqlens)
+            .dims(dims);
+        // SAFETY: the arguments of `attention_query_gradients_*_hopper` in their order; sizes as above.
+        return unsafe { launch.run() };
+    }
+
+    let tiles = longest.div_ceil(OWN);
     let kernel = dims.pick("attention_key_gradients_64", "attention_key_gradients_128");
     let launch = gpu
         .launch(kernel, (dims.kv_heads * sequences, tiles), THREADS)
@@ -200,8 +304,9 @@ fn sequences_and_tokens(
 mod tests {
     use super::*;
 
-    /// What every device since sm_80 grants a block that asks for more than 48 KiB.
+    /// What every device since sm_80 grants a block that asks for more than 48 KiB, and what one of 9.0 does.
     const GRANTED: usize = 99 * 1024;
+    const GRANTED_BY_HOPPER: usize = 227 * 1024;
 
     #[test]
     fn a_block_needs_no_more_shared_memory_than_any_device_grants() {
@@ -209,6 +314,13 @@ mod tests {
             let dims = Dims { heads: 1, kv_heads: 1, head_dim };
             for bytes in [forward_bytes(dims), key_gradients_bytes(dims), query_gradients_bytes(dims)] {
                 assert!(bytes <= GRANTED, "{dims:?}: {bytes}");
+            }
+            for bytes in [
+                hopper::forward_bytes(head_dim),
+                hopper::key_gradients_bytes(head_dim),
+                hopper::query_gradients_bytes(head_dim),
+            ] {
+                assert!(bytes <= GRANTED_BY_HOPPER, "{dims:?}: {bytes}");
             }
         }
     }

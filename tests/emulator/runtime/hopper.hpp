@@ -2,6 +2,8 @@
 #pragma once
 #include "emulated.hpp"
 
+#define HOPPER_KERNEL(threads) KERNEL(threads)
+
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
