@@ -21,25 +21,19 @@
 // Grid      256 threads make a 128 x 128 tile of a product, each of 8 warps 64 x 32 of it, with 32 of the inner
 //           dimension at a time through three stages of shared memory (48 KiB). blockIdx.x counts tiles of rows,
 //           so that blocks that run together read the same rows of W.
-// Partners  src/tensor/ops/head_logprob.rs (reference), src/cuda/ops/head_logprob.rs (launcher, which order the
-//           kernels run in), tests/kernels/head_logprob.rs
-#include "dev.cuh"
+// Partners  head.cuh, head_logprob_hopper.cu, src/tensor/ops/head_logprob.rs (reference),
+//           src/cuda/ops/head_logprob.rs (launcher, which order the kernels run in), tests/kernels/head_logprob.rs
+#include "head.cuh"
 
-// A test compiles with one of the FAULT_ macros below defined and demands that the emulator, or the comparison
-// with the reference, notices.
+// A test compiles with one of the FAULT_ macros of this file or head.cuh defined and demands that the emulator, or
+// the comparison with the reference, notices.
 
 constexpr int THREADS = 256;
-constexpr int TILE = 128;                       // rows and columns of a block's product
+constexpr int TILE = HEAD_ROWS;                 // rows and columns of a block's product
 constexpr int STEP = 32;                        // of the inner dimension, per stage
 constexpr int STAGES = 3;
 constexpr u32 OPERAND = TILE * STEP * 2;        // bytes of one operand's part of a stage
 constexpr u32 PIPELINE = STAGES * 2 * OPERAND;  // bytes of all stages
-constexpr int FORWARD_SPAN = 1024;              // entries of the vocabulary; part of the results
-constexpr int BACKWARD_SPAN = 8192;             // likewise
-constexpr int STRIP = 32;                       // columns that the top-k search looks at in one go
-constexpr int STRIP_STRIDE = STRIP + 1;         // odd, so that a column's rows lie in different banks
-constexpr u32 NO_ID = 0xffffffffu;
-constexpr float LOG2_E = 1.4426950408889634f;
 
 DEV int tiles_of(int count, int tile) { return (count + tile - 1) / tile; }
 
@@ -214,105 +208,7 @@ DEV void logits(const Matrix& h, const Matrix& w, const Matrix& low, const Matri
     }, done);
 }
 
-// ---- Sums over a part of the vocabulary -----------------------------------------------------------------------
-
-// Largest logit, sum of e^(logit - max), and the same weighted with (logit - max).
-struct Sum {
-    float max, sum, weighted;
-};
-
-DEV float power(float x) { return exp2_approx(x * LOG2_E); }
-
-// What logits are compared with: 0 while none but minus infinity was seen, for whose difference is no number.
-DEV float anchor(float max) { return max == -INFINITY ? 0.0f : max; }
-
-DEV Sum nothing() {
-    Sum none;
-    none.max = -INFINITY, none.sum = 0.0f, none.weighted = 0.0f;
-    return none;
-}
-
-// The same sums, relative to `max` instead of x.max. A factor of 0 has to win over an infinite shift.
-DEV void move(Sum& x, float max) {
-#ifndef FAULT_NO_RESCALE
-    const float shift = x.max - max, factor = power(shift);
-#else
-    const float shift = 0.0f, factor = 1.0f;
-#endif
-    x.weighted = factor > 0.0f ? (x.weighted + x.sum * shift) * factor : 0.0f;
-    x.sum *= factor;
-    x.max = max;
-}
-
-DEV void merge(Sum& x, Sum y) {
-    const float max = fmaxf(x.max, y.max), to = anchor(max);
-    move(x, to);
-    move(y, to);
-    x.sum += y.sum;
-    x.weighted += y.weighted;
-    x.max = max;
-}
-
-DEV void merge_with_lane(Sum& x, int other) {
-    Sum y;
-    y.max = __shfl_xor_sync(FULL_WARP, x.max, other);
-    y.sum = __shfl_xor_sync(FULL_WARP, x.sum, other);
-    y.weighted = __shfl_xor_sync(FULL_WARP, x.weighted, other);
-    merge(x, y);
-}
-
-// Adds the logits of one row that a thread holds.
-DEV void see(Sum& x, const float (&logit)[8]) {
-    float max = x.max;
-#pragma unroll
-    for (int i = 0; i < 8; i++) max = fmaxf(max, logit[i]);
-    const float to = anchor(max);
-    move(x, to);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const float shifted = logit[i] - to, e = power(shifted);
-        x.sum += e;
-        // A logit of minus infinity has weight 0, not 0 * infinity.
-        x.weighted += shifted < -200.0f ? 0.0f : e * shifted;
-    }
-    x.max = max;
-}
-
 // ---- Lists of the most likely entries --------------------------------------------------------------------------
-
-// Whether (a, a_id) stands before (b, b_id): larger first, smaller id first among equals. Nothing that is no
-// number stands before anything. An empty place, (-infinity, NO_ID), is behind all.
-DEV bool before(float a, u32 a_id, float b, u32 b_id) { return a > b || (a == b && a_id < b_id); }
-
-// In shared memory, behind the pipeline: a strip of logits, then each row's list of `count` places, place by place.
-// Thread i of the first 128 owns the list of row i.
-struct Lists {
-    float *strip, *value;
-    u32* id;
-    int count;
-};
-
-DEV Lists empty_lists(int count) {
-    Lists x;
-    x.strip = smem_ptr<float>(PIPELINE);
-    x.value = smem_ptr<float>(PIPELINE + TILE * STRIP_STRIDE * 4);
-    x.id = smem_ptr<u32>(PIPELINE + TILE * STRIP_STRIDE * 4 + TILE * count * 4);
-    x.count = count;
-    if (threadIdx.x < TILE)
-        for (int i = threadIdx.x; i < count * TILE; i += TILE) x.value[i] = -INFINITY, x.id[i] = NO_ID;
-    return x;
-}
-
-// Puts an entry in its place of a list, if it has one.
-DEV void enter(const Lists& x, int row, float value, u32 id) {
-    int to = x.count;
-    for (; to > 0; to--) {
-        const int other = (to - 1) * TILE + row;
-        if (!before(value, id, x.value[other], x.id[other])) break;
-        if (to < x.count) x.value[other + TILE] = x.value[other], x.id[other + TILE] = x.id[other];
-    }
-    if (to < x.count) x.value[to * TILE + row] = value, x.id[to * TILE + row] = id;
-}
 
 // Enters a tile of logits, whose first column is entry `column0`.
 DEV void list_tile(const Lists& x, const Accumulator& c, const Place& at, int column0, int vocabulary) {
@@ -379,7 +275,7 @@ DEV void forward(float* part, float* target_logit, float* top_value, u32* top_id
     const int tiles = tiles_of(min(FORWARD_SPAN, vocabulary - entry0), TILE);
 
     Lists lists;
-    if constexpr (TOP) lists = empty_lists(top_count);
+    if constexpr (TOP) lists = empty_lists(PIPELINE, threadIdx.x < TILE ? (int)threadIdx.x : -1, top_count);
 
     // Every thread sums over the columns it holds, for each of its eight rows; threads meet only at the end.
     Sum seen[8];

@@ -1,124 +1,45 @@
 // The large products of lora_matmul.cu by warpgroups and tensor copies (sm_90a alone).
 //
 //   forward    y = or += x W^T + scale low B^T + bias
+//   backward   dx = or += dy W + dlow A
 //
 // Law       that of lora_matmul.cu: low B^T is summed, multiplied once by scale in f32, then x W^T is summed on top of
-//           it in the same accumulators, then bias, then what was in y; one rounding at the store.
+//           it in the same accumulators, then bias, then what was in y; one rounding at the store. dlow, which has its
+//           scale already, times A is summed, then dy W on top of it, then what was in dx.
 // Order     an element is one chain of m64n256k16 steps over the summed index, ascending, whatever m and the neighbours
-//           are. What wgmma adds up within 16 is not what mma.sync does, bit for bit: rows that are too few for this
-//           kernel may differ in last bits from the same rows in a large batch.
-// Shapes    as there, where rows of x, W (k) and of low, B (rank) begin at multiples of 16 bytes: k and rank are
-//           multiples of 8. What a step of 64 holds beyond k or rank is zero. The launcher takes the other kernels where
+//           are. What wgmma adds up within 16 is not what mma.sync does, bit for bit: rows that are too few for the
+//           forward kernel may differ in last bits from the same rows in a large batch. dx is made here for any m.
+// Shapes    as there, where rows of the operands begin at multiples of 16 bytes: k and rank are multiples of 8, and n
+//           for dx. What a step of 64 holds beyond the summed index is zero. The launcher takes the other kernels where
 //           this does not hold.
-// Block     128 x 256 results by two consumer warpgroups of 64 rows each; the first warp of a third fills a ring of four
-//           stages, 64 summed indices each. A consumer keeps one batch of products under way while the next is asked for.
-// Partners  hopper.cuh, src/cuda/ops/lora_matmul.rs (launcher), tests/kernels/lora_matmul.rs (reference)
-// Faults    FAULT_FULL, FAULT_EMPTY, FAULT_RELEASE, FAULT_SCALE
-#include "hopper.cuh"
+// Block     128 x 256 results by two consumer warpgroups of 64 rows each and a producer, through a ring of four stages
+//           of 64 summed indices each (ring.cuh). A consumer keeps one batch of products under way while the next is
+//           asked for. W and A of dx are [summed, columns]: four panels of 64 columns a stage, read MN-major.
+// Partners  ring.cuh, src/cuda/ops/lora_matmul.rs (launcher), tests/kernels/lora_matmul.rs (reference)
+// Faults    planted in ring.cuh
+#include "ring.cuh"
 #include "stores.cuh"
 
-enum {
-    ROWS = 128,
-    COLS = 256,
-    DEPTH = 64,
-    STAGES = 4,
-    P_BYTES = ROWS * DEPTH * 2,
-    Q_BYTES = COLS * DEPTH * 2,
-    STAGE_BYTES = P_BYTES + Q_BYTES,
-    FULL = STAGES * STAGE_BYTES,
-    EMPTY = FULL + 8 * STAGES
-};
-
-DEV sptr stage_of(int step) { return smem_base() + step % STAGES * STAGE_BYTES; }
-DEV sptr full_of(int step) { return smem_base() + FULL + step % STAGES * 8; }
-DEV sptr empty_of(int step) { return smem_base() + EMPTY + step % STAGES * 8; }
-// Each stage is used once per phase.
-DEV u32 phase_of(int step) { return step / STAGES % 2; }
-
-DEV void make_barriers() {
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++) {
-            mbarrier_init(full_of(s), 1);
-            mbarrier_init(empty_of(s), 2);
-        }
-        mbarrier_init_fence();
-    }
-    __syncthreads();
-}
-
-// Fills the stages: first with the columns of (p0, q0), `low_steps` of them, then with those of (p, q).
-DEV void fill(const TensorMap* p0, const TensorMap* q0, int low_steps, const TensorMap* p, const TensorMap* q, int steps,
-              int row0, int col0) {
-    for (int step = 0; step < steps; step++) {
-        const sptr stage = stage_of(step), full = full_of(step);
-#ifndef FAULT_EMPTY
-        mbarrier_wait(empty_of(step), phase_of(step) ^ 1);
-#endif
-        mbarrier_expect(full, STAGE_BYTES);
-        if (step < low_steps) {
-            tensor_load_2d(stage, p0, full, step * DEPTH, row0);
-            tensor_load_2d(stage + P_BYTES, q0, full, step * DEPTH, col0);
-        } else {
-            tensor_load_2d(stage, p, full, (step - low_steps) * DEPTH, row0);
-            tensor_load_2d(stage + P_BYTES, q, full, (step - low_steps) * DEPTH, col0);
-        }
-    }
-}
-
-DEV void release(int step) {
-    if (threadIdx.x % 128 == 0) mbarrier_arrive(empty_of(step));
-}
-
-// The chain of this warpgroup's 64 rows.
-DEV void multiply(float (&d)[COLS / 2], int low_steps, float scale, int steps) {
-    const u32 half = threadIdx.x / 128 * (P_BYTES / 2);
-    for (int step = 0; step < steps; step++) {
-        const sptr p = stage_of(step) + half, q = stage_of(step) + P_BYTES;
-#ifndef FAULT_FULL
-        mbarrier_wait(full_of(step), phase_of(step));
-#endif
-        if (step == low_steps && low_steps > 0) {
-#ifndef FAULT_SCALE
-            wgmma_wait<0>();
-#endif
-            wgmma_operand(d);
-#pragma unroll
-            for (int i = 0; i < COLS / 2; i++) d[i] *= scale;
-        }
-        wgmma_operand(d);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < DEPTH / 16; i++) wgmma(d, k_major(p + 32 * i), k_major(q + 32 * i), step + i > 0);
-        wgmma_commit();
-#ifdef FAULT_RELEASE
-        release(step);
-        wgmma_wait<1>();
-#else
-        // The batch before this one is done, and its stage free.
-        wgmma_wait<1>();
-        if (step > 0) release(step - 1);
-#endif
-    }
-    wgmma_wait<0>();
-    wgmma_operand(d);
-}
+constexpr int COLS = 256;
+typedef Ring<COLS, 4> Stages;
 
 // y. Grid: ceil(m/128) * ceil(n/256), in bands; 384 threads.
 HOPPER_KERNEL(384) lora_matmul_forward_hopper(bf16* y, TENSOR_MAP x, TENSOR_MAP w, const float* bias, TENSOR_MAP low,
                                        TENSOR_MAP b, int m, int n, int k, int rank, float scale, int add) {
     const Spot spot = spot_of(blockIdx.x, (m + ROWS - 1) / ROWS, (n + COLS - 1) / COLS);
     const int row0 = spot.row * ROWS, col0 = spot.col * COLS;
-    const int low_steps = (rank + DEPTH - 1) / DEPTH, steps = low_steps + (k + DEPTH - 1) / DEPTH;
-    make_barriers();
-    if (threadIdx.x >= 256) {
-        registers_give<40>();
-        if (threadIdx.x == 256) fill(&low, &b, low_steps, &x, &w, steps, row0, col0);
+    const int low_steps = steps_of(rank), steps = low_steps + steps_of(k);
+    Stages::make_barriers();
+    if (threadIdx.x >= CONSUMERS) {
+        registers_give<PRODUCER_REGISTERS>();
+        if (threadIdx.x == CONSUMERS)
+            Stages::fill<K_MAJOR>(0, Operands{&low, &b}, low_steps, Operands{&x, &w}, steps, row0, col0, 0);
         return;
     }
-    registers_take<232>();
+    registers_take<CONSUMER_REGISTERS>();
     float d[COLS / 2];
-    multiply(d, low_steps, scale, steps);
-    const int row = row0 + threadIdx.x / 32 * 16 + lane_index() / 4, left = col0 + lane_index() % 4 * 2;
+    Stages::multiply<K_MAJOR>(d, 0, low_steps, scale, steps);
+    const int row = row0 + first_row(), left = col0 + first_column();
 #pragma unroll
     for (int j = 0; j < COLS / 8; j++) {
         const int col = left + 8 * j;
@@ -128,3 +49,28 @@ HOPPER_KERNEL(384) lora_matmul_forward_hopper(bf16* y, TENSOR_MAP x, TENSOR_MAP 
     }
 }
 EXPORT_KERNEL(lora_matmul_forward_hopper)
+
+// dx. Grid: ceil(m/128) * ceil(k/256), in bands; 384 threads.
+HOPPER_KERNEL(384) lora_matmul_dx_hopper(bf16* dx, TENSOR_MAP dy, TENSOR_MAP w, TENSOR_MAP dlow, TENSOR_MAP a, int m, int n,
+                                  int k, int rank, int add) {
+    const Spot spot = spot_of(blockIdx.x, (m + ROWS - 1) / ROWS, (k + COLS - 1) / COLS);
+    const int row0 = spot.row * ROWS, col0 = spot.col * COLS;
+    const int low_steps = steps_of(rank), steps = low_steps + steps_of(n);
+    Stages::make_barriers();
+    if (threadIdx.x >= CONSUMERS) {
+        registers_give<PRODUCER_REGISTERS>();
+        if (threadIdx.x == CONSUMERS)
+            Stages::fill<MN_MAJOR>(0, Operands{&dlow, &a}, low_steps, Operands{&dy, &w}, steps, row0, col0, 0);
+        return;
+    }
+    registers_take<CONSUMER_REGISTERS>();
+    float d[COLS / 2];
+    Stages::multiply<MN_MAJOR>(d, 0, 0, 1.0f, steps);
+    const int row = row0 + first_row(), left = col0 + first_column();
+#pragma unroll
+    for (int j = 0; j < COLS / 8; j++) {
+        store_bf16(dx, m, k, row, left + 8 * j, d[4 * j], d[4 * j + 1], add);
+        store_bf16(dx, m, k, row + 8, left + 8 * j, d[4 * j + 2], d[4 * j + 3], add);
+    }
+}
+EXPORT_KERNEL(lora_matmul_dx_hopper)

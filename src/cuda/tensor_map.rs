@@ -46,9 +46,24 @@ impl Gpu {
     /// of which one copy takes a box of the size `tile`: its last is [`BOX_COLS`], the others are up to [`BOX_ROWS`].
     /// The contiguous extent must be one that [`copies_rows_of`] takes.
     pub fn tensor_map(&self, buffer: &Buffer<bf16>, extents: &[usize], tile: &[usize]) -> Result<TensorMap, Problem> {
+        self.tensor_map_from(buffer, 0, extents, tile)
+    }
+
+    /// The same of a tensor that begins at element `first` of the buffer, a multiple of 8.
+    pub fn tensor_map_from(
+        &self,
+        buffer: &Buffer<bf16>,
+        first: usize,
+        extents: &[usize],
+        tile: &[usize],
+    ) -> Result<TensorMap, Problem> {
         let cols = *extents.last().expect("a tensor has extents");
         assert!([2, 3].contains(&extents.len()) && extents.len() == tile.len(), "{extents:?}, {tile:?}");
-        assert!(extents.iter().product::<usize>() <= buffer.len() && extents.iter().all(|n| *n > 0), "{extents:?}");
+        assert!(first.is_multiple_of(8), "element {first} does not begin at a multiple of 16 bytes");
+        assert!(
+            first + extents.iter().product::<usize>() <= buffer.len() && extents.iter().all(|n| *n > 0),
+            "{extents:?}"
+        );
         assert!(copies_rows_of(cols), "rows of {cols} elements do not begin at multiples of 16 bytes");
         assert!(tile.last() == Some(&BOX_COLS) && tile.iter().all(|n| (1..=BOX_ROWS).contains(n)), "{tile:?}");
         let inner_first = |sizes: &[usize]| -> Vec<u64> { sizes.iter().rev().map(|n| *n as u64).collect() };
@@ -58,6 +73,6 @@ impl Gpu {
             pitches.push(pitches[0] * rows);
         }
         let tile = inner_first(tile).iter().map(|n| *n as u32).collect();
-        self.driver().tensor_map(&TensorView { address: buffer.address(), extents, pitches, tile })
+        self.driver().tensor_map(&TensorView { address: buffer.address_of(first), extents, pitches, tile })
     }
 }

@@ -1,9 +1,10 @@
 //! The head: log-probs and gradients against their f64 definition, independence of rows, planted faults.
 
 use crate::support::{
-    as_good_as, bytes, detector_is_silent, finds, gpu, numbers, rounded, same_bits_on_every_schedule, through_bf16,
-    values, wide,
+    Emulated, HOPPER, PORTABLE, as_good_as, bytes, detector_is_silent, finds, gpu, numbers, on, on_device,
+    on_each_kind_of_device, rounded, same_bits_on_every_schedule, through_bf16, values, wide,
 };
+use emulator::Schedule;
 use half::bf16;
 use pipe::cuda::ops::head_logprob::{Gradients, Lora, backward, forward};
 use pipe::cuda::{Buffer, Gpu};
@@ -12,6 +13,12 @@ use pipe::tensor::ops::head_logprob::reference;
 
 const SCALE: f32 = 0.3;
 const TOP: usize = 5;
+
+/// Rows, vocabulary, hidden and rank that the kernels by warpgroups take, for their tiles of 128 x 256 and steps of 64:
+/// tails in every extent, part of a warpgroup's rows, one and two tiles of rows, two spans, more steps than stages, a
+/// rank of no, one and two steps.
+const BY_WARPGROUPS: [(usize, usize, usize, usize); 5] =
+    [(1, 255, 8, 0), (63, 257, 72, 8), (65, 600, 328, 24), (130, 300, 40, 0), (3, 1100, 136, 72)];
 
 /// What the gradients that are added to hold before.
 const BEFORE: f32 = 0.25;
@@ -261,6 +268,25 @@ fn it_follows_its_definition_on_every_schedule() {
 }
 
 #[test]
+fn the_kernels_by_warpgroups_follow_it_too() {
+    for (rows, vocabulary, hidden, rank) in BY_WARPGROUPS {
+        let case = Case::new(rows, vocabulary, hidden, rank);
+        on_each_kind_of_device(|| {
+            let bits = same_bits_on_every_schedule(|gpu| case.run(gpu));
+            follows_its_definition(&case, &Results::of(&bits));
+        });
+    }
+}
+
+#[test]
+fn the_detector_has_nothing_to_report_of_the_kernels_by_warpgroups() {
+    for (rows, vocabulary, hidden, rank) in [(1, 255, 8, 0), (65, 270, 328, 24), (3, 1100, 72, 8)] {
+        let case = Case::new(rows, vocabulary, hidden, rank);
+        on(HOPPER, || detector_is_silent(|gpu| case.run(gpu)));
+    }
+}
+
+#[test]
 fn the_detector_has_nothing_to_report() {
     for (rows, vocabulary, hidden, rank) in [(1, 1, 1, 1), (3, 131, 5, 0), (129, 130, 33, 9), (6, 1100, 104, 8)] {
         let case = Case::new(rows, vocabulary, hidden, rank);
@@ -270,8 +296,13 @@ fn the_detector_has_nothing_to_report() {
 
 #[test]
 fn the_vocabulary_may_have_several_spans_and_their_number_at_once_changes_no_bit() {
+    on(PORTABLE, || several_spans(2));
+    on(HOPPER, || several_spans(8));
+}
+
+fn several_spans(rank: usize) {
     // So many rows are made one span at a time, a few of them two.
-    let many = Case::new(1025, 8192 + 13, 8, 2);
+    let many = Case::new(1025, 8192 + 13, 8, rank);
     let few = many.only(0..3);
     let got = few.results();
     follows_its_definition(&few, &got);
@@ -297,7 +328,12 @@ fn more_rows_than_fit_at_once_are_made_in_turn() {
 
 #[test]
 fn a_row_gives_the_same_bits_alone_and_among_others() {
-    let case = Case::new(131, 1030, 17, 3);
+    on(PORTABLE, || alone_and_among_others(17, 3));
+    on(HOPPER, || alone_and_among_others(24, 8));
+}
+
+fn alone_and_among_others(hidden: usize, rank: usize) {
+    let case = Case::new(131, 1030, hidden, rank);
     let together = case.results();
     for rows in [0..1, 77..80, 127..129, 130..131] {
         let alone = case.only(rows.clone()).results();
@@ -312,6 +348,10 @@ fn a_row_gives_the_same_bits_alone_and_among_others() {
 
 #[test]
 fn equal_logits_rank_by_id_and_their_entropy_is_that_of_a_uniform_choice() {
+    on_each_kind_of_device(equal_logits);
+}
+
+fn equal_logits() {
     let mut case = Case::new(2, 3000, 8, 0);
     case.w.fill(bf16::ZERO);
     let got = case.results();
@@ -323,6 +363,10 @@ fn equal_logits_rank_by_id_and_their_entropy_is_that_of_a_uniform_choice() {
 
 #[test]
 fn the_longest_list_is_in_order_across_spans() {
+    on_each_kind_of_device(the_longest_list);
+}
+
+fn the_longest_list() {
     let case = Case::new(2, 2500, 8, 0);
     let gpu = gpu();
     let [h, w] = [&case.h, &case.w].map(|x| gpu.upload(x).unwrap());
@@ -338,7 +382,12 @@ fn the_longest_list_is_in_order_across_spans() {
 
 #[test]
 fn a_row_that_is_not_a_number_spoils_no_other() {
-    let sound = Case::new(5, 140, 16, 4);
+    on(PORTABLE, || not_a_number(4));
+    on(HOPPER, || not_a_number(8));
+}
+
+fn not_a_number(rank: usize) {
+    let sound = Case::new(5, 140, 16, rank);
     let want = sound.results();
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut case = sound.clone();
@@ -359,24 +408,30 @@ fn a_row_that_is_not_a_number_spoils_no_other() {
 
 #[test]
 fn huge_logits_and_logits_of_minus_infinity_are_met() {
+    on(PORTABLE, || huge_and_infinite(1));
+    on(HOPPER, || huge_and_infinite(8));
+}
+
+/// Of `hidden` elements all but the first are 0.
+fn huge_and_infinite(hidden: usize) {
+    let only_first = |case: &mut Case, h: f32, w: &dyn Fn(usize) -> f32| {
+        case.h.fill(bf16::ZERO);
+        case.w.fill(bf16::ZERO);
+        case.h.iter_mut().step_by(hidden).for_each(|x| *x = bf16::from_f32(h));
+        case.w.iter_mut().step_by(hidden).enumerate().for_each(|(entry, x)| *x = bf16::from_f32(w(entry)));
+    };
     // Logits of +-1e36 and less: the largest wins, and nothing becomes infinite on the way.
-    let mut case = Case::new(1, 1100, 1, 0);
-    case.h[0] = bf16::from_f32(1e18);
-    for (entry, w) in case.w.iter_mut().enumerate() {
-        *w = bf16::from_f32(if entry == 1060 { 1e18 } else { -1e18 });
-    }
+    let mut case = Case::new(1, 1100, hidden, 0);
+    only_first(&mut case, 1e18, &|entry| if entry == 1060 { 1e18 } else { -1e18 });
     case.targets[0] = 1060;
     let got = case.results();
-    let largest = (case.h[0].to_f64() * case.w[1060].to_f64()) as f32;
+    let largest = (case.h[0].to_f64() * case.w[1060 * hidden].to_f64()) as f32;
     assert_eq!((got.lse[0], got.logprob[0], got.entropy[0], got.ids[0]), (largest, 0.0, 0.0, 1060));
     assert!(got.dh[0].is_finite() && got.dw.iter().all(|x| *x == BEFORE));
 
     // -1e30 * 1e30 is minus infinity in f32: such an entry has no weight, be it a whole span of them.
-    let mut case = Case::new(2, 2100, 1, 0);
-    case.h.fill(bf16::from_f32(-1e30));
-    for (entry, w) in case.w.iter_mut().enumerate() {
-        *w = bf16::from_f32(if entry < 1030 { 1e30 } else { 0.0 });
-    }
+    let mut case = Case::new(2, 2100, hidden, 0);
+    only_first(&mut case, -1e30, &|entry| if entry < 1030 { 1e30 } else { 0.0 });
     case.targets = vec![3, 2000];
     let got = case.results();
     let uniform = (2100.0f32 - 1030.0).ln();
@@ -388,6 +443,10 @@ fn huge_logits_and_logits_of_minus_infinity_are_met() {
 
 #[test]
 fn a_target_outside_the_vocabulary_has_no_number_and_spoils_no_other() {
+    on_each_kind_of_device(a_target_outside);
+}
+
+fn a_target_outside() {
     let mut case = Case::new(3, 50, 8, 0);
     let want = case.results();
     case.targets[1] = 50;
@@ -399,7 +458,12 @@ fn a_target_outside_the_vocabulary_has_no_number_and_spoils_no_other() {
 
 #[test]
 fn no_rows_are_no_work() {
-    let case = Case::new(0, 50, 8, 2);
+    on(PORTABLE, || no_rows(2));
+    on(HOPPER, || no_rows(8));
+}
+
+fn no_rows(rank: usize) {
+    let case = Case::new(0, 50, 8, rank);
     let got = case.results();
     assert!(got.logprob.is_empty() && got.da.iter().chain(&got.db).chain(&got.dw).all(|x| *x == BEFORE));
 }
@@ -443,4 +507,76 @@ fn parts_that_are_added_without_rescaling_are_found() {
     let case = Case::new(3, 150, 72, 4);
     let found = finds("NO_RESCALE", |gpu| case.run(gpu));
     assert!(found.detector.is_none() && found.schedules > 0, "the numbers show it: {found:?}");
+}
+
+/// logprob, lse and, with `top`, lists.
+fn forward_alone(case: &Case, gpu: &Gpu, top: usize) -> Result<Vec<Vec<u8>>, Problem> {
+    let [h, w, a, b] = [&case.h, &case.w, &case.a, &case.b].map(|x| gpu.upload(x));
+    let (h, w, a, b) = (h?, w?, a?, b?);
+    let lora = (case.rank > 0).then_some(Lora { a: &a, b: &b, rank: case.rank, scale: SCALE });
+    let result = forward(&h, &w, lora, &gpu.upload(&case.targets)?, case.hidden, false, top)?;
+    let mut all = vec![bytes(&result.logprob)?, bytes(&result.lse)?];
+    if let Some((ids, logprobs)) = &result.top {
+        all.extend([bytes(ids)?, bytes(logprobs)?]);
+    }
+    Ok(all)
+}
+
+/// dh.
+fn backward_alone(case: &Case, gpu: &Gpu) -> Result<Vec<Vec<u8>>, Problem> {
+    let [h, w] = [&case.h, &case.w].map(|x| gpu.upload(x));
+    let (h, w) = (h?, w?);
+    let (targets, dlogprob) = (gpu.upload(&case.targets)?, gpu.upload(&case.dlogprob)?);
+    let lse = gpu.upload(&vec![3.0; case.rows()])?;
+    let mut dh = gpu.alloc(case.h.len())?;
+    backward(&mut dh, Gradients::default(), &dlogprob, &h, &w, None, &targets, &lse, case.hidden)?;
+    Ok(vec![bytes(&dh)?])
+}
+
+/// By warpgroups, whatever the number of rows; rows whose tensor copies cannot begin are left to the other kernels.
+#[test]
+fn the_kernels_by_warpgroups_run_where_they_can() {
+    if on_device() {
+        return;
+    }
+    let watched = Schedule { detector: true, fault: Some("FULL"), ..Schedule::default() };
+    let shows_a_fault = |kind: Emulated, run: &dyn Fn(&Gpu) -> Result<Vec<Vec<u8>>, Problem>| {
+        on(kind, || emulator::with(watched, || run(&gpu())).is_err())
+    };
+    for (kind, shape, by_warpgroups) in [
+        (HOPPER, (1, 20, 72, 8), true),
+        (HOPPER, (65, 9, 8, 0), true),
+        (PORTABLE, (65, 20, 72, 8), false),
+        (HOPPER, (65, 20, 76, 8), false),
+        (HOPPER, (65, 20, 72, 4), false),
+    ] {
+        let case = Case::new(shape.0, shape.1, shape.2, shape.3);
+        for top in [0, 2] {
+            let run = |gpu: &Gpu| forward_alone(&case, gpu, top);
+            assert_eq!(shows_a_fault(kind, &run), by_warpgroups, "{shape:?}, {top}");
+        }
+        if shape.3 == 0 || !shape.2.is_multiple_of(8) {
+            assert_eq!(shows_a_fault(kind, &|gpu| backward_alone(&case, gpu)), by_warpgroups, "back, {shape:?}");
+        }
+    }
+}
+
+#[test]
+fn planted_faults_of_the_kernels_by_warpgroups_are_found() {
+    // More steps than stages, two tiles.
+    let case = Case::new(65, 270, 328, 0);
+    let runs: [&dyn Fn(&Gpu) -> Result<Vec<Vec<u8>>, Problem>; 3] =
+        [&|gpu| forward_alone(&case, gpu, 0), &|gpu| forward_alone(&case, gpu, 3), &|gpu| backward_alone(&case, gpu)];
+    for (i, run) in runs.iter().enumerate() {
+        for fault in ["FULL", "EMPTY", "RELEASE"] {
+            let found = on(HOPPER, || finds(fault, run));
+            assert!(found.detector.is_some() && found.schedules > 0, "{fault} in run {i}: {found:?}");
+        }
+    }
+    let found = on(HOPPER, || finds("NO_TOP_BARRIER", runs[1]));
+    assert!(found.detector.is_some(), "{found:?}");
+    for (fault, run) in [("NO_MASK", runs[0]), ("NO_RESCALE", runs[0])] {
+        let found = on(HOPPER, || finds(fault, run));
+        assert!(found.detector.is_none() && found.schedules > 0, "the numbers show it: {found:?}");
+    }
 }

@@ -221,21 +221,25 @@ fn forward_follows_its_definition() {
 
 #[test]
 fn backward_follows_its_definition() {
-    // The last has three parts of m.
-    for shape in SHAPES.into_iter().chain([(1100, 9, 16, 2)]) {
+    // The first of these has three parts of m. The others are for dx by warpgroups: tails in every extent, one tile of
+    // columns and two, part of a warpgroup's rows, more steps than stages.
+    let more = [(1100, 9, 16, 2), (1, 328, 40, 24), (63, 72, 264, 8), (130, 200, 136, 72)];
+    for shape in SHAPES.into_iter().chain(more) {
         let layer = Layer::new(shape);
         let low = layer.low();
         let add = shape.0 % 2 == 0;
-        let results = same_bits_on_every_schedule(|gpu| layer.backward(gpu, &low, add));
         let (dx, da, db) = backward_law(&layer, &low, add, exact);
         let (plain_dx, plain_da, _) = backward_law(&layer, &low, add, through_bf16);
-        good(&values::<bf16>(&results[0]), &plain_dx, &dx, &format!("dx of {shape:?}, add {add}"));
-        let got_da = values::<f32>(&results[1]);
-        close(&got_da, &da, 2f64.powi(-7), &format!("da of {shape:?}"));
-        if da.len() > 30 {
-            as_good_as(&got_da, &plain_da, &da, 1e-6, &format!("da of {shape:?}"));
-        }
-        close(&values::<f32>(&results[2]), &db, 2e-6, &format!("db of {shape:?}"));
+        on_each_kind_of_device(|| {
+            let results = same_bits_on_every_schedule(|gpu| layer.backward(gpu, &low, add));
+            good(&values::<bf16>(&results[0]), &plain_dx, &dx, &format!("dx of {shape:?}, add {add}"));
+            let got_da = values::<f32>(&results[1]);
+            close(&got_da, &da, 2f64.powi(-7), &format!("da of {shape:?}"));
+            if da.len() > 30 {
+                as_good_as(&got_da, &plain_da, &da, 1e-6, &format!("da of {shape:?}"));
+            }
+            close(&values::<f32>(&results[2]), &db, 2e-6, &format!("db of {shape:?}"));
+        });
     }
 }
 
@@ -296,6 +300,20 @@ fn a_row_has_the_same_bits_in_any_batch() {
 }
 
 #[test]
+fn a_row_of_dx_by_warpgroups_has_the_same_bits_in_any_batch() {
+    let layer = Layer::new((130, 40, 264, 24));
+    let dx = |layer: &Layer| {
+        let low = vec![bf16::ZERO; layer.dims.m * 24];
+        on(HOPPER, || layer.backward(&gpu(), &low, true).unwrap()).swap_remove(0)
+    };
+    let all = dx(&layer);
+    for m in [1, 63, 64, 65, 129] {
+        let less = dx(&layer.first_rows(m));
+        assert!(less == all[..less.len()], "the first {m} rows");
+    }
+}
+
+#[test]
 fn the_detector_is_silent() {
     for shape in [(1, 33, 264, 7), (67, 72, 136, 8), (257, 40, 72, 16), (70, 35, 19, 3)] {
         let layer = Layer::new(shape);
@@ -331,6 +349,22 @@ fn the_kernels_by_warpgroups_run_where_they_can() {
     ] {
         assert_eq!(shows_a_fault(kind, shape), by_warpgroups, "{shape:?}");
     }
+    let dx_shows_a_fault = |kind, shape| {
+        let layer = Layer::new(shape);
+        let low = layer.low();
+        let watched = Schedule { detector: true, fault: Some("FULL"), ..Schedule::default() };
+        on(kind, || emulator::with(watched, || layer.backward(&gpu(), &low, false)).is_err())
+    };
+    for (kind, shape, by_warpgroups) in [
+        (HOPPER, (1, 16, 72, 8), true),
+        (HOPPER, (3, 8, 16, 0), true),
+        (PORTABLE, (64, 16, 72, 8), false),
+        (HOPPER, (64, 16, 76, 8), false),
+        (HOPPER, (64, 12, 72, 8), false),
+        (HOPPER, (64, 16, 72, 4), false),
+    ] {
+        assert_eq!(dx_shows_a_fault(kind, shape), by_warpgroups, "dx, {shape:?}");
+    }
 }
 
 #[test]
@@ -339,6 +373,11 @@ fn planted_faults_of_the_kernels_by_warpgroups_are_found() {
     for fault in ["FULL", "EMPTY", "RELEASE", "SCALE"] {
         let found = on(HOPPER, || finds(fault, |gpu| layer.forward(gpu, false)));
         assert!(found.detector.is_some() && found.schedules > 0, "{fault}: {found:?}");
+    }
+    let (layer, low) = (Layer::new((70, 328, 40, 8)), vec![bf16::ZERO; 70 * 8]);
+    for fault in ["FULL", "EMPTY", "RELEASE"] {
+        let found = on(HOPPER, || finds(fault, |gpu| layer.backward(gpu, &low, false)));
+        assert!(found.detector.is_some() && found.schedules > 0, "{fault} in dx: {found:?}");
     }
 }
 

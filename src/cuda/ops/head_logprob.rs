@@ -1,11 +1,15 @@
-//! Launcher of `kernels/head_logprob.cu`: log-probs of targets straight from the last hidden states, and back.
+//! Launcher of `kernels/head_logprob.cu` and `head_logprob_hopper.cu`: log-probs of targets straight from the last
+//! hidden states, and back.
+//!
+//! Which file's kernels make logits and dh is decided by the device, H and the rank, never by the rows: a row has the
+//! same bits in any batch.
 //!
 //! Scratch memory, with L the rank rounded up to a multiple of 8:
 //! - forward: 2 R L bytes, and 12 bytes per row and 1024 entries of the vocabulary, 8 `top_k` more with a list;
 //! - backward: slopes of at most 2048 rows x 8192 entries or as many in another shape (32 MiB), and for those
 //!   rows H floats once, twice if there is LoRA or more than one span is made at a time (at most 16 KiB x H).
 
-use crate::cuda::{Buffer, Gpu, Launch};
+use crate::cuda::{Buffer, Gpu, Launch, TensorMap, copies_rows_of};
 use crate::problem::Problem;
 use half::bf16;
 
@@ -16,6 +20,15 @@ const PIPELINE_BYTES: usize = 3 * 2 * 128 * 32 * 2;
 const STRIP_BYTES: usize = 128 * 33 * 4;
 const FORWARD_SPAN: usize = 1024;
 const BACKWARD_SPAN: usize = 8192;
+
+/// Of the kernels by warpgroups: blocks of `TILE` rows as the others, ...
+const WARPGROUPS_THREADS: usize = 384;
+/// ... but so many columns, ...
+const WARPGROUPS_COLS: usize = 256;
+/// ... and of shared memory so many stages of 64 summed indices with their two barriers; three beside lists.
+const STAGE_BYTES: usize = (TILE + WARPGROUPS_COLS) * 64 * 2 + 16;
+const STAGES: usize = 4;
+const STAGES_BESIDE_LISTS: usize = 3;
 
 /// The most rows whose slopes are made at once, and how many rows times spans. No result depends on either, save
 /// for sums over rows, which are made `ROWS` at a time.
@@ -87,25 +100,31 @@ pub fn forward(
         None
     };
 
-    let (kernel, list_bytes) = match top_k {
-        0 => ("head_forward", 0),
-        _ => ("head_forward_top", STRIP_BYTES + top_k * TILE * (size_of::<f32>() + size_of::<u32>())),
+    let by_warpgroups = head.by_warpgroups();
+    let (kernel, threads, shared) = match (by_warpgroups, top_k) {
+        (false, 0) => ("head_forward", THREADS, PIPELINE_BYTES),
+        (false, _) => ("head_forward_top", THREADS, PIPELINE_BYTES + list_bytes(top_k)),
+        (true, 0) => ("head_forward_hopper", WARPGROUPS_THREADS, STAGES * STAGE_BYTES),
+        (true, _) => {
+            ("head_forward_top_hopper", WARPGROUPS_THREADS, STAGES_BESIDE_LISTS * STAGE_BYTES + list_bytes(top_k))
+        }
     };
-    let mut launch = gpu
-        .launch(kernel, (rows.div_ceil(TILE), spans), THREADS)
-        .shared(PIPELINE_BYTES + list_bytes)
-        .buffer(&part)
-        .buffer(&target_logit);
+    let mut launch =
+        gpu.launch(kernel, (rows.div_ceil(TILE), spans), threads).shared(shared).buffer(&part).buffer(&target_logit);
     if let Some((value, id)) = &part_top {
         launch = launch.buffer(value).buffer(id);
     }
-    launch = head.inputs(launch, 0, 0, low.as_ref()).buffer(targets).int(rows).int(vocabulary).int(hidden);
-    launch = launch.int(head.rank()).int(head.low_stride());
+    launch = head.inputs(launch, 0..rows, 0..vocabulary, low.as_ref())?;
+    launch = launch.buffer(targets).int(rows).int(vocabulary).int(hidden).int(head.rank());
+    if !by_warpgroups {
+        launch = launch.int(head.low_stride());
+    }
     if top_k > 0 {
         launch = launch.int(top_k);
     }
-    // SAFETY: the arguments of `head_forward` or `head_forward_top` in their order. `Head::new` asserts the sizes of
-    // the inputs; `part` and `part_top` have a slot per row and span of the grid. The kernel bounds rows and entries.
+    // SAFETY: the arguments of the kernel in their order; those by warpgroups have maps in the inputs' places and no
+    // stride of low. `Head::new` asserts the sizes of the inputs; `part` and `part_top` have a slot per row and span of
+    // the grid. The kernel bounds rows and entries.
     unsafe { launch.run()? };
 
     let launch = gpu
@@ -159,6 +178,11 @@ pub fn backward(
     Ok(())
 }
 
+/// A strip of logits, and lists of so many places.
+fn list_bytes(top_k: usize) -> usize {
+    STRIP_BYTES + top_k * TILE * (size_of::<f32>() + size_of::<u32>())
+}
+
 impl<'a> Head<'a> {
     fn new(
         h: &'a Buffer<bf16>,
@@ -183,6 +207,13 @@ impl<'a> Head<'a> {
     /// 0 without LoRA.
     fn rank(&self) -> usize {
         self.lora.map_or(0, |lora| lora.rank)
+    }
+
+    /// Whether logits and dh are made by warpgroups: rows of h, W, low and B must begin where tensor copies can.
+    fn by_warpgroups(&self) -> bool {
+        // Without rows there is nothing to make a map of, nor to launch.
+        let rows_can_be_copied = copies_rows_of(self.hidden) && (self.rank() == 0 || copies_rows_of(self.rank()));
+        self.gpu().has_wgmma() && rows_can_be_copied && self.rows > 0
     }
 
     /// L, so that a row of h Aᵀ starts at a multiple of 16 bytes.
@@ -212,13 +243,37 @@ impl<'a> Head<'a> {
         Ok(Some(low))
     }
 
-    /// The arguments h, W, low, B from a row and an entry on; `low` starts at that row already.
-    fn inputs<'g>(&self, launch: Launch<'g>, row: usize, entry: usize, low: Option<&Buffer<bf16>>) -> Launch<'g> {
-        launch
-            .address(self.h.address_of(row * self.hidden))
-            .address(self.w.address_of(entry * self.hidden))
-            .optional(low)
-            .address(self.lora.map_or(0, |lora| lora.b.address_of(entry * lora.rank)))
+    /// The arguments h, W, low, B for some rows and entries; `low` is of these rows. Pointers, or maps for the kernels
+    /// by warpgroups.
+    fn inputs<'g>(
+        &self,
+        launch: Launch<'g>,
+        rows: std::ops::Range<usize>,
+        entries: std::ops::Range<usize>,
+        low: Option<&Buffer<bf16>>,
+    ) -> Result<Launch<'g>, Problem> {
+        let (row, entry) = (rows.start * self.hidden, entries.start * self.hidden);
+        if !self.by_warpgroups() {
+            return Ok(launch
+                .address(self.h.address_of(row))
+                .address(self.w.address_of(entry))
+                .optional(low)
+                .address(self.lora.map_or(0, |lora| lora.b.address_of(entries.start * lora.rank))));
+        }
+        let map = |matrix: &Buffer<bf16>, first, count, columns, tile| -> Result<TensorMap, Problem> {
+            self.gpu().tensor_map_from(matrix, first, &[count, columns], &[tile, 64])
+        };
+        let h = map(self.h, row, rows.len(), self.hidden, TILE)?;
+        let w = map(self.w, entry, entries.len(), self.hidden, WARPGROUPS_COLS)?;
+        let (low, b) = match (self.lora, low) {
+            (Some(Lora { b, rank, .. }), Some(low)) => (
+                map(low, 0, rows.len(), rank, TILE)?,
+                map(b, entries.start * rank, entries.len(), rank, WARPGROUPS_COLS)?,
+            ),
+            // Of rank 0 no step is made.
+            _ => (h, w),
+        };
+        Ok(launch.map(h).map(w).map(low).map(b))
     }
 
     fn backward_of_rows(
@@ -237,19 +292,25 @@ impl<'a> Head<'a> {
         let h = self.h.address_of(rows.start * hidden);
         let low = self.low(rows.clone())?;
         let slopes = gpu.alloc::<bf16>(count * chunk.next_multiple_of(8))?;
-        let states = Sum::new(gpu, count, hidden, if spans > 1 { spans } else { self.lora.iter().len() })?;
-        let ups =
-            self.lora.map(|lora| Sum::new(gpu, count, lora.rank, if spans > 1 { spans } else { 0 })).transpose()?;
+        let by_warpgroups = self.by_warpgroups();
+        let parts = if spans > 1 { spans } else { self.lora.iter().len() };
+        let states = Sum::new(gpu, count, hidden, parts, by_warpgroups)?;
+        // Far fewer columns than a tile has: by the kernels with the smaller one.
+        let parts = if spans > 1 { spans } else { 0 };
+        let ups = self.lora.map(|lora| Sum::new(gpu, count, lora.rank, parts, false)).transpose()?;
 
         for first in (0..self.vocabulary).step_by(chunk) {
             let entries = chunk.min(self.vocabulary - first);
             let stride = entries.next_multiple_of(8);
-            let launch = gpu
-                .launch("head_slopes", (count.div_ceil(TILE), entries.div_ceil(TILE)), THREADS)
-                .shared(PIPELINE_BYTES)
-                .buffer(&slopes);
+            let launch = if by_warpgroups {
+                let grid = (count.div_ceil(TILE), entries.div_ceil(FORWARD_SPAN));
+                gpu.launch("head_slopes_hopper", grid, WARPGROUPS_THREADS).shared(STAGES * STAGE_BYTES)
+            } else {
+                let grid = (count.div_ceil(TILE), entries.div_ceil(TILE));
+                gpu.launch("head_slopes", grid, THREADS).shared(PIPELINE_BYTES)
+            };
             let launch = self
-                .inputs(launch, rows.start, first, low.as_ref())
+                .inputs(launch.buffer(&slopes), rows.clone(), first..first + entries, low.as_ref())?
                 .address(self.targets.address_of(rows.start))
                 .address(dlogprob.address_of(rows.start))
                 .address(lse.address_of(rows.start))
@@ -257,20 +318,21 @@ impl<'a> Head<'a> {
                 .int(entries)
                 .int(first)
                 .int(hidden)
-                .int(rank)
-                .int(low_stride)
-                .int(stride);
-            // SAFETY: the arguments of `head_slopes` in their order; every address has `count` rows or `entries`
-            // entries behind it. `slopes` has room for the longest chunk's stride, which the grid's tiles cover.
+                .int(rank);
+            let launch = if by_warpgroups { launch } else { launch.int(low_stride) };
+            let launch = launch.int(stride);
+            // SAFETY: the arguments of `head_slopes` or `head_slopes_hopper` in their order; every address has `count`
+            // rows or `entries` entries behind it. `slopes` has room for the longest chunk's stride, which the grid's
+            // tiles cover.
             unsafe { launch.run()? };
 
-            let slopes = Left { address: slopes.address(), inner: entries, stride };
-            states.add_product(slopes, self.w.address_of(first * hidden), first == 0)?;
+            let slopes = Left { buffer: &slopes, inner: entries, stride };
+            states.add_product(slopes, Right { buffer: self.w, first: first * hidden }, first == 0)?;
             if let Some(dw) = &mut gradients.weight {
                 outer(gpu, dw.address_of(first * hidden), slopes, h, [entries, hidden, count], hidden)?;
             }
             if let (Some(Lora { b, .. }), Some(ups), Some(low)) = (self.lora, &ups, &low) {
-                ups.add_product(slopes, b.address_of(first * rank), first == 0)?;
+                ups.add_product(slopes, Right { buffer: b, first: first * rank }, first == 0)?;
                 if let Some((_, db)) = &mut gradients.lora {
                     outer(gpu, db.address_of(first * rank), slopes, low.address(), [entries, rank, count], low_stride)?;
                 }
@@ -281,8 +343,8 @@ impl<'a> Head<'a> {
         if let (Some(Lora { a, scale, .. }), Some(ups)) = (self.lora, &ups) {
             let up = gpu.alloc::<bf16>(count * low_stride)?;
             ups.fold(0, false, Some((up.address(), low_stride, scale)))?;
-            let up = Left { address: up.address(), inner: rank, stride: low_stride };
-            states.product(states.part(), up, a.address(), false)?;
+            let up = Left { buffer: &up, inner: rank, stride: low_stride };
+            states.product(states.part(), up, Right { buffer: a, first: 0 }, false)?;
             last_part = 1;
             if let Some((da, _)) = &mut gradients.lora {
                 outer(gpu, da.address(), up, h, [rank, hidden, count], hidden)?;
@@ -294,26 +356,35 @@ impl<'a> Head<'a> {
 
 /// A left operand [R, inner] of bf16 rows `stride` apart.
 #[derive(Clone, Copy)]
-struct Left {
-    address: u64,
+struct Left<'a> {
+    buffer: &'a Buffer<bf16>,
     inner: usize,
     stride: usize,
 }
 
-/// A sum [R, N] of products, f32, and room for parts of it.
+/// A right operand [inner, N] from an element on.
+#[derive(Clone, Copy)]
+struct Right<'a> {
+    buffer: &'a Buffer<bf16>,
+    first: usize,
+}
+
+/// A sum [R, N] of products, f32, and room for parts of it. By warpgroups, if its caller says that N and the operands'
+/// rows are fit for it.
 struct Sum<'g> {
     gpu: &'g Gpu,
     sum: Buffer<f32>,
     parts: Option<Buffer<f32>>,
     rows: usize,
     columns: usize,
+    by_warpgroups: bool,
 }
 
 impl<'g> Sum<'g> {
-    fn new(gpu: &'g Gpu, rows: usize, columns: usize, parts: usize) -> Result<Sum<'g>, Problem> {
+    fn new(gpu: &'g Gpu, rows: usize, columns: usize, parts: usize, by_warpgroups: bool) -> Result<Sum<'g>, Problem> {
         let sum = gpu.alloc(rows * columns)?;
         let parts = if parts > 0 { Some(gpu.alloc(parts * rows * columns)?) } else { None };
-        Ok(Sum { gpu, sum, parts, rows, columns })
+        Ok(Sum { gpu, sum, parts, rows, columns, by_warpgroups })
     }
 
     /// Of the first part.
@@ -323,7 +394,7 @@ impl<'g> Sum<'g> {
 
     /// sum = or (unless `fresh`) += left m, for m [inner, N]: span by span in ascending order, whether the spans
     /// are made one at a time or at once.
-    fn add_product(&self, left: Left, m: u64, fresh: bool) -> Result<(), Problem> {
+    fn add_product(&self, left: Left<'_>, m: Right<'_>, fresh: bool) -> Result<(), Problem> {
         let spans = left.inner.div_ceil(BACKWARD_SPAN);
         if spans == 1 {
             return self.product(self.sum.address(), left, m, !fresh);
@@ -333,15 +404,18 @@ impl<'g> Sum<'g> {
     }
 
     /// to [spans, R, N] = or (with `add`, of one span) += the products of left's spans with m.
-    fn product(&self, to: u64, left: Left, m: u64, add: bool) -> Result<(), Problem> {
+    fn product(&self, to: u64, left: Left<'_>, m: Right<'_>, add: bool) -> Result<(), Problem> {
         let spans = left.inner.div_ceil(BACKWARD_SPAN);
+        if self.by_warpgroups {
+            return self.product_by_warpgroups(to, left, m, add);
+        }
         let launch = self
             .gpu
             .launch("head_through", (self.rows.div_ceil(TILE), self.columns.div_ceil(TILE), spans), THREADS)
             .shared(PIPELINE_BYTES)
             .address(to)
-            .address(left.address)
-            .address(m)
+            .buffer(left.buffer)
+            .address(m.buffer.address_of(m.first))
             .int(self.rows)
             .int(left.inner)
             .int(self.columns)
@@ -349,6 +423,23 @@ impl<'g> Sum<'g> {
             .int(usize::from(add));
         // SAFETY: the arguments of `head_through` in their order; `to` is the sum, for one span, or the parts, which
         // the caller made room for, and the kernel bounds rows and columns.
+        unsafe { launch.run() }
+    }
+
+    fn product_by_warpgroups(&self, to: u64, left: Left<'_>, m: Right<'_>, add: bool) -> Result<(), Problem> {
+        let (gpu, rows, columns) = (self.gpu, self.rows, self.columns);
+        let grid = (rows.div_ceil(TILE), columns.div_ceil(WARPGROUPS_COLS), left.inner.div_ceil(BACKWARD_SPAN));
+        let launch = gpu
+            .launch("head_through_hopper", grid, WARPGROUPS_THREADS)
+            .shared(STAGES * STAGE_BYTES)
+            .address(to)
+            .map(gpu.tensor_map(left.buffer, &[rows, left.stride], &[TILE, 64])?)
+            .map(gpu.tensor_map_from(m.buffer, m.first, &[left.inner, columns], &[64, 64])?)
+            .int(rows)
+            .int(left.inner)
+            .int(columns)
+            .int(usize::from(add));
+        // SAFETY: the arguments of `head_through_hopper` in their order; `to` as in `product`.
         unsafe { launch.run() }
     }
 
@@ -373,12 +464,12 @@ impl<'g> Sum<'g> {
 }
 
 /// c [m, n] += the transpose of a [inner, m] times b [inner, n], for bf16 rows `b_stride` apart.
-fn outer(gpu: &Gpu, c: u64, a: Left, b: u64, [m, n, inner]: [usize; 3], b_stride: usize) -> Result<(), Problem> {
+fn outer(gpu: &Gpu, c: u64, a: Left<'_>, b: u64, [m, n, inner]: [usize; 3], b_stride: usize) -> Result<(), Problem> {
     let launch = gpu
         .launch("head_outer", (m.div_ceil(TILE), n.div_ceil(TILE)), THREADS)
         .shared(PIPELINE_BYTES)
         .address(c)
-        .address(a.address)
+        .buffer(a.buffer)
         .address(b)
         .int(m)
         .int(n)

@@ -74,8 +74,10 @@ const DX: Tile = Tile::new("lora_matmul_dx", (128, 128), 256, 48 << 10);
 const DW: Tile = Tile::new("lora_matmul_dw", (128, 128), 256, 48 << 10);
 const FACTOR: Tile = Tile::new("lora_matmul_factor", (64, 64), 128, 32 << 10);
 
-/// Takes tensor maps, each with a box of as many rows as the tile.
+/// These take tensor maps: of x, dy, low and dlow boxes of as many rows as the tile has; of W and B forward, as it has
+/// columns; of W and A for dx, 64 rows.
 const FORWARD_HOPPER: Tile = Tile::new("lora_matmul_forward_hopper", (128, 256), 384, 4 * (48 << 10) + 64);
+const DX_HOPPER: Tile = Tile::new("lora_matmul_dx_hopper", (128, 256), 384, 4 * (48 << 10) + 64);
 
 /// At most so many rows are decoded sixteen at a time, ...
 const DECODE_ROWS: usize = 16;
@@ -287,24 +289,7 @@ pub fn backward(
 
     if let Some((dx, add)) = dx {
         assert_eq!(dx.len(), m * k);
-        let (tall, wide) = DX.over(m, k);
-        let launch = dx
-            .gpu()
-            .launch(DX.kernel, tall * wide, DX.threads)
-            .shared(DX.shared)
-            .buffer(dx)
-            .buffer(dy)
-            .buffer(w)
-            .optional(dlow.as_ref())
-            .optional(lora.map(|lora| lora.a))
-            .int(m)
-            .int(n)
-            .int(k)
-            .int(lora.map_or(0, |lora| lora.rank))
-            .int(usize::from(add));
-        // SAFETY: the arguments of `lora_matmul_dx` in their order, lengths asserted above; with rank 0 neither dlow
-        // nor A is touched.
-        unsafe { launch.run()? };
+        input_gradient(dx, dy, w, lora.zip(dlow.as_ref()), dims, add)?;
     }
 
     if let (Some(Gradients { da, db }), Some(lora), Some(dlow)) = (grads, lora, &dlow) {
@@ -314,6 +299,40 @@ pub fn backward(
         factor_gradient(db, dy, low, m, (n, lora.rank), lora.scale)?;
     }
     Ok(())
+}
+
+/// dx of [`backward`]. Which kernel it is depends on n, k and rank, not on m: a row has the same bits in any batch.
+fn input_gradient(
+    dx: &mut Buffer<bf16>,
+    dy: &Buffer<bf16>,
+    w: &Buffer<bf16>,
+    lora: Option<(Lora<'_>, &Buffer<bf16>)>,
+    Dims { m, n, k }: Dims,
+    add: bool,
+) -> Result<(), Problem> {
+    let (gpu, rank) = (dx.gpu(), lora.map_or(0, |(lora, _)| lora.rank));
+    let by_warpgroups =
+        gpu.has_wgmma() && [n, k].into_iter().all(copies_rows_of) && (rank == 0 || copies_rows_of(rank));
+    let tile = if by_warpgroups { DX_HOPPER } else { DX };
+    let (tall, wide) = tile.over(m, k);
+    let launch = gpu.launch(tile.kernel, tall * wide, tile.threads).shared(tile.shared).buffer(dx);
+    let launch = if by_warpgroups {
+        let dy_map = gpu.tensor_map(dy, &[m, n], &[tile.rows, 64])?;
+        let w_map = gpu.tensor_map(w, &[n, k], &[64, 64])?;
+        let (dlow_map, a_map) = match lora {
+            Some((lora, dlow)) => {
+                (gpu.tensor_map(dlow, &[m, rank], &[tile.rows, 64])?, gpu.tensor_map(lora.a, &[rank, k], &[64, 64])?)
+            }
+            None => (dy_map, w_map),
+        };
+        launch.map(dy_map).map(w_map).map(dlow_map).map(a_map)
+    } else {
+        launch.buffer(dy).buffer(w).optional(lora.map(|(_, dlow)| dlow)).optional(lora.map(|(lora, _)| lora.a))
+    };
+    let launch = launch.int(m).int(n).int(k).int(rank).int(usize::from(add));
+    // SAFETY: the arguments of `lora_matmul_dx` or `lora_matmul_dx_hopper`, which differ in maps for pointers, in their
+    // order; lengths asserted by the caller, and with rank 0 neither dlow nor A is touched.
+    unsafe { launch.run() }
 }
 
 /// dlow [m, rank] = scale dy B.
