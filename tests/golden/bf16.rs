@@ -1,12 +1,12 @@
 //! How far the kernels may be from the goldens, which are f32: they hold weights, activations and their gradients in
 //! bf16. Bounds are absolute where nothing else is said.
 //!
-//! Given with the goldens: 0.3 for a logit, 0.03 for a loss, which is a mean over tokens. The libraries' own bf16 is
-//! within half of these (`forward_bf16.safetensors`, `bf16_autocast_num_items`). The others follow. A rounding errs
-//! by up to 2^-9 of the value, half of that on the average; some ten of them per layer lie on the way of a value, so
-//! that behind two to four layers it errs by 1 to 1.5 % of its size, independently of its neighbours. Every bound is at
-//! least twice what was found on the goldens at hand, and far below what a mask, factor or order that is wrong does:
-//! that is of the size of the quantity itself.
+//! Given with the goldens: 0.3 for a logit, 0.03 for a loss, which is a mean over tokens (the libraries' own bf16, in
+//! `forward_bf16.safetensors` and `bf16_autocast_num_items`, is within half of these). The others follow. A rounding
+//! errs by up to 2^-9 of the value, half of that on the average; some ten of them per layer lie on the way of a value,
+//! so that behind two to four layers it errs by 1 to 1.5 % of its size, independently of its neighbours. What was found
+//! on the goldens at hand is at most two thirds of a bound, mostly a tenth to a third; a mask, factor or order that is
+//! wrong errs by the size of the quantity itself.
 
 /// Of a logit, the rounding of the logit itself (2^-6 below 8) included.
 pub const LOGIT: f64 = 0.3;

@@ -75,7 +75,7 @@ fn recipe(config: &Value, scheduler: &str, decay: &str) -> String {
 }
 
 /// The emulator computes one to three thousand million operations a second: a run of at most so many tokens is done
-/// whole through it, of a longer one the steps, two at least, that have at most so many.
+/// whole through it, of a longer one the steps, one at least, that have at most so many.
 const EMULATED_WHOLE: usize = 2_800;
 const EMULATED_PART: usize = 1_700;
 
@@ -131,7 +131,7 @@ fn steps_compared(place: Place, tokens: &[usize]) -> usize {
         *sum += tokens;
         Some(*sum)
     });
-    sums.take_while(|sum| *sum <= EMULATED_PART).count().max(2)
+    sums.take_while(|sum| *sum <= EMULATED_PART).count().max(1)
 }
 
 /// Tokens of a pair, its prompt counted on both sides.
@@ -478,13 +478,14 @@ fn dpo_runs(place: Place) {
         runs.retain(|path| path.join("dpo.json").is_file());
         runs.sort();
         if emulated(place) {
-            // The first run, and a short one of the other kind.
-            let first = runs[0].clone();
-            runs.retain(|run| {
+            // One run: a short one on a merged base if there is one. The first step of a continued one has the loss ln 2
+            // whatever the model; a loss of others is that of the gradients above.
+            let short = |run: &PathBuf| {
                 let facts = json(run.join("dpo.json"));
                 let tokens: usize = array(&facts["rows"]).iter().map(pair_tokens).sum();
-                *run == first || facts["config"]["policy"] == "merged" && tokens <= EMULATED_WHOLE
-            });
+                facts["config"]["policy"] == "merged" && tokens <= EMULATED_WHOLE
+            };
+            runs = vec![runs.iter().find(|run| short(run)).unwrap_or(&runs[0]).clone()];
         }
         let mut study = Study::of(&folder.join("model"), place);
         let pairs = json(folder.join("dpo/pairs.json"));
