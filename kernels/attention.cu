@@ -5,23 +5,26 @@
 //   dp[t,s] = do[t] . v[s]     delta[t] = do[t] . o[t]         ds = p * (dp - delta)
 //   dq[t] = sum_s ds[t,s] k[s] / sqrt(D)     dk[s] = sum_t ds[t,s] q[t] / sqrt(D)     dv[s] = sum_t p[t,s] do[t]
 //
-// Shapes    q, o, do, dq [T,H,D] and k, v, dk, dv [T,KV,D] bf16, D = 64 or 128; lse, delta [T,H] f32.
-//           Query head h reads key/value head h / (H / KV). Sequence i is the tokens cu[i]..cu[i+1], cu [S+1] i32,
-//           and may be empty.
+// Shapes    q, o, do, dq [T,H,D] and k, v, dk, dv [T,KV,D] bf16, D = 64 or 128 or even and below 64.
+//           lse, delta [T,H] f32. Query head h reads key/value head h / (H / KV). Sequence i is the tokens
+//           cu[i]..cu[i+1], cu [S+1] i32, and may be empty.
 // Writes    everything is overwritten (=), never accumulated (+=). There are no atomics.
 // Numerics  Scores, softmax and sums in f32; p and ds are rounded to bf16 as operands of the second product; one
 //           rounding at each store. The sum under the softmax is of p before it is rounded. The backward pass makes
 //           p again from lse. Scores of any finite size are safe: every exponent is <= 0 up to rounding.
 // Rows      Tiles start at the sequence's first token, so a result has the same bits whatever else is in the batch.
+// Heads     `_small` kernels are those of 64 with columns of zeros: `Head` in attention.cuh.
 // Grid      128 threads. forward and query_gradients: (H * S, ceil(longest / 64)), a block owns 64 queries of one
 //           head; the last tiles, which see most keys, come first. key_gradients: (KV * S, ceil(longest / 64)), a
-//           block owns 64 keys and visits the query heads of its group in order. delta: ceil(T * H / (1024 / D)).
+//           block owns 64 keys and visits the query heads of its group in order. delta: ceil(T * H / (1024 / D)),
+//           with D = 64 for smaller heads.
 // Shared    see the three `*_bytes` of the launcher: tiles that stay, two pairs of tiles that take turns.
 // Faults    FAULT_NO_END_BARRIER, FAULT_LAX_WAIT, FAULT_NO_WAIT_BARRIER, FAULT_MASK_OFF_BY_ONE, FAULT_NO_RESCALE
 // Partners  src/tensor/ops/attention.rs (reference), src/cuda/ops/attention.rs (launcher), tests/kernels/attention.rs
 //
 // Dao, "FlashAttention-2" (2023), for the order of the loops.
 #include "attention.cuh"
+#include "eight.cuh"
 
 constexpr int THREADS = 128;
 // Rows a block owns, 16 for each warp.
@@ -31,28 +34,29 @@ constexpr int VISIT = 32;
 
 // Stores this lane's part of x [16, D] * factor as rows row0.. of `to`, those that exist. The factor is one for
 // row g, one for row g + 8.
-template <int D>
-DEV void store_rows(bf16* to, const Span& span, int row0, int head, int heads, const float (&x)[D / 8][4],
-                    float factor0, float factor1, int lane) {
+template <class H>
+DEV void store_rows(bf16* to, const Span& span, int row0, int head, int heads, const float (&x)[H::D / 8][4],
+                    float factor0, float factor1, int lane, H of) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int row = row0 + (lane >> 2) + 8 * r;
         const float factor = r == 0 ? factor0 : factor1;
         if (row >= span.length) continue;
-        bf16* at = to + span.at<D>(row, head, heads) + (lane & 3) * 2;
+        bf16* at = to + span.at(row, head, heads, of.size()) + (lane & 3) * 2;
 #pragma unroll
-        for (int n = 0; n < D / 8; n++)
-            *reinterpret_cast<u32*>(at + 8 * n) = pack_bf16(x[n][2 * r] * factor, x[n][2 * r + 1] * factor);
+        for (int n = 0; n < H::D / 8; n++)
+            if (H::WHOLE || 8 * n + (lane & 3) * 2 < of.size())
+                *reinterpret_cast<u32*>(at + 8 * n) = pack_bf16(x[n][2 * r] * factor, x[n][2 * r + 1] * factor);
     }
 }
 
 // Whether the query at `query` sees the key at `key`.
 DEV bool sees(int query, int key) { return key <= query + (FAULT == MASK_OFF_BY_ONE); }
 
-template <int D>
+template <class H>
 DEV void forward(bf16* o, float* lse, const bf16* q, const bf16* k, const bf16* v, const int* cu, int heads,
-                 int kv_heads, float scale) {
-    constexpr int KEYS = 64;
+                 int kv_heads, float scale, H of) {
+    constexpr int D = H::D, KEYS = 64;
     constexpr u32 TILE = KEYS * D * 2;
     const int head = blockIdx.x % heads, kv_head = head / (heads / kv_heads);
     const Span span(cu, blockIdx.x / heads);
@@ -60,18 +64,18 @@ DEV void forward(bf16* o, float* lse, const bf16* q, const bf16* k, const bf16* 
     if (first >= span.length) return;
 
     const int thread = threadIdx.x, lane = lane_index(), warp = warp_index();
-    const size_t stride = (size_t)kv_heads * D;
+    const size_t stride = (size_t)kv_heads * of.size();
     const sptr queries = smem_base(), pairs = queries + OWN * D * 2;
     const int tiles = (min(first + OWN, span.length) + KEYS - 1) / KEYS;
     auto start_pair = [&](int tile) {
-        const size_t at = span.at<D>(tile * KEYS, kv_head, kv_heads);
+        const size_t at = span.at(tile * KEYS, kv_head, kv_heads, of.size());
         const sptr pair = pairs + (tile & 1) * 2 * TILE;
-        start_copy<D, KEYS, THREADS>(pair, k + at, stride, span.length - tile * KEYS, thread);
-        start_copy<D, KEYS, THREADS>(pair + TILE, v + at, stride, span.length - tile * KEYS, thread);
+        start_rows<H, KEYS, THREADS>(pair, k + at, stride, span.length - tile * KEYS, thread, of);
+        start_rows<H, KEYS, THREADS>(pair + TILE, v + at, stride, span.length - tile * KEYS, thread, of);
     };
 
-    start_copy<D, OWN, THREADS>(queries, q + span.at<D>(first, head, heads), (size_t)heads * D, span.length - first,
-                                thread);
+    start_rows<H, OWN, THREADS>(queries, q + span.at(first, head, heads, of.size()), (size_t)heads * of.size(),
+                                span.length - first, thread, of);
     start_pair(0);
     cp_async_commit();
 
@@ -110,7 +114,7 @@ DEV void forward(bf16* o, float* lse, const bf16* q, const bf16* k, const bf16* 
     }
 
     const float sum[2] = {row_sum(rows.sum[0]), row_sum(rows.sum[1])};
-    store_rows<D>(o, span, first + 16 * warp, head, heads, rows.o, 1.0f / sum[0], 1.0f / sum[1], lane);
+    store_rows<H>(o, span, first + 16 * warp, head, heads, rows.o, 1.0f / sum[0], 1.0f / sum[1], lane, of);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int row = first + 16 * warp + (lane >> 2) + 8 * r;
@@ -119,16 +123,22 @@ DEV void forward(bf16* o, float* lse, const bf16* q, const bf16* k, const bf16* 
     }
 }
 
-// delta[row] = do[row] . o[row], where a row is a token's head. D / 8 lanes take a row, 16 bytes each.
-template <int D> DEV void row_products(float* delta, const bf16* d_o, const bf16* o, int rows) {
-    constexpr int LANES = D / 8;
+// delta[row] = do[row] . o[row], where a row is a token's head. D / 8 lanes take a row, eight elements each.
+template <class H> DEV void row_products(float* delta, const bf16* d_o, const bf16* o, int rows, H of) {
+    constexpr int LANES = H::D / 8;
     const int row = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES, piece = threadIdx.x % LANES;
     float sum = 0.0f;
-    if (row < rows) {
-        const size_t at = (size_t)row * D + piece * 8;
+    if (row < rows && (H::WHOLE || piece * 8 < of.size())) {
+        const size_t at = (size_t)row * of.size() + piece * 8;
         float a[8], b[8];
-        ld_vec8(a, d_o + at);
-        ld_vec8(b, o + at);
+        if constexpr (H::WHOLE) {
+            ld_vec8(a, d_o + at);
+            ld_vec8(b, o + at);
+        } else {
+            const int count = up_to_eight(of.size() - piece * 8);
+            load8(a, d_o + at, count);
+            load8(b, o + at, count);
+        }
 #pragma unroll
         for (int i = 0; i < 8; i++) sum += a[i] * b[i];
     }
@@ -138,9 +148,11 @@ template <int D> DEV void row_products(float* delta, const bf16* d_o, const bf16
 }
 
 // dk and dv of OWN keys. Products are turned, [key, query], so that p and ds become left operands in registers.
-template <int D>
+template <class H>
 DEV void key_gradients(bf16* dk, bf16* dv, const bf16* d_o, const bf16* q, const bf16* k, const bf16* v,
-                       const float* lse, const float* delta, const int* cu, int heads, int kv_heads, float scale) {
+                       const float* lse, const float* delta, const int* cu, int heads, int kv_heads, float scale,
+                       H of) {
+    constexpr int D = H::D;
     constexpr u32 TILE = VISIT * D * 2;
     static_assert(2 * VISIT <= THREADS, "a thread carries one of lse and delta for a tile");
     const int kv_head = blockIdx.x % kv_heads, group = heads / kv_heads;
@@ -155,10 +167,10 @@ DEV void key_gradients(bf16* dk, bf16* dv, const bf16* d_o, const bf16* q, const
     auto head_of = [&](int step) { return kv_head * group + step / tiles; };
     auto query_of = [&](int step) { return first + step % tiles * VISIT; };
     auto start_pair = [&](int step) {
-        const size_t at = span.at<D>(query_of(step), head_of(step), heads);
+        const size_t at = span.at(query_of(step), head_of(step), heads, of.size()), stride = (size_t)heads * of.size();
         const sptr pair = pairs + (step & 1) * 2 * TILE;
-        start_copy<D, VISIT, THREADS>(pair, q + at, (size_t)heads * D, span.length - query_of(step), thread);
-        start_copy<D, VISIT, THREADS>(pair + TILE, d_o + at, (size_t)heads * D, span.length - query_of(step), thread);
+        start_rows<H, VISIT, THREADS>(pair, q + at, stride, span.length - query_of(step), thread, of);
+        start_rows<H, VISIT, THREADS>(pair + TILE, d_o + at, stride, span.length - query_of(step), thread, of);
     };
     // What this thread carries to shared memory for a step: an lse, in powers of 2, or a delta. A query past the
     // end has lse = inf: its probabilities are 0.
@@ -173,9 +185,9 @@ DEV void key_gradients(bf16* dk, bf16* dv, const bf16* d_o, const bf16* q, const
         if (thread < 2 * VISIT) carried[(step & 1) * 2 * VISIT + thread] = x;
     };
 
-    const size_t own = span.at<D>(first, kv_head, kv_heads), own_stride = (size_t)kv_heads * D;
-    start_copy<D, OWN, THREADS>(keys, k + own, own_stride, span.length - first, thread);
-    start_copy<D, OWN, THREADS>(values, v + own, own_stride, span.length - first, thread);
+    const size_t own = span.at(first, kv_head, kv_heads, of.size()), own_stride = (size_t)kv_heads * of.size();
+    start_rows<H, OWN, THREADS>(keys, k + own, own_stride, span.length - first, thread, of);
+    start_rows<H, OWN, THREADS>(values, v + own, own_stride, span.length - first, thread, of);
     start_pair(0);
     cp_async_commit();
     put(0, fetch(0));
@@ -221,14 +233,15 @@ DEV void key_gradients(bf16* dk, bf16* dv, const bf16* d_o, const bf16* q, const
         put(step + 1, next);
         if (FAULT != NO_END_BARRIER) __syncthreads();
     }
-    store_rows<D>(dk, span, first + 16 * warp, kv_head, kv_heads, sum_dk, scale, scale, lane);
-    store_rows<D>(dv, span, first + 16 * warp, kv_head, kv_heads, sum_dv, 1.0f, 1.0f, lane);
+    store_rows<H>(dk, span, first + 16 * warp, kv_head, kv_heads, sum_dk, scale, scale, lane, of);
+    store_rows<H>(dv, span, first + 16 * warp, kv_head, kv_heads, sum_dv, 1.0f, 1.0f, lane, of);
 }
 
 // dq of OWN queries.
-template <int D>
+template <class H>
 DEV void query_gradients(bf16* dq, const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                         const float* delta, const int* cu, int heads, int kv_heads, float scale) {
+                         const float* delta, const int* cu, int heads, int kv_heads, float scale, H of) {
+    constexpr int D = H::D;
     constexpr u32 TILE = VISIT * D * 2;
     const int head = blockIdx.x % heads, kv_head = head / (heads / kv_heads);
     const Span span(cu, blockIdx.x / heads);
@@ -239,15 +252,16 @@ DEV void query_gradients(bf16* dq, const bf16* d_o, const bf16* q, const bf16* k
     const sptr queries = smem_base(), d_outs = queries + OWN * D * 2, pairs = d_outs + OWN * D * 2;
     const int tiles = (min(first + OWN, span.length) + VISIT - 1) / VISIT;
     auto start_pair = [&](int tile) {
-        const size_t at = span.at<D>(tile * VISIT, kv_head, kv_heads), stride = (size_t)kv_heads * D;
+        const size_t at = span.at(tile * VISIT, kv_head, kv_heads, of.size());
+        const size_t stride = (size_t)kv_heads * of.size();
         const sptr pair = pairs + (tile & 1) * 2 * TILE;
-        start_copy<D, VISIT, THREADS>(pair, k + at, stride, span.length - tile * VISIT, thread);
-        start_copy<D, VISIT, THREADS>(pair + TILE, v + at, stride, span.length - tile * VISIT, thread);
+        start_rows<H, VISIT, THREADS>(pair, k + at, stride, span.length - tile * VISIT, thread, of);
+        start_rows<H, VISIT, THREADS>(pair + TILE, v + at, stride, span.length - tile * VISIT, thread, of);
     };
 
-    const size_t own = span.at<D>(first, head, heads), own_stride = (size_t)heads * D;
-    start_copy<D, OWN, THREADS>(queries, q + own, own_stride, span.length - first, thread);
-    start_copy<D, OWN, THREADS>(d_outs, d_o + own, own_stride, span.length - first, thread);
+    const size_t own = span.at(first, head, heads, of.size()), own_stride = (size_t)heads * of.size();
+    start_rows<H, OWN, THREADS>(queries, q + own, own_stride, span.length - first, thread, of);
+    start_rows<H, OWN, THREADS>(d_outs, d_o + own, own_stride, span.length - first, thread, of);
     start_pair(0);
     cp_async_commit();
 
@@ -293,55 +307,80 @@ DEV void query_gradients(bf16* dq, const bf16* d_o, const bf16* q, const bf16* k
         add_product<D, VISIT>(sum_dq, ds, keys, lane);
         if (FAULT != NO_END_BARRIER) __syncthreads();
     }
-    store_rows<D>(dq, span, first + 16 * warp, head, heads, sum_dq, scale, scale, lane);
+    store_rows<H>(dq, span, first + 16 * warp, head, heads, sum_dq, scale, scale, lane, of);
 }
 
 KERNEL(128) attention_forward_64(bf16* o, float* lse, const bf16* q, const bf16* k, const bf16* v, const int* cu,
                                  int heads, int kv_heads, float scale) {
-    forward<64>(o, lse, q, k, v, cu, heads, kv_heads, scale);
+    forward(o, lse, q, k, v, cu, heads, kv_heads, scale, WholeHead<64>{});
 }
 EXPORT_KERNEL(attention_forward_64)
 
 KERNEL(128) attention_forward_128(bf16* o, float* lse, const bf16* q, const bf16* k, const bf16* v, const int* cu,
                                   int heads, int kv_heads, float scale) {
-    forward<128>(o, lse, q, k, v, cu, heads, kv_heads, scale);
+    forward(o, lse, q, k, v, cu, heads, kv_heads, scale, WholeHead<128>{});
 }
 EXPORT_KERNEL(attention_forward_128)
 
 KERNEL(128) attention_delta_64(float* delta, const bf16* d_o, const bf16* o, int rows) {
-    row_products<64>(delta, d_o, o, rows);
+    row_products(delta, d_o, o, rows, WholeHead<64>{});
 }
 EXPORT_KERNEL(attention_delta_64)
 
 KERNEL(128) attention_delta_128(float* delta, const bf16* d_o, const bf16* o, int rows) {
-    row_products<128>(delta, d_o, o, rows);
+    row_products(delta, d_o, o, rows, WholeHead<128>{});
 }
 EXPORT_KERNEL(attention_delta_128)
 
 KERNEL(128) attention_key_gradients_64(bf16* dk, bf16* dv, const bf16* d_o, const bf16* q, const bf16* k,
                                        const bf16* v, const float* lse, const float* delta, const int* cu, int heads,
                                        int kv_heads, float scale) {
-    key_gradients<64>(dk, dv, d_o, q, k, v, lse, delta, cu, heads, kv_heads, scale);
+    key_gradients(dk, dv, d_o, q, k, v, lse, delta, cu, heads, kv_heads, scale, WholeHead<64>{});
 }
 EXPORT_KERNEL(attention_key_gradients_64)
 
 KERNEL(128) attention_key_gradients_128(bf16* dk, bf16* dv, const bf16* d_o, const bf16* q, const bf16* k,
                                         const bf16* v, const float* lse, const float* delta, const int* cu, int heads,
                                         int kv_heads, float scale) {
-    key_gradients<128>(dk, dv, d_o, q, k, v, lse, delta, cu, heads, kv_heads, scale);
+    key_gradients(dk, dv, d_o, q, k, v, lse, delta, cu, heads, kv_heads, scale, WholeHead<128>{});
 }
 EXPORT_KERNEL(attention_key_gradients_128)
 
 KERNEL(128) attention_query_gradients_64(bf16* dq, const bf16* d_o, const bf16* q, const bf16* k, const bf16* v,
                                          const float* lse, const float* delta, const int* cu, int heads, int kv_heads,
                                          float scale) {
-    query_gradients<64>(dq, d_o, q, k, v, lse, delta, cu, heads, kv_heads, scale);
+    query_gradients(dq, d_o, q, k, v, lse, delta, cu, heads, kv_heads, scale, WholeHead<64>{});
 }
 EXPORT_KERNEL(attention_query_gradients_64)
 
 KERNEL(128) attention_query_gradients_128(bf16* dq, const bf16* d_o, const bf16* q, const bf16* k, const bf16* v,
                                           const float* lse, const float* delta, const int* cu, int heads, int kv_heads,
                                           float scale) {
-    query_gradients<128>(dq, d_o, q, k, v, lse, delta, cu, heads, kv_heads, scale);
+    query_gradients(dq, d_o, q, k, v, lse, delta, cu, heads, kv_heads, scale, WholeHead<128>{});
 }
 EXPORT_KERNEL(attention_query_gradients_128)
+
+KERNEL(128) attention_forward_small(bf16* o, float* lse, const bf16* q, const bf16* k, const bf16* v, const int* cu,
+                                    int heads, int kv_heads, float scale, int head_dim) {
+    forward(o, lse, q, k, v, cu, heads, kv_heads, scale, SmallHead{head_dim});
+}
+EXPORT_KERNEL(attention_forward_small)
+
+KERNEL(128) attention_delta_small(float* delta, const bf16* d_o, const bf16* o, int rows, int head_dim) {
+    row_products(delta, d_o, o, rows, SmallHead{head_dim});
+}
+EXPORT_KERNEL(attention_delta_small)
+
+KERNEL(128) attention_key_gradients_small(bf16* dk, bf16* dv, const bf16* d_o, const bf16* q, const bf16* k,
+                                          const bf16* v, const float* lse, const float* delta, const int* cu,
+                                          int heads, int kv_heads, float scale, int head_dim) {
+    key_gradients(dk, dv, d_o, q, k, v, lse, delta, cu, heads, kv_heads, scale, SmallHead{head_dim});
+}
+EXPORT_KERNEL(attention_key_gradients_small)
+
+KERNEL(128) attention_query_gradients_small(bf16* dq, const bf16* d_o, const bf16* q, const bf16* k, const bf16* v,
+                                            const float* lse, const float* delta, const int* cu, int heads,
+                                            int kv_heads, float scale, int head_dim) {
+    query_gradients(dq, d_o, q, k, v, lse, delta, cu, heads, kv_heads, scale, SmallHead{head_dim});
+}
+EXPORT_KERNEL(attention_query_gradients_small)

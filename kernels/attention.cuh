@@ -44,6 +44,54 @@ DEV void start_copy(sptr tile, const bf16* from, size_t stride, int count, int t
     }
 }
 
+// What a head is in memory: all D columns of a tile, or fewer. Then their number, even, is known at run time only, and
+// the other columns of a tile are zeros, which add nothing to any product, and are never stored.
+template <int D_, bool WHOLE_> struct Head {
+    static constexpr int D = D_;
+    static constexpr bool WHOLE = WHOLE_;
+    int given;
+    DEV int size() const { return WHOLE ? D : given; }
+};
+template <int D> using WholeHead = Head<D, true>;
+using SmallHead = Head<64, false>;
+
+// Eight elements of a row of `size` from column `col` on, zeros past its end. Both are even, and so the row starts at
+// four bytes, no more.
+DEV uint4 gather(const bf16* row, int col, int size) {
+    const u32* pairs = reinterpret_cast<const u32*>(row + col);
+    uint4 chunk;
+    chunk.x = col < size ? pairs[0] : 0;
+    chunk.y = col + 2 < size ? pairs[1] : 0;
+    chunk.z = col + 4 < size ? pairs[2] : 0;
+    chunk.w = col + 6 < size ? pairs[3] : 0;
+    return chunk;
+}
+
+// The same for rows of a head. Rows that do not start at 16 bytes are gathered pair by pair (right, and slow): the
+// barrier that follows the wait for the copies makes these stores visible too.
+template <class H, int ROWS, int THREADS>
+DEV void start_rows(sptr tile, const bf16* from, size_t stride, int count, int thread, H head) {
+    constexpr int PIECES = H::D / 8;
+    if constexpr (H::WHOLE) {
+        start_copy<H::D, ROWS, THREADS>(tile, from, stride, count, thread);
+    } else if (head.size() % 8 == 0) {
+#pragma unroll
+        for (int i = 0; i < ROWS * PIECES / THREADS; i++) {
+            const int at = i * THREADS + thread, row = at / PIECES, piece = at % PIECES;
+            const bool exists = row < count && piece * 8 < head.size();
+            cp_async16(tile + place<H::D>(row, piece), from + (exists ? row * stride + piece * 8 : 0), exists);
+        }
+    } else {
+#pragma unroll 1
+        for (int at = thread; at < ROWS * PIECES; at += THREADS) {
+            const int row = at / PIECES, piece = at % PIECES;
+            const bool exists = row < count;
+            st_128(smem_ptr<u8>(tile - smem_base() + place<H::D>(row, piece)),
+                   gather(from + (exists ? row * stride : 0), piece * 8, exists ? head.size() : 0));
+        }
+    }
+}
+
 // Left operand: rows row..row + 16 and columns 16 * k..16 * k + 16 of a tile.
 template <int D> DEV void left_operand(u32 (&a)[4], sptr tile, int row, int k, int lane) {
     ldmatrix_x4(a, tile + place<D>(row + (lane & 15), 2 * k + (lane >> 4)));

@@ -2,9 +2,10 @@
 //
 //   o[b] = sum over s < len[b] of p[b,s] v[b,s]      p[b,s] = softmax over s of q[b] . k[b,s] / sqrt(D)
 //
-// Shapes    q, o [B,H,D], caches [pages,16,KV,D], k, v [B,KV,D] bf16, D = 64 or 128. Key s of sequence b is row
-//           s % 16 of page table[b, s / 16]; table [B, max_pages] u32, lengths and positions [B] i32.
-//           Query head h reads key/value head h / (H / KV). part_o [B,H,spans,D], part_sums [B,H,spans,2] f32.
+// Shapes    q, o [B,H,D], caches [pages,16,KV,D], k, v [B,KV,D] bf16, D = 64 or 128 or even and below 64:
+//           `Head` in attention.cuh. Key s of sequence b is row s % 16 of page table[b, s / 16]; table [B, max_pages]
+//           u32, lengths and positions [B] i32. Query head h reads key/value head h / (H / KV).
+//           part_o [B,H,spans,D], part_sums [B,H,spans,2] f32.
 // Writes    o =, the parts =; append writes the one row positions[b] of each sequence (=) and nothing else. A
 //           sequence of length 0 gets zeros.
 // Numerics  Scores, softmax and sums in f32, p rounded to bf16 as operand of the second product, one rounding at the
@@ -22,15 +23,17 @@
 //
 // Kwon et al., "PagedAttention" (2023), for the pages; Dao et al., "Flash-Decoding" (2023), for the parts.
 #include "attention.cuh"
+#include "eight.cuh"
 
 constexpr int WARPS = 4;
 constexpr int PAGE = 16;   // tokens of a page: one step of the product over keys
 constexpr int SPAN = 256;  // keys of a block; part of the results
 constexpr int HEADS = 16;  // query heads of a block: the rows of a product, of which a group may fill fewer
 
-template <int D>
+template <class H>
 DEV void parts(float* part_o, float* part_sums, const bf16* q, const bf16* k_cache, const bf16* v_cache,
-               const u32* table, const int* lengths, int max_pages, int heads, int kv_heads, float scale) {
+               const u32* table, const int* lengths, int max_pages, int heads, int kv_heads, float scale, H of) {
+    constexpr int D = H::D;
     constexpr u32 TILE = PAGE * D * 2, WARP_BYTES = 4 * TILE;
     constexpr int SUM_STRIDE = D + 8;  // in floats: the eight rows a warp stores at once start in different banks
     static_assert(HEADS * SUM_STRIDE * 4 <= WARP_BYTES, "a warp's sums fit where its pages were");
@@ -43,11 +46,11 @@ DEV void parts(float* part_o, float* part_sums, const bf16* q, const bf16* k_cac
     const sptr pairs = smem_base() + warp * WARP_BYTES;
     const int end = (min(span0 + SPAN, length) + PAGE - 1) / PAGE;  // one past the last page of this span
     auto start_pair = [&](int page, int turn) {
-        const size_t at = ((size_t)table[(size_t)sequence * max_pages + page] * PAGE * kv_heads + kv_head) * D;
-        const size_t stride = (size_t)kv_heads * D;
+        const size_t row = (size_t)table[(size_t)sequence * max_pages + page] * PAGE * kv_heads + kv_head;
+        const size_t at = row * of.size(), stride = (size_t)kv_heads * of.size();
         const sptr pair = pairs + turn * 2 * TILE;
-        start_copy<D, PAGE, 32>(pair, k_cache + at, stride, length - page * PAGE, lane);
-        start_copy<D, PAGE, 32>(pair + TILE, v_cache + at, stride, length - page * PAGE, lane);
+        start_rows<H, PAGE, 32>(pair, k_cache + at, stride, length - page * PAGE, lane, of);
+        start_rows<H, PAGE, 32>(pair + TILE, v_cache + at, stride, length - page * PAGE, lane, of);
     };
 
     int page = span0 / PAGE + warp;
@@ -60,9 +63,10 @@ DEV void parts(float* part_o, float* part_sums, const bf16* q, const bf16* k_cac
     for (int i = 0; i < D / 16; i++) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const int row = g + (j & 1) * 8;
-            const size_t at = ((size_t)sequence * heads + head0 + row) * D + 16 * i + 2 * t + (j >> 1) * 8;
-            own[i][j] = row < count ? *reinterpret_cast<const u32*>(q + at) : 0;
+            const int row = g + (j & 1) * 8, column = 16 * i + 2 * t + (j >> 1) * 8;
+            const size_t at = ((size_t)sequence * heads + head0 + row) * of.size() + column;
+            const bool exists = row < count && (H::WHOLE || column < of.size());
+            own[i][j] = exists ? *reinterpret_cast<const u32*>(q + at) : 0;
         }
     }
 
@@ -110,8 +114,8 @@ DEV void parts(float* part_o, float* part_sums, const bf16* q, const bf16* k_cac
         }
     }
     if (FAULT != NO_MERGE_BARRIER) __syncthreads();
-    for (int i = threadIdx.x; i < count * D; i += WARPS * 32) {
-        const int row = i / D, column = i % D;
+    for (int i = threadIdx.x; i < count * of.size(); i += WARPS * 32) {
+        const int row = i / of.size(), column = i % of.size();
         float level = -INFINITY, sum = 0.0f, o = 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) level = fmaxf(level, levels[(w * HEADS + row) * 2]);
@@ -123,7 +127,7 @@ DEV void parts(float* part_o, float* part_sums, const bf16* q, const bf16* k_cac
             o += weight * smem_ptr<float>(w * WARP_BYTES)[row * SUM_STRIDE + column];
         }
         const size_t part = ((size_t)sequence * heads + head0 + row) * gridDim.y + blockIdx.y;
-        part_o[part * D + column] = o;
+        part_o[part * of.size() + column] = o;
         if (column == 0) {
             part_sums[part * 2] = level;
             part_sums[part * 2 + 1] = sum;
@@ -134,16 +138,26 @@ DEV void parts(float* part_o, float* part_sums, const bf16* q, const bf16* k_cac
 KERNEL(128) attention_decode_parts_64(float* part_o, float* part_sums, const bf16* q, const bf16* k_cache,
                                       const bf16* v_cache, const u32* table, const int* lengths, int max_pages,
                                       int heads, int kv_heads, float scale) {
-    parts<64>(part_o, part_sums, q, k_cache, v_cache, table, lengths, max_pages, heads, kv_heads, scale);
+    parts(part_o, part_sums, q, k_cache, v_cache, table, lengths, max_pages, heads, kv_heads, scale,
+          WholeHead<64>{});
 }
 EXPORT_KERNEL(attention_decode_parts_64)
 
 KERNEL(128) attention_decode_parts_128(float* part_o, float* part_sums, const bf16* q, const bf16* k_cache,
                                        const bf16* v_cache, const u32* table, const int* lengths, int max_pages,
                                        int heads, int kv_heads, float scale) {
-    parts<128>(part_o, part_sums, q, k_cache, v_cache, table, lengths, max_pages, heads, kv_heads, scale);
+    parts(part_o, part_sums, q, k_cache, v_cache, table, lengths, max_pages, heads, kv_heads, scale,
+          WholeHead<128>{});
 }
 EXPORT_KERNEL(attention_decode_parts_128)
+
+KERNEL(128) attention_decode_parts_small(float* part_o, float* part_sums, const bf16* q, const bf16* k_cache,
+                                         const bf16* v_cache, const u32* table, const int* lengths, int max_pages,
+                                         int heads, int kv_heads, float scale, int head_dim) {
+    parts(part_o, part_sums, q, k_cache, v_cache, table, lengths, max_pages, heads, kv_heads, scale,
+          SmallHead{head_dim});
+}
+EXPORT_KERNEL(attention_decode_parts_small)
 
 // Adds up the parts of each head, in order of the keys. `spans` is how many parts there is room for.
 KERNEL(128) attention_decode_merge(bf16* o, const float* part_o, const float* part_sums, const int* lengths,
@@ -172,9 +186,9 @@ KERNEL(128) attention_decode_append(bf16* k_cache, bf16* v_cache, const bf16* k,
     const u32 page = table[(size_t)sequence * max_pages + position / PAGE];
     const size_t to = ((size_t)page * PAGE + position % PAGE) * width, from = (size_t)sequence * width;
 #pragma unroll 1
-    for (int i = threadIdx.x * 8; i < width; i += WARPS * 32 * 8) {  // 16 bytes at a time
-        st_128(k_cache + to + i, ld_128(k + from + i));
-        st_128(v_cache + to + i, ld_128(v + from + i));
+    for (int i = threadIdx.x * 8; i < width; i += WARPS * 32 * 8) {
+        copy8(k_cache + to + i, k + from + i, up_to_eight(width - i));
+        copy8(v_cache + to + i, v + from + i, up_to_eight(width - i));
     }
 }
 EXPORT_KERNEL(attention_decode_append)

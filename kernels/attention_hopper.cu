@@ -161,7 +161,7 @@ DEV void store_rows(bf16* to, const Span& span, int row, int head, int heads, co
     for (int r = 0; r < 2; r++) {
         const float factor = r == 0 ? factor0 : factor1;
         if (row + 8 * r >= span.length) continue;
-        bf16* at = to + span.at<D>(row + 8 * r, head, heads) + (lane_index() & 3) * 2;
+        bf16* at = to + span.at(row + 8 * r, head, heads, D) + (lane_index() & 3) * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
             *reinterpret_cast<u32*>(at + 8 * n) =

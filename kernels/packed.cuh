@@ -9,9 +9,9 @@ constexpr float LOG2_E = 1.4426950408889634f;
 struct Span {
     int begin, length;
     Span(const int* cu, int sequence) : begin(cu[sequence]), length(cu[sequence + 1] - begin) {}
-    // Of element 0 of row `row` of head `head` of `heads`.
-    template <int D> size_t at(int row, int head, int heads) const {
-        return ((size_t)(begin + row) * heads + head) * D;
+    // Of element 0 of row `row` of head `head` of `heads`, each of `size` elements.
+    DEV size_t at(int row, int head, int heads, int size) const {
+        return ((size_t)(begin + row) * heads + head) * size;
     }
 };
 

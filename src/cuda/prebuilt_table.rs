@@ -24,12 +24,16 @@ pub(super) const UNITS: &[Unit] = &[
         kernels: &[
             "attention_delta_128",
             "attention_delta_64",
+            "attention_delta_small",
             "attention_forward_128",
             "attention_forward_64",
+            "attention_forward_small",
             "attention_key_gradients_128",
             "attention_key_gradients_64",
+            "attention_key_gradients_small",
             "attention_query_gradients_128",
             "attention_query_gradients_64",
+            "attention_query_gradients_small",
         ],
         blobs: &[
             Blob { arch: "sm_80", packed: include_bytes!("../../kernels/prebuilt/attention.sm_80.cubin.zst") },
@@ -47,6 +51,7 @@ pub(super) const UNITS: &[Unit] = &[
             "attention_decode_merge",
             "attention_decode_parts_128",
             "attention_decode_parts_64",
+            "attention_decode_parts_small",
         ],
         blobs: &[
             Blob { arch: "sm_80", packed: include_bytes!("../../kernels/prebuilt/attention_decode.sm_80.cubin.zst") },

@@ -158,6 +158,9 @@ pub(super) type Keep<'k> = dyn FnMut(usize, &Buffer<bf16>, &Buffer<bf16>) -> Res
 /// Keeps the keys and values of a layer's rows and attends.
 pub(super) type Attend<'a> = dyn FnMut(usize, &mut StepRows) -> Result<(), Problem> + 'a;
 
+/// Is shown a residual stream.
+type Seen<'s> = dyn FnMut(&Buffer<bf16>) -> Result<(), Problem> + 's;
+
 /// What a linear layer gives, and A x if it has an adapter.
 type Adapted = (Buffer<bf16>, Option<Buffer<bf16>>);
 
@@ -398,6 +401,43 @@ impl DeviceModel {
         let lora = self.head_lora(model);
         let mut low = lora.as_ref().map(|lora| rows.low.part(0, dims.m * lora.rank));
         lora_matmul::forward_step(&mut rows.logits, low.as_mut(), &rows.norm, self.head(), None, lora, dims, false)
+    }
+
+    /// The logits of every token of one sequence, `[T, V]`, a tile of tokens at a time.
+    pub fn sequence_logits(&self, model: &Model, ids: &[u32]) -> Result<Vec<f32>, Problem> {
+        const TILE: usize = 256;
+        let x = self.stream(model, ids, &mut |_| Ok(()))?;
+        let rows: Vec<u32> = (0..ids.len() as u32).collect();
+        let mut all = Vec::with_capacity(ids.len() * model.config.vocab_size);
+        for rows in rows.chunks(TILE) {
+            let logits = self.logits(model, &x, &self.gpu.upload(rows)?)?;
+            all.extend(logits.download()?.into_iter().map(bf16::to_f32));
+        }
+        Ok(all)
+    }
+
+    /// The residual stream of one sequence as embedded, after each layer, and after the final norm.
+    pub fn hidden_states(&self, model: &Model, ids: &[u32]) -> Result<Vec<Vec<f32>>, Problem> {
+        let wide = |x: &Buffer<bf16>| Ok(x.download()?.into_iter().map(bf16::to_f32).collect::<Vec<f32>>());
+        let mut states = Vec::new();
+        let x = self.stream(model, ids, &mut |x| {
+            states.push(wide(x)?);
+            Ok(())
+        })?;
+        states.push(wide(&self.norm(&x, &self.norm, model)?.0)?);
+        Ok(states)
+    }
+
+    /// The residual stream of one sequence behind the last layer; `seen` is shown it as embedded and after each.
+    fn stream(&self, model: &Model, ids: &[u32], seen: &mut Seen) -> Result<Buffer<bf16>, Problem> {
+        let sequences = self.sequences(model, &Batch { ids, lengths: &[ids.len()], rows: &[], targets: &[] })?;
+        let mut x = self.embed(model, ids)?;
+        seen(&x)?;
+        for (layer, device) in model.layers.iter().zip(&self.layers) {
+            x = self.layer_forward(model, layer, device, &x, &sequences)?.0;
+            seen(&x)?;
+        }
+        Ok(x)
     }
 
     /// `[rows, V]` of some rows of the residual stream.

@@ -140,6 +140,23 @@ impl Placed {
         Ok(&self.model)
     }
 
+    /// The logits of every token of one sequence: `[T, V]`.
+    pub fn logits(&self, ids: &[u32]) -> Result<Vec<f32>, Problem> {
+        match &self.device {
+            None => Ok(self.model.logits(ids)),
+            Some(device) => device.sequence_logits(&self.model, ids),
+        }
+    }
+
+    /// The residual stream of one sequence as embedded, after each layer, and after the final norm:
+    /// layers + 2 times `[T, H]`.
+    pub fn hidden_states(&self, ids: &[u32]) -> Result<Vec<Vec<f32>>, Problem> {
+        match &self.device {
+            None => Ok(self.model.hidden_states(ids)),
+            Some(device) => device.hidden_states(&self.model, ids),
+        }
+    }
+
     /// Lets `change` write to the trained tensors, then brings up to date what is computed with.
     pub fn update<R>(&mut self, change: impl FnOnce(&mut [Parameter]) -> R) -> Result<R, Problem> {
         self.host()?;

@@ -272,7 +272,7 @@ fn capped(mut sample: Sample, cap: usize) -> Sample {
 }
 
 /// Logits `[T, V]` and hidden states `[layers + 2, T, H]` of every sequence, one at a time.
-fn write_insides(ctx: &Context, spec: &Spec, point: &str, model: &Model, examples: &[Example]) -> Result<(), Problem> {
+fn write_insides(ctx: &Context, spec: &Spec, point: &str, model: &Placed, examples: &[Example]) -> Result<(), Problem> {
     let mut names = Vec::new();
     let mut sequences = Vec::new();
     for example in examples {
@@ -294,7 +294,7 @@ fn write_insides(ctx: &Context, spec: &Spec, point: &str, model: &Model, example
         let tensors = shapes(&|tokens| vec![tokens, config.vocab_size]);
         weights::write(&path("logits"), Element::F32, &tensors, |i| {
             ctx.stopped()?;
-            Ok(Cow::Owned(model.logits(sequences[i])))
+            Ok(Cow::Owned(model.logits(sequences[i])?))
         })?;
     }
     if spec.hidden_states {
@@ -302,7 +302,7 @@ fn write_insides(ctx: &Context, spec: &Spec, point: &str, model: &Model, example
         let tensors = shapes(&|tokens| vec![states, tokens, config.hidden_size]);
         weights::write(&path("hidden_states"), Element::F32, &tensors, |i| {
             ctx.stopped()?;
-            Ok(Cow::Owned(model.hidden_states(sequences[i]).concat()))
+            Ok(Cow::Owned(model.hidden_states(sequences[i])?.concat()))
         })?;
     }
     Ok(())

@@ -1,11 +1,15 @@
 //! Numbers of another implementation: walks `tests/golden/data` and the folder that `PIPE_GOLDENS` names, if it
-//! does, and prints one line per golden (largest difference, bound).
+//! does, and prints one line per golden (largest difference, bound). What a model computes is compared twice: on the
+//! processor, and through the CUDA kernels, on the emulator or, with `PIPE_TEST_GPU=1`, on a GPU.
 //!
 //!     cargo test --release --test golden
 
+mod bf16;
 mod model;
 mod optimizer;
 mod study;
+#[path = "../kernels/support.rs"]
+mod support;
 
 use pipe::train::Curve;
 use safetensors::{Dtype, SafeTensors};

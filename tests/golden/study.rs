@@ -1,21 +1,51 @@
-//! A study as its user would write it: a manifest and data files in a folder, run and exported by the program.
+//! A study as its user would write it: a manifest and data files in a folder. The program runs and exports it; or the
+//! engine does here, its stages computing on the emulator, which the program knows nothing of, or on a GPU.
 
+use crate::support;
+use pipe::exec::{self, Engine, Options, Paths, Silent, Task};
+use pipe::plan::{self, Cell, Machine};
+use pipe::problem::Problem;
+use pipe::stage::{self, Artifact, Context, Device};
+use pipe::store::Store;
+use pipe::{files::Files, manifest};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::AtomicBool;
+
+/// Where a study computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// `pipe run --device cpu`.
+    Processor,
+    /// `--device cuda` without the program: through the kernels, on the emulator or, with `PIPE_TEST_GPU`, on a GPU.
+    Kernels,
+}
+
+impl Place {
+    /// The bound for f32, or the one for bf16, in which the kernels compute.
+    pub fn bound(self, f32: f64, bf16: f64) -> f64 {
+        match self {
+            Place::Processor => f32,
+            Place::Kernels => bf16,
+        }
+    }
+}
 
 /// A manifest in the making, in a folder of its own.
 pub struct Study {
     folder: tempfile::TempDir,
     manifest: String,
+    place: Place,
 }
 
 impl Study {
     /// With the stage `base`: a model folder.
-    pub fn of(model: &Path) -> Study {
+    pub fn of(model: &Path, place: Place) -> Study {
         let manifest = "manifest = 1\ntitle = \"goldens\"\n".to_string();
-        let mut study = Study { folder: tempfile::tempdir().unwrap(), manifest };
+        let mut study = Study { folder: tempfile::tempdir().unwrap(), manifest, place };
         study.stage("base", &format!("kind = \"model\"\nsource = {}", path(model)));
         study
     }
@@ -44,14 +74,49 @@ impl Study {
     /// `pipe run` of everything.
     pub fn run(&self) {
         std::fs::write(self.folder.path().join("m.toml"), &self.manifest).unwrap();
-        self.pipe(&["run", "m.toml", "-q"]);
+        match self.place {
+            Place::Processor => self.pipe(&["run", "m.toml", "-q", "--device", "cpu"]),
+            Place::Kernels => self.run_here(&Device::Cuda(support::gpu())),
+        }
     }
 
     /// `pipe export` of one stage: the folder it was written to.
     pub fn export(&self, stage: &str, flags: &[&str]) -> PathBuf {
         let name = format!("export-{stage}{}", flags.concat()).replace(['[', ']', '='], "-");
-        self.pipe(&[&["export", "m.toml", stage, &name], flags].concat());
+        match self.place {
+            Place::Processor => self.pipe(&[&["export", "m.toml", stage, &name], flags].concat()),
+            Place::Kernels => assert!(flags.is_empty(), "only the program knows {flags:?}"),
+        }
         self.folder.path().join(name)
+    }
+
+    /// What the program does with a manifest: plan, engine, stages. Every cell's files are put where `export` says.
+    fn run_here(&self, device: &Device) {
+        let told = |problems: &[Problem]| -> ! {
+            let all: Vec<String> = problems.iter().map(Problem::to_string).collect();
+            panic!("{}\n{}", all.join("\n"), self.manifest)
+        };
+        let path = self.folder.path().join("m.toml");
+        let manifest = manifest::load(&path, &|path| std::fs::read_to_string(path), stage::KINDS, &[], &[]);
+        let plan = plan::resolve(&manifest).unwrap_or_else(|problems| told(&problems));
+        let store = Store::open(&self.folder.path().join("cache")).unwrap_or_else(|problem| told(&[problem]));
+        let sources = Paths::new(&store);
+        let machine = Machine { backend: "cuda", dtype: "bf16" };
+        let engine = Engine { plan: &plan, store: &store, sources: &sources, machine };
+        let cells: Vec<usize> = (0..plan.cells.len()).collect();
+        let runner = |cell: &Cell, task: &Task| run_stage(device, cell, task);
+        let report = engine
+            .run(&cells, &Options::default(), &runner, &Silent, &AtomicBool::new(false))
+            .unwrap_or_else(|problems| told(&problems));
+        let failed: Vec<Problem> = report.failures().map(|(_, problem)| problem.clone()).collect();
+        if !failed.is_empty() {
+            told(&failed);
+        }
+        for cell in cells {
+            let files = store.files(report.artifact(cell).expect("it ran"));
+            let folder = self.export(&plan.cells[cell].to_string(), &[]);
+            copy(&files, &folder);
+        }
     }
 
     fn pipe(&self, arguments: &[&str]) {
@@ -60,6 +125,48 @@ impl Study {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "pipe {arguments:?}\n{stderr}\n{}", self.manifest);
     }
+}
+
+fn copy(files: &Files, folder: &Path) {
+    for (name, from) in files.iter() {
+        let to = folder.join(name);
+        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+        std::fs::copy(from, to).unwrap();
+    }
+}
+
+/// One cell on `device`.
+fn run_stage(device: &Device, cell: &Cell, task: &Task) -> Result<(), Problem> {
+    let artifact = |input: &exec::TaskInput| Artifact {
+        stage: input.stage.clone(),
+        kind: input.kind,
+        axes: input.axes.clone(),
+        files: input.files.clone(),
+    };
+    let inputs: BTreeMap<String, Vec<Artifact>> =
+        task.inputs.iter().map(|(slot, given)| (slot.clone(), given.iter().map(artifact).collect())).collect();
+    let context = Context {
+        label: task.label,
+        params: task.params,
+        inputs: &inputs,
+        sources: &task.sources,
+        out: task.out,
+        work: task.work,
+        device: device.clone(),
+        progress: &Quiet,
+        stop: task.stop,
+    };
+    stage::run(cell.kind.name, &context)
+}
+
+/// Nobody watches.
+struct Quiet;
+
+impl stage::Progress for Quiet {
+    fn begin(&self, _: u64, _: &'static str) {}
+    fn at(&self, _: u64) {}
+    fn note(&self, _: &str) {}
+    fn warn(&self, _: &str) {}
 }
 
 fn path(path: &Path) -> Value {

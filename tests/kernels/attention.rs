@@ -7,7 +7,7 @@ use crate::support::{
 use emulator::Schedule;
 use half::bf16;
 use pipe::cuda::Gpu;
-use pipe::cuda::ops::attention::{Dims, backward, forward};
+use pipe::cuda::ops::attention::{Dims, backward, forward, supports};
 use pipe::problem::{Exit, Problem};
 use pipe::tensor::ops::Attention;
 use pipe::tensor::ops::attention::reference;
@@ -157,6 +157,13 @@ fn cases() -> Vec<Case> {
         Case::new(&[63, 128, 127], dims(1, 1, 64)),
         Case::new(&[129, 1], dims(1, 1, 128)),
         Case::new(&[270], dims(2, 1, 64)),
+        // Heads below 64: whole pieces of 16 bytes, and rows that start anywhere.
+        Case::new(&[37, 0, 1, 66], dims(4, 2, 8)),
+        Case::new(&[67, 5], dims(7, 1, 16)),
+        Case::new(&[33, 70], dims(2, 1, 12)),
+        Case::new(&[65, 1], dims(3, 3, 2)),
+        Case::new(&[3, 67], dims(2, 1, 40)),
+        Case::new(&[35], dims(2, 1, 62)),
     ]
 }
 
@@ -251,8 +258,35 @@ fn an_empty_batch_is_nothing() {
 }
 
 #[test]
+fn a_small_head_has_the_bits_of_one_filled_up_with_zeros() {
+    // Sizes whose 1 / sqrt(D) is 2 or 4 times that of 64: queries times as much have the same scores to the bit.
+    for (head_dim, factor) in [(16, 2.0), (4, 4.0)] {
+        let case = Case::new(&[70, 33], dims(4, 2, head_dim));
+        let pad = |x: &[bf16], factor: f32| -> Vec<bf16> {
+            let scaled = |row: &[bf16]| row.iter().map(|x| bf16::from_f32(x.to_f32() * factor)).collect::<Vec<_>>();
+            x.chunks(head_dim).flat_map(|row| [scaled(row), vec![bf16::ZERO; 64 - head_dim]].concat()).collect()
+        };
+        let padded = Case {
+            lengths: case.lengths.clone(),
+            q: pad(&case.q, factor),
+            k: pad(&case.k, 1.0),
+            v: pad(&case.v, 1.0),
+            d_o: pad(&case.d_o, 1.0),
+            dims: dims(4, 2, 64),
+        };
+        let (small, whole) = (case.run(&gpu()).expect("a run"), padded.run(&gpu()).expect("a run"));
+        assert!(small[1] == whole[1], "lse of heads of {head_dim}");
+        for (i, name, factor) in [(0, "o", 1.0), (2, "dq", 1.0 / factor), (3, "dk", 1.0), (4, "dv", 1.0)] {
+            let (small, whole) = (values::<bf16>(&small[i]), values::<bf16>(&whole[i]));
+            assert!(pad(&small, factor) == whole, "{name} of heads of {head_dim}");
+        }
+    }
+}
+
+#[test]
 fn other_sizes_of_a_head_are_refused_by_name() {
-    for head_dim in [16, 32, 80, 96, 256] {
+    for head_dim in [1, 7, 63, 66, 80, 96, 127, 256] {
+        assert!(!supports(head_dim));
         let problem = Case::new(&[3], dims(2, 1, head_dim)).run(&gpu()).expect_err("a refusal");
         assert_eq!((problem.code, problem.exit), ("cuda::head_dim", Exit::Missing));
         let text = problem.to_string();

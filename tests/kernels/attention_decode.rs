@@ -161,6 +161,13 @@ fn cases() -> Vec<Case> {
         Case::new(&[513, 0, 15, 0], dims(2, 2, 128)),
         Case::new(&[256, 77, 65], dims(4, 2, 128)),
         Case::new(&[77], dims(34, 2, 64)),
+        // Heads below 64: whole pieces of 16 bytes, and rows that start anywhere.
+        Case::new(&[1, 300, 16, 257, 17], dims(8, 1, 8)),
+        Case::new(&[77, 270], dims(6, 2, 16)),
+        Case::new(&[33, 5, 16], dims(2, 1, 12)),
+        Case::new(&[19, 260], dims(3, 3, 2)),
+        Case::new(&[40, 1], dims(4, 2, 40)),
+        Case::new(&[20], dims(2, 1, 62)),
     ]
 }
 

@@ -48,6 +48,14 @@ mod hopper {
     }
 }
 
+/// Columns of the tiles of heads below 64: those of a head, and zeros.
+const SMALL: usize = 64;
+
+/// Whether there are kernels for heads of so many elements: 128, 64, and every even size below.
+pub const fn supports(head_dim: usize) -> bool {
+    head_dim == 128 || (head_dim > 0 && head_dim <= SMALL && head_dim.is_multiple_of(2))
+}
+
 /// Sizes of an attention: q and o are [T, heads, head_dim], k and v [T, kv_heads, head_dim].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Dims {
@@ -60,18 +68,37 @@ impl Dims {
     /// `Err` (`cuda::head_dim`) if there is no kernel for heads of this size.
     pub fn check(&self) -> Result<(), Problem> {
         assert!(self.kv_heads > 0 && self.heads > 0 && self.heads.is_multiple_of(self.kv_heads), "{self:?}");
-        if matches!(self.head_dim, 64 | 128) {
+        if supports(self.head_dim) {
             return Ok(());
         }
         let message = format!("the attention kernels do not take heads of {} elements", self.head_dim);
         Err(Problem::new("cuda::head_dim", message)
             .exit(Exit::Missing)
-            .note("they take heads of 64 and of 128 elements"))
+            .note("they take heads of 128 elements, and of every even number up to 64"))
     }
 
-    /// Of these two kernels, which differ in the size of a head, the one for this size.
-    pub(super) fn pick(&self, of_64: &'static str, of_128: &'static str) -> &'static str {
-        if self.head_dim == 64 { of_64 } else { of_128 }
+    /// Of these kernels, which differ in the size of a head, the one for this size.
+    pub(super) fn pick(&self, small: &'static str, of_64: &'static str, of_128: &'static str) -> &'static str {
+        match self.head_dim {
+            64 => of_64,
+            128 => of_128,
+            _ => small,
+        }
+    }
+
+    /// Of these kernels of `attention_hopper.cu`, the one that takes it on this device.
+    fn pick_wgmma(&self, gpu: &Gpu, of_64: &'static str, of_128: &'static str) -> Option<&'static str> {
+        match self.head_dim {
+            64 => Some(of_64),
+            128 => Some(of_128),
+            _ => None,
+        }
+        .filter(|_| gpu.has_wgmma())
+    }
+
+    /// Columns of a tile in shared memory.
+    pub(super) fn columns(&self) -> usize {
+        self.head_dim.max(SMALL)
     }
 
     /// Elements of a token's queries, and of its keys.
@@ -93,13 +120,18 @@ impl Dims {
 impl Launch<'_> {
     /// The sizes and the factor of the scores: the last arguments of most kernels here.
     pub(super) fn dims(self, dims: Dims) -> Self {
-        self.int(dims.heads).int(dims.kv_heads).float(dims.scale())
+        self.int(dims.heads).int(dims.kv_heads).float(dims.scale()).head_dim(dims)
+    }
+
+    /// The size of a head, which the kernels of 64 and of 128 know by themselves.
+    fn head_dim(self, dims: Dims) -> Self {
+        if matches!(dims.head_dim, 64 | 128) { self } else { self.int(dims.head_dim) }
     }
 }
 
 /// Shared memory of kernels that keep `kept` tiles of OWN rows and have two pairs of tiles of `visit` rows take turns.
 fn tile_bytes(kept: usize, visit: usize, dims: Dims) -> usize {
-    (kept * OWN + 4 * visit) * dims.head_dim * size_of::<bf16>()
+    (kept * OWN + 4 * visit) * dims.columns() * size_of::<bf16>()
 }
 
 fn forward_bytes(dims: Dims) -> usize {
@@ -138,8 +170,7 @@ pub fn forward(
         return Ok(());
     }
     let gpu = o.gpu();
-    if gpu.has_wgmma() {
-        let kernel = dims.pick("attention_forward_64_hopper", "attention_forward_128_hopper");
+    if let Some(kernel) = dims.pick_wgmma(gpu, "attention_forward_64_hopper", "attention_forward_128_hopper") {
         let launch = gpu
             .launch(kernel, (dims.heads * sequences, longest.div_ceil(hopper::OWN)), hopper::THREADS)
             .shared(hopper::forward_bytes(dims.head_dim))
@@ -154,7 +185,7 @@ pub fn forward(
         // as below.
         return unsafe { launch.run() };
     }
-    let kernel = dims.pick("attention_forward_64", "attention_forward_128");
+    let kernel = dims.pick("attention_forward_small", "attention_forward_64", "attention_forward_128");
     let launch = gpu
         .launch(kernel, (dims.heads * sequences, longest.div_ceil(OWN)), THREADS)
         .shared(forward_bytes(dims))
@@ -198,23 +229,27 @@ pub fn backward(
     let gpu = dq.gpu();
 
     let delta = gpu.alloc::<f32>(rows)?;
-    let rows_per_block = THREADS * 8 / dims.head_dim;
+    let rows_per_block = THREADS * 8 / dims.columns();
+    let kernel = dims.pick("attention_delta_small", "attention_delta_64", "attention_delta_128");
     let launch = gpu
-        .launch(dims.pick("attention_delta_64", "attention_delta_128"), rows.div_ceil(rows_per_block), THREADS)
+        .launch(kernel, rows.div_ceil(rows_per_block), THREADS)
         .buffer(&delta)
         .buffer(d_o)
         .buffer(o)
-        .int(rows);
+        .int(rows)
+        .head_dim(dims);
     // SAFETY: the arguments of `attention_delta_*` in their order; delta has `rows` elements, o and d_o D times as
     // many.
     unsafe { launch.run()? };
 
-    if gpu.has_wgmma() {
+    let of_keys = dims.pick_wgmma(gpu, "attention_key_gradients_64_hopper", "attention_key_gradients_128_hopper");
+    let of_queries =
+        dims.pick_wgmma(gpu, "attention_query_gradients_64_hopper", "attention_query_gradients_128_hopper");
+    if let Some((of_keys, of_queries)) = of_keys.zip(of_queries) {
         let tiles = longest.div_ceil(hopper::OWN);
         let visited = hopper::QUERIES_VISITED;
-        let kernel = dims.pick("attention_key_gradients_64_hopper", "attention_key_gradients_128_hopper");
         let launch = gpu
-            .launch(kernel, (dims.kv_heads * sequences, tiles), hopper::THREADS)
+            .launch(of_keys, (dims.kv_heads * sequences, tiles), hopper::THREADS)
             .shared(hopper::key_gradients_bytes(dims.head_dim))
             .buffer(dk)
             .buffer(dv)
@@ -231,9 +266,8 @@ pub fn backward(
         unsafe { launch.run()? };
 
         let visited = hopper::KEYS_VISITED;
-        let kernel = dims.pick("attention_query_gradients_64_hopper", "attention_query_gradients_128_hopper");
         let launch = gpu
-            .launch(kernel, (dims.heads * sequences, tiles), hopper::THREADS)
+            .launch(of_queries, (dims.heads * sequences, tiles), hopper::THREADS)
             .shared(hopper::query_gradients_bytes(dims.head_dim))
             .buffer(dq)
             .map(dims.map(gpu, d_o, dims.heads, hopper::OWN)?)
@@ -249,7 +283,8 @@ pub fn backward(
     }
 
     let tiles = longest.div_ceil(OWN);
-    let kernel = dims.pick("attention_key_gradients_64", "attention_key_gradients_128");
+    let kernel =
+        dims.pick("attention_key_gradients_small", "attention_key_gradients_64", "attention_key_gradients_128");
     let launch = gpu
         .launch(kernel, (dims.kv_heads * sequences, tiles), THREADS)
         .shared(key_gradients_bytes(dims))
@@ -267,7 +302,8 @@ pub fn backward(
     // are those of what it belongs to, lse and delta have T * H elements.
     unsafe { launch.run()? };
 
-    let kernel = dims.pick("attention_query_gradients_64", "attention_query_gradients_128");
+    let kernel =
+        dims.pick("attention_query_gradients_small", "attention_query_gradients_64", "attention_query_gradients_128");
     let launch = gpu
         .launch(kernel, (dims.heads * sequences, tiles), THREADS)
         .shared(query_gradients_bytes(dims))
@@ -310,7 +346,7 @@ mod tests {
 
     #[test]
     fn a_block_needs_no_more_shared_memory_than_any_device_grants() {
-        for head_dim in [64, 128] {
+        for head_dim in [2, 64, 128] {
             let dims = Dims { heads: 1, kv_heads: 1, head_dim };
             for bytes in [forward_bytes(dims), key_gradients_bytes(dims), query_gradients_bytes(dims)] {
                 assert!(bytes <= GRANTED, "{dims:?}: {bytes}");

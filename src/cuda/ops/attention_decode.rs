@@ -68,12 +68,9 @@ pub fn forward(
     let spans = *spans;
     assert!(part_o.len() == rows * spans * dims.head_dim && part_sums.len() == rows * spans * 2, "parts for others");
     let groups = (dims.heads / dims.kv_heads).div_ceil(HEADS);
+    let kernel = dims.pick("attention_decode_parts_small", "attention_decode_parts_64", "attention_decode_parts_128");
     let launch = gpu
-        .launch(
-            dims.pick("attention_decode_parts_64", "attention_decode_parts_128"),
-            (batch * dims.kv_heads, spans, groups),
-            THREADS,
-        )
+        .launch(kernel, (batch * dims.kv_heads, spans, groups), THREADS)
         .shared(parts_bytes(dims))
         .buffer(part_o)
         .buffer(part_sums)
@@ -139,7 +136,7 @@ pub fn append(
 
 /// Two pairs of pages that take turns for each warp; what warps tell each other about each head: two numbers.
 fn parts_bytes(dims: Dims) -> usize {
-    WARPS * (4 * PAGE * dims.head_dim * size_of::<bf16>() + HEADS * 2 * size_of::<f32>())
+    WARPS * (4 * PAGE * dims.columns() * size_of::<bf16>() + HEADS * 2 * size_of::<f32>())
 }
 
 /// The number of entries that the page table has for each sequence.
@@ -162,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_block_needs_no_more_shared_memory_than_any_device_grants() {
-        for head_dim in [64, 128] {
+        for head_dim in [2, 64, 128] {
             let bytes = parts_bytes(Dims { heads: 1, kv_heads: 1, head_dim });
             assert!(bytes <= 99 * 1024, "{head_dim}: {bytes}");
         }
