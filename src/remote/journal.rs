@@ -186,7 +186,7 @@ impl Journal {
             return Err(problem);
         }
         *synced = last;
-        drop(synced);
+        // Before any of those who wait for these lines goes on and looks for its own.
         self.refresh()
     }
 

@@ -41,7 +41,7 @@ pub(super) enum Sent {
         ended: Ended,
         wait: Option<Duration>,
     },
-    /// This request gets no answer, however often it is sent. `known`: others may get theirs.
+    /// This request gets no answer, however often it is sent; others may get theirs.
     Refused {
         why: String,
         ended: Ended,

@@ -24,7 +24,7 @@ max_tokens = 10
 
 [stage.local]
 kind = "model"
-source = "init:random"
+source = "init:mini-3B"
 
 [profile.api.endpoint.teacher]
 url = "http://localhost:8000/v1"
@@ -183,4 +183,21 @@ fn profiles_settings_and_includes_touch_endpoints_that_are_there() {
     ];
     let twice = load_with(pipe::stage::KINDS, &twice, &[], &[]);
     assert_snapshot!(render(&twice, &plan::resolve(&twice).err().unwrap()), @"");
+}
+
+#[test]
+fn every_key_of_an_endpoint_is_one_the_client_reads() {
+    use pipe::manifest::spec::Type;
+    let mut all = serde_json::Map::new();
+    for key in pipe::manifest::endpoint::ENDPOINT {
+        let value = match key.ty {
+            Type::Bool => json!(true),
+            Type::Int { .. } => json!(2),
+            Type::Float { .. } => json!(2.5),
+            _ => json!("text"),
+        };
+        all.insert(key.name.into(), value);
+    }
+    let endpoint: pipe::remote::Endpoint = serde_json::from_value(json!(all)).expect("each key is a field");
+    assert_eq!(serde_json::to_value(&endpoint).unwrap(), json!(all), "each field is a key");
 }

@@ -185,7 +185,7 @@ fn cut_and_withheld_replies_are_told_apart() {
 fn a_server_that_is_down_is_not_hammered() {
     let server = Server::start();
     let client = Client::new();
-    (0..500).for_each(|_| server.fault("", Fault::Status(503, "", "down")));
+    (0..90).for_each(|_| server.fault("", Fault::Status(503, "", "down")));
     let many = endpoint(&server, json!({"max_attempts": 50}));
     let problem = client.complete(&many, &questions(100), 50).unwrap_err();
     assert_eq!(problem.code, "remote::down");
