@@ -113,21 +113,50 @@ fn an_axis_may_name_endpoints() {
     let plan = planned(&text, &[], &[]);
     assert_eq!(cell(&plan, "made[who=small]").params["endpoint"]["model"], "small");
     assert_eq!(cell(&plan, "made[who=teacher]").params["endpoint"]["model"], "deepseek-reasoner");
-    assert_snapshot!(told(&text.replace("\"small\"] }", "\"smal\"] }")), @"");
+    assert_snapshot!(told(&text.replace("\"small\"] }", "\"smal\"] }")), @r#"
+error[manifest::unknown_endpoint]: `endpoint` of stage `made` names `smal`, and there is no such endpoint
+  m.toml:14 "\"{who}\""
+  note: `{who}` comes to `smal` here
+  help: an endpoint with a similar name exists: `small`
+"#);
 }
 
 #[test]
 fn a_stage_has_a_model_or_an_endpoint() {
-    assert_snapshot!(told(&TEXT.replace("endpoint = \"teacher\"\n", "")), @"");
-    assert_snapshot!(told(&TEXT.replace("endpoint = \"teacher\"\n", "endpoint = \"teacher\"\nmodel = \"local\"\n")), @"");
-    assert_snapshot!(told(&TEXT.replace("endpoint = \"teacher\"", "endpoint = \"techer\"")), @"");
-    assert_snapshot!(told(&TEXT.replace("endpoint = \"teacher\"", "endpoint = 3")), @"");
+    assert_snapshot!(told(&TEXT.replace("endpoint = \"teacher\"\n", "")), @r#"
+error[manifest::missing_key]: stage `made` needs `model` or `endpoint`
+  m.toml:11 "[stage.made]"
+  note: `model`: The model that completes, on this machine.
+  note: `endpoint`: The server that completes: an `[endpoint.NAME]`.
+"#);
+    assert_snapshot!(told(&TEXT.replace("endpoint = \"teacher\"\n", "endpoint = \"teacher\"\nmodel = \"local\"\n")), @r#"
+error[manifest::one_of_two]: stage `made` has both `model` and `endpoint`
+  m.toml:14 "model"
+  m.toml:13 "endpoint"
+  help: keep one of the two
+"#);
+    assert_snapshot!(told(&TEXT.replace("endpoint = \"teacher\"", "endpoint = \"techer\"")), @r#"
+error[manifest::unknown_endpoint]: `endpoint` of stage `made` names `techer`, and there is no such endpoint
+  m.toml:13 "\"techer\""
+  help: an endpoint with a similar name exists: `teacher`
+"#);
+    assert_snapshot!(told(&TEXT.replace("endpoint = \"teacher\"", "endpoint = 3")), @r#"
+error[manifest::wrong_type]: `endpoint` of stage `made` takes the name of an endpoint, not a whole number
+  m.toml:13 "3"
+"#);
 }
 
 #[test]
 fn keys_that_mean_nothing_to_an_endpoint_are_refused() {
     let with = |line: &str| told(&TEXT.replace("max_tokens = 10", &format!("max_tokens = 10\n{line}")));
-    assert_snapshot!(with("dtype = \"f32\"\nprefill = \"<think>\""), @"");
+    assert_snapshot!(with("dtype = \"f32\"\nprefill = \"<think>\""), @r#"
+error[manifest::key_without_effect]: `dtype` of stage `made` goes with `model`, and the stage has `endpoint`
+  m.toml:17 "dtype"
+  help: take it out
+error[manifest::key_without_effect]: `prefill` of stage `made` goes with `model`, and the stage has `endpoint`
+  m.toml:18 "prefill"
+  help: take it out
+"#);
     for line in [
         "format = \"chat\"",
         "batch = 1",
@@ -147,12 +176,45 @@ fn keys_that_mean_nothing_to_an_endpoint_are_refused() {
 #[test]
 fn what_is_wrong_with_an_endpoint_is_told_key_by_key() {
     let with = |lines: &str| told(&TEXT.replace("model = \"deepseek-reasoner\"", lines));
-    assert_snapshot!(with("modle = \"m\"\nmax_concurrency = 0\ntimeout_s = \"1\""), @"");
-    assert_snapshot!(with("model = \"m\"\nbudget = 3"), @"");
-    assert_snapshot!(with("model = \"m\"\nprice_in = 3"), @"");
-    assert_snapshot!(with("model = \"{size}\""), @"");
-    assert_snapshot!(told(&TEXT.replace("https://api.deepseek.com/v1", "api.deepseek.com")), @"");
-    assert_snapshot!(told(&TEXT.replace("deepseek.com/v1", "deepseek.com/v1/chat/completions")), @"");
+    assert_snapshot!(with("modle = \"m\"\nmax_concurrency = 0\ntimeout_s = \"1\""), @r#"
+error[manifest::missing_key]: endpoint `teacher` needs the key `model`
+  m.toml:2 "[endpoint.teacher]"
+  note: `model`: The model's name there.
+error[manifest::unknown_key]: unknown key `modle` in endpoint `teacher`
+  m.toml:4 "modle"
+  note: keys of an endpoint: api_key_env, budget, connect_timeout_s, max_attempts, max_concurrency, max_tokens_key, model, price_in, price_out, requests_per_minute, send_seed, timeout_s, tokens_per_minute, url
+  help: a key with a similar name exists: `model`
+error[manifest::out_of_range]: `max_concurrency` of endpoint `teacher` has to be at least 1 and at most 1024, not 0
+  m.toml:5 "0"
+error[manifest::wrong_type]: `timeout_s` of endpoint `teacher` takes a number, not a string
+  m.toml:6 "\"1\""
+  help: without quotes: `1`
+"#);
+    assert_snapshot!(with("model = \"m\"\nbudget = 3"), @r#"
+error[manifest::rule]: endpoint `teacher`: a `budget` needs prices: what nothing costs nothing can pass
+  m.toml:5 "budget"
+  help: `price_in` and `price_out`, for a million tokens
+"#);
+    assert_snapshot!(with("model = \"m\"\nprice_in = 3"), @r#"
+error[manifest::rule]: endpoint `teacher`: `price_in` without `price_out` says nothing about what a request costs
+  m.toml:5 "price_in"
+  help: `price_out = 0` if it is free
+"#);
+    assert_snapshot!(with("model = \"{size}\""), @r#"
+error[plan::unknown_axis]: `model` of endpoint `teacher` uses axis `size`, and an endpoint has none
+  m.toml:4 "\"{size}\""
+  help: declare an endpoint for each, and name them by an axis: `endpoint = "{teacher}"`
+"#);
+    assert_snapshot!(told(&TEXT.replace("https://api.deepseek.com/v1", "api.deepseek.com")), @r#"
+error[manifest::rule]: endpoint `teacher`: `url` is not the address of a server
+  m.toml:3 "url"
+  help: the base of the API: `url = "https://HOST/v1"`, `url = "http://localhost:8000/v1"`
+"#);
+    assert_snapshot!(told(&TEXT.replace("deepseek.com/v1", "deepseek.com/v1/chat/completions")), @r#"
+error[manifest::rule]: endpoint `teacher`: `url` is the base of the API, without `/chat/completions`
+  m.toml:3 "url"
+  help: `url = "https://api.deepseek.com/v1"`
+"#);
 }
 
 /// The excerpt under a message shows the line it points at.
@@ -174,15 +236,39 @@ fn profiles_settings_and_includes_touch_endpoints_that_are_there() {
     let more = format!(
         "{TEXT}\n[profile.x.endpoint.techer]\nurl = \"http://h\"\n[profile.y.endpoint.teacher]\nurll = \"x\"\n"
     );
-    assert_snapshot!(told(&more), @"");
+    assert_snapshot!(told(&more), @r#"
+error[manifest::profile_touches_nothing]: profile `x` changes endpoint `techer`, which does not exist
+  m.toml:30 "[profile.x.endpoint.techer]"
+  help: an endpoint with a similar name exists: `teacher`
+error[manifest::profile_touches_nothing]: profile `y` sets `urll` in endpoint `teacher`, and there is no such key
+  m.toml:33 "urll"
+  note: keys of an endpoint: api_key_env, budget, connect_timeout_s, max_attempts, max_concurrency, max_tokens_key, model, price_in, price_out, requests_per_minute, send_seed, timeout_s, tokens_per_minute, url
+  help: a key with a similar name exists: `url`
+"#);
     let set = manifest(TEXT, &[], &["endpoint.nobody.url=x", "endpoint.teacher=3", "endpoint.teacher.budgt=3"]);
-    assert_snapshot!(render(&set, &plan::resolve(&set).err().unwrap()), @"");
+    assert_snapshot!(render(&set, &plan::resolve(&set).err().unwrap()), @r#"
+error[manifest::set_touches_nothing]: `--set` names endpoint `nobody`, which does not exist
+  --set:1 "nobody"
+  note: endpoints: `teacher`
+error[manifest::bad_set]: `--set endpoint.teacher=3` replaces a whole endpoint
+  --set:2 "endpoint.teacher=3"
+  help: name one of its keys: `--set endpoint.teacher.KEY=VALUE`
+error[manifest::set_touches_nothing]: `--set` names `budgt` in endpoint `teacher`, and there is no such key
+  --set:3 "budgt"
+  note: keys of an endpoint: api_key_env, budget, connect_timeout_s, max_attempts, max_concurrency, max_tokens_key, model, price_in, price_out, requests_per_minute, send_seed, timeout_s, tokens_per_minute, url
+  help: a key with a similar name exists: `budget`
+"#);
     let twice = [
         ("m.toml", "manifest = 1\ninclude = [\"n.toml\"]\n[endpoint.a]\nurl = \"http://h\"\nmodel = \"m\"\n"),
         ("n.toml", "manifest = 1\n[endpoint.a]\nurl = \"http://h\"\nmodel = \"m\"\n"),
     ];
     let twice = load_with(pipe::stage::KINDS, &twice, &[], &[]);
-    assert_snapshot!(render(&twice, &plan::resolve(&twice).err().unwrap()), @"");
+    assert_snapshot!(render(&twice, &plan::resolve(&twice).err().unwrap()), @r#"
+error[manifest::duplicate_endpoint]: endpoint `a` is declared twice
+  m.toml:3 "[endpoint.a]"  # declared again
+  n.toml:2 "[endpoint.a]"  # first declared
+  help: rename one of the two, or change the other's keys by a profile
+"#);
 }
 
 #[test]
