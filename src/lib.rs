@@ -11,6 +11,7 @@ pub mod model;
 pub mod plan;
 pub mod problem;
 pub mod random;
+pub mod remote;
 pub mod stage;
 pub mod store;
 pub mod tensor;

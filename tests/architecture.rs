@@ -17,13 +17,17 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("store", &["digest", "files", "problem"]),
     ("hub", &["digest", "files", "problem"]),
     ("data", &["digest", "files", "problem", "random"]),
+    ("remote", &["digest", "problem", "random"]),
     ("tensor", &["random"]),
     ("cuda", &["problem"]),
     ("model", &["cuda", "files", "problem", "random", "tensor"]),
     ("train", &["cuda", "digest", "files", "model", "problem", "random", "tensor"]),
     (
         "stage",
-        &["data", "digest", "files", "grade", "manifest", "model", "plan", "problem", "random", "tensor", "train"],
+        &[
+            "data", "digest", "files", "grade", "manifest", "model", "plan", "problem", "random", "remote", "tensor",
+            "train",
+        ],
     ),
     ("exec", &["digest", "files", "manifest", "plan", "problem", "store"]),
 ];

@@ -8,10 +8,11 @@ use super::open::{select, with_engine};
 use super::sources::Network;
 use super::{Done, Global, OfManifest, Stop, plan, print, results, say};
 use crate::report;
-use pipe::exec::{self, Event, Observer, Options, Outcome, Report, Task};
+use pipe::exec::{self, Event, Observer, Options, Outcome, Report, Runner, Task};
 use pipe::manifest::{self, Text};
 use pipe::plan::{Cell, CellId, Plan};
 use pipe::problem::{Exit, Problem};
+use pipe::remote::Remote;
 use pipe::stage::{self, Artifact, Context, Device};
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
@@ -40,7 +41,7 @@ pub struct Arguments {
     /// Say what would run, and run nothing
     #[arg(long)]
     dry_run: bool,
-    /// Download nothing: what is not here is missing
+    /// Download nothing and ask no endpoint: what is not here is missing
     #[arg(long)]
     offline: bool,
 }
@@ -64,7 +65,22 @@ fn catch_interrupts() {
 }
 
 /// The bridge between the engine and the kinds: the only place that knows both.
-fn run_stage(device: &Device, cell: &Cell, task: &Task) -> Result<(), Problem> {
+struct Stages<'a> {
+    device: &'a Device,
+    remote: Remote,
+}
+
+impl Runner for Stages<'_> {
+    fn run(&self, cell: &Cell, task: &Task) -> Result<(), Problem> {
+        run_stage(self, cell, task)
+    }
+
+    fn ready(&self, cell: &Cell, stop: &AtomicBool) -> Result<(), Problem> {
+        stage::ready(cell.kind, &cell.params, &self.remote, stop)
+    }
+}
+
+fn run_stage(with: &Stages, cell: &Cell, task: &Task) -> Result<(), Problem> {
     let mut inputs = BTreeMap::new();
     for (slot, given) in &task.inputs {
         let artifacts = given.iter().map(|input| Artifact {
@@ -85,7 +101,8 @@ fn run_stage(device: &Device, cell: &Cell, task: &Task) -> Result<(), Problem> {
             sources: &task.sources,
             out: task.out,
             work: task.work,
-            device: device.clone(),
+            device: with.device.clone(),
+            remote: &with.remote,
             progress: &progress,
             stop: task.stop,
         },
@@ -245,13 +262,9 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
             running: Mutex::default(),
             peak_bytes: AtomicU64::new(0),
         };
-        let report = engine.run(
-            &selection,
-            &options,
-            &|cell: &Cell, task: &Task| run_stage(&device, cell, task),
-            &screen,
-            &STOP,
-        )?;
+        let remote = Remote::new(&engine.store.journals()).offline(arguments.offline);
+        let stages = Stages { device: &device, remote };
+        let report = engine.run(&selection, &options, &stages, &screen, &STOP)?;
         if arguments.dry_run {
             return plan::show(global, engine, &report.before);
         }

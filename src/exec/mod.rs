@@ -39,6 +39,11 @@ pub trait Runner: Sync {
     /// Leaves the files of the artifact in `task.out`. An error with [`crate::problem::Exit::Interrupted`] says that
     /// the stage stopped because `task.stop` was set.
     fn run(&self, cell: &Cell, task: &Task) -> Result<(), Problem>;
+
+    /// Asked once for each cell that is not fresh, before any of them runs: `Err` is something missing.
+    fn ready(&self, _cell: &Cell, _stop: &AtomicBool) -> Result<(), Problem> {
+        Ok(())
+    }
 }
 
 impl<F: Fn(&Cell, &Task) -> Result<(), Problem> + Sync> Runner for F {

@@ -140,6 +140,10 @@ impl Engine<'_> {
             let outcomes = outcomes.collect();
             return Ok(Report { id: String::new(), folder: PathBuf::new(), before, outcomes, wall_s: 0.0 });
         }
+        let problems = self.unready(&before, runner, stop);
+        if !problems.is_empty() {
+            return Err(problems);
+        }
         // Before any stage ran, whatever stands in the way is something missing.
         let missing = |problem: Problem| vec![problem.exit(Exit::Missing)];
         let (id, folder) = self.store.run_folder().map_err(missing)?;
@@ -176,6 +180,25 @@ impl Engine<'_> {
         log.event(&Event::Ended { wall_s });
         drop(session);
         Ok(Report { id, folder, before, outcomes, wall_s })
+    }
+
+    /// What cells that may run need and is not there, each thing once.
+    fn unready(&self, before: &Survey, runner: &dyn Runner, stop: &AtomicBool) -> Vec<Problem> {
+        let mut problems: Vec<Problem> = Vec::new();
+        for (cell, status) in before.statuses.iter().enumerate() {
+            if !matches!(status, Some(Status::Stale { .. } | Status::Waits { .. })) {
+                continue;
+            }
+            let Err(problem) = runner.ready(&self.plan.cells[cell], stop) else { continue };
+            if problem.exit == Exit::Interrupted {
+                return vec![problem];
+            }
+            if !problems.iter().any(|known| known.code == problem.code && known.message == problem.message) {
+                let of = &self.plan.cells[cell];
+                problems.push(problem.exit(Exit::Missing).at_span(&of.file, of.span.clone(), ""));
+            }
+        }
+        problems
     }
 
     /// `runs/<id>/plan.json`: what was asked for, and how each cell stood. What a fresh cell would

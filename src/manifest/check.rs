@@ -4,13 +4,14 @@
 //! is missing yet), the whole after overlays ([`Mode::Whole`]: missing keys, defaults), and a string after
 //! its `{axis}` has been replaced ([`Mode::Filled`]).
 
-use super::spec::{ArtifactType, Key, Kind, Presence, Type};
+use super::endpoint::ENDPOINT;
+use super::spec::{ArtifactType, Key, Kind, Params, Presence, Type};
 use super::template::{self, Reference};
-use super::value::{Node, Origin, Table, Value};
+use super::value::{Entry, Node, Origin, Table, Value};
 use super::{RESERVED, Text, problem, words};
 use crate::problem::Problem;
 use serde_json::{Map, Number, Value as Json};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use toml::de::DeValue;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,10 +95,16 @@ enum Got {
     Bad,
 }
 
-/// The walk over one stage.
+/// The endpoints by name; `None`: something is wrong with it, which is reported.
+pub(crate) type Endpoints = BTreeMap<String, Option<Params>>;
+
+/// The walk over one stage or one endpoint.
 pub(crate) struct Check<'a> {
     pub files: &'a [Text],
-    pub stage: &'a str,
+    /// ``stage `sft` ``.
+    pub owner: String,
+    /// Known once everything is laid over.
+    pub endpoints: Option<&'a Endpoints>,
     pub layer: Layer<'a>,
     pub mode: Mode,
     pub found: Found,
@@ -109,12 +116,12 @@ pub(crate) struct Check<'a> {
 impl<'a> Check<'a> {
     pub fn new(
         files: &'a [Text],
-        stage: &'a str,
+        owner: String,
         layer: Layer<'a>,
         mode: Mode,
         defaults: &'a mut HashMap<&'static str, Value>,
     ) -> Self {
-        Check { files, stage, layer, mode, found: Found::default(), defaults, steps: Vec::new() }
+        Check { files, owner, endpoints: None, layer, mode, found: Found::default(), defaults, steps: Vec::new() }
     }
 
     /// Checks the keys of a stage, reserved ones left aside, and returns the parameters. `at`: the
@@ -127,6 +134,24 @@ impl<'a> Check<'a> {
             }
         }
         self.keys(kind.keys, table, at)
+    }
+
+    /// Checks the keys of an endpoint, and returns them.
+    pub fn endpoint(&mut self, table: &Table, at: &Origin) -> Params {
+        for entry in &table.entries {
+            if !ENDPOINT.iter().any(|key| key.name == entry.key) {
+                self.unknown("", &entry.key, &entry.at, ENDPOINT, false);
+            }
+        }
+        let params = self.keys(ENDPOINT, table, at);
+        for template in std::mem::take(&mut self.found.templates) {
+            let axis = template::axes(&template.text)[0].1;
+            let message =
+                format!("`{}` of {} uses axis `{axis}`, and an endpoint has none", dotted(&template.steps), self.owner);
+            let help = "declare an endpoint for each, and name them by an axis: `endpoint = \"{teacher}\"`";
+            self.bad(problem("plan::unknown_axis", message).help(help), &template.origin);
+        }
+        params
     }
 
     /// Checks one value against a type. `steps`: its dotted key.
@@ -142,8 +167,25 @@ impl<'a> Check<'a> {
         let mut params = Map::new();
         for key in keys {
             self.steps.push(Step::Key(key.name.to_string()));
+            if let Some((needs, has)) = beside(key, keys, table) {
+                if let Some(entry) = table.get(key.name) {
+                    self.goes_with(entry, needs, has);
+                }
+                self.steps.pop();
+                continue;
+            }
             let got = match (table.get(key.name), &key.presence) {
+                (Some(entry), Presence::Either(other)) => {
+                    self.both(keys, key.name, other, entry, table);
+                    self.value(&entry.value, &key.ty)
+                }
                 (Some(entry), _) => self.value(&entry.value, &key.ty),
+                (None, Presence::Either(other)) if self.mode == Mode::Whole && table.get(other).is_none() => {
+                    if is_first(keys, key.name, other) {
+                        self.neither(keys, key, other, at);
+                    }
+                    Got::Bad
+                }
                 (None, Presence::Required) if self.mode == Mode::Whole => {
                     self.missing(key, at);
                     Got::Bad
@@ -187,6 +229,7 @@ impl<'a> Check<'a> {
             (Type::Str, Value::Str(text)) => Got::Json(Json::String(text.clone())),
             (Type::Choice(choices), Value::Str(text)) => self.choice(text, choices, node),
             (Type::Source(schemes), Value::Str(text)) => self.source(text, schemes, node),
+            (Type::Endpoint, Value::Str(text)) => self.named_endpoint(text, node),
             (Type::Ref(types), Value::Str(text)) => self.reference(text, types, Arity::One, true, node),
             (Type::Refs(types), Value::Str(text)) => self.reference(text, types, Arity::One, false, node),
             (Type::Gather(types), Value::Str(text)) => self.reference(text, types, Arity::All, false, node),
@@ -378,6 +421,51 @@ impl<'a> Check<'a> {
         Got::Json(Json::String(text.to_string()))
     }
 
+    fn named_endpoint(&mut self, name: &str, node: &Node) -> Got {
+        // A piece may be laid over by what declares it.
+        let Some(endpoints) = self.endpoints else { return Got::Json(Json::String(name.to_string())) };
+        match endpoints.get(name) {
+            Some(Some(params)) => return Got::Json(Json::Object(params.clone())),
+            Some(None) => return Got::Bad,
+            None => {}
+        }
+        let message = format!("{} names `{name}`, and there is no such endpoint", self.subject());
+        let mut missing = problem("manifest::unknown_endpoint", message);
+        missing = match words::nearest(name, endpoints.keys().map(String::as_str)) {
+            Some(near) => missing.help(format!("an endpoint with a similar name exists: `{near}`")),
+            None if endpoints.is_empty() => {
+                missing.help(format!("declare it: `[endpoint.{name}]` with `url` and `model`"))
+            }
+            None => missing.note(format!("endpoints: {}", words::list(endpoints.keys().map(String::as_str)))),
+        };
+        self.bad(missing, &node.origin)
+    }
+
+    /// A key that means nothing beside what the stage has.
+    fn goes_with(&mut self, entry: &Entry, needs: &str, has: &str) {
+        let message = format!("{} goes with `{needs}`, and the stage has `{has}`", self.subject());
+        self.bad(problem("manifest::key_without_effect", message).help("take it out"), &entry.at);
+    }
+
+    /// Told once, at the later of the two.
+    fn both(&mut self, keys: &[Key], name: &str, other: &str, entry: &Entry, table: &Table) {
+        let Some(first) = table.get(other).filter(|_| !is_first(keys, name, other)) else { return };
+        let message = format!("{} has both `{other}` and `{name}`", self.owner);
+        let twice = problem("manifest::one_of_two", message).help("keep one of the two");
+        let file = &self.files[first.at.file].path;
+        let twice = twice.at_span(file, first.at.span.clone(), "");
+        self.bad(twice, &entry.at);
+    }
+
+    fn neither(&mut self, keys: &[Key], key: &Key, other: &str, at: &Origin) {
+        let mut missing = problem("manifest::missing_key", format!("{} needs `{}` or `{other}`", self.owner, key.name))
+            .note(format!("`{}`: {}", key.name, key.doc));
+        if let Some(other) = keys.iter().find(|key| key.name == other) {
+            missing = missing.note(format!("`{}`: {}", other.name, other.doc));
+        }
+        self.bad(missing, at);
+    }
+
     fn choice(&mut self, text: &str, choices: &[&str], node: &Node) -> Got {
         if choices.contains(&text) {
             return Got::Json(Json::String(text.to_string()));
@@ -437,8 +525,8 @@ impl<'a> Check<'a> {
 
     fn missing(&mut self, key: &Key, at: &Origin) {
         let owner = match self.steps.len() {
-            1 => format!("stage `{}`", self.stage),
-            n => format!("{} of stage `{}`", quoted(&self.steps[..n - 1]), self.stage),
+            1 => self.owner.clone(),
+            n => format!("{} of {}", quoted(&self.steps[..n - 1]), self.owner),
         };
         let missing = problem("manifest::missing_key", format!("{owner} needs the key `{}`", key.name))
             .note(format!("`{}`: {}", key.name, key.doc));
@@ -446,14 +534,13 @@ impl<'a> Check<'a> {
     }
 
     fn unknown(&mut self, owner: &str, name: &str, at: &Origin, keys: &'static [Key], top: bool) {
-        let stage = self.stage;
         let mut known: Vec<&str> = keys.iter().map(|key| key.name).collect();
         let near = words::nearest(
             name,
             known.iter().copied().chain(RESERVED.iter().filter(|_| top).map(|(reserved, _)| *reserved)),
         );
         known.sort_unstable();
-        let place = if top { format!("stage `{stage}`") } else { format!("`{owner}` of stage `{stage}`") };
+        let place = if top || owner.is_empty() { self.owner.clone() } else { format!("`{owner}` of {}", self.owner) };
         let (code, message) = match self.layer {
             Layer::File => ("manifest::unknown_key", format!("unknown key `{name}` in {place}")),
             Layer::Profile(profile) => (
@@ -469,7 +556,11 @@ impl<'a> Check<'a> {
         if let Some(near) = near {
             unknown = unknown.help(format!("a key with a similar name exists: `{near}`"));
         }
-        let what = if top { format!("kind `{owner}`") } else { format!("`{owner}`") };
+        let what = match (top, owner) {
+            (true, _) => format!("kind `{owner}`"),
+            (false, "") => "an endpoint".to_string(),
+            (false, _) => format!("`{owner}`"),
+        };
         unknown = unknown.note(format!("keys of {what}: {}", known.join(", ")));
         self.bad(unknown, at);
     }
@@ -486,8 +577,19 @@ impl<'a> Check<'a> {
     }
 
     fn subject(&self) -> String {
-        format!("{} of stage `{}`", quoted(&self.steps), self.stage)
+        format!("{} of {}", quoted(&self.steps), self.owner)
     }
+}
+
+/// What a key goes with and what is there instead of it.
+fn beside(key: &Key, keys: &[Key], table: &Table) -> Option<(&'static str, &'static str)> {
+    let needs = key.with?;
+    let Presence::Either(other) = keys.iter().find(|key| key.name == needs)?.presence else { return None };
+    (table.get(needs).is_none() && table.get(other).is_some()).then_some((needs, other))
+}
+
+fn is_first(keys: &[Key], name: &str, other: &str) -> bool {
+    keys.iter().map(|key| key.name).find(|key| *key == name || *key == other) == Some(name)
 }
 
 fn is_ref(ty: &Type) -> bool {
@@ -516,7 +618,7 @@ pub(crate) fn names_stage(types: &[Type], text: &str) -> bool {
                 }
                 false
             }
-            Type::List(_) | Type::Map(_) | Type::Table(_) => false,
+            Type::List(_) | Type::Map(_) | Type::Table(_) | Type::Endpoint => false,
         };
         if fits {
             return false;
@@ -581,9 +683,7 @@ fn numeric(ty: &Type) -> bool {
 /// Whether a value of this sort could have the type at all.
 fn same_shape(value: &Value, ty: &Type) -> bool {
     match value {
-        Value::Str(_) => {
-            matches!(ty, Type::Str | Type::Choice(_) | Type::Ref(_) | Type::Refs(_) | Type::Gather(_) | Type::Source(_))
-        }
+        Value::Str(_) => is_ref(ty) || matches!(ty, Type::Str | Type::Choice(_) | Type::Source(_) | Type::Endpoint),
         Value::Int(_) | Value::Float(_) => matches!(ty, Type::Int { .. } | Type::Float { .. }),
         Value::Bool(_) => matches!(ty, Type::Bool),
         Value::List(_) => matches!(ty, Type::List(_) | Type::Refs(_) | Type::Gather(_)),
@@ -610,6 +710,7 @@ fn takes(ty: &Type) -> String {
             let list: Vec<String> = schemes.iter().map(|scheme| format!("`{scheme}:...`")).collect();
             if *schemes == ["path"] { "the path of a file".into() } else { format!("a source ({})", list.join(", ")) }
         }
+        Type::Endpoint => "the name of an endpoint".into(),
         Type::List(_) => "a list".into(),
         Type::Map(_) | Type::Table(_) => "a table".into(),
         Type::Any(types) => types.iter().map(takes).collect::<Vec<_>>().join(", or "),

@@ -13,6 +13,7 @@
 //!
 //! This module reads no file by itself: `load` is given a function that does.
 mod check;
+pub mod endpoint;
 mod overlay;
 mod parse;
 pub mod spec;
@@ -21,7 +22,7 @@ pub mod value;
 pub mod words;
 
 pub(crate) use check::{
-    Arity, Check, Found, Layer, Mode, RefUse, Step, Template, choices, dotted, names_stage, parse_default,
+    Arity, Check, Endpoints, Found, Layer, Mode, RefUse, Step, Template, choices, dotted, names_stage, parse_default,
 };
 
 use crate::problem::{Exit, Place, Problem};
@@ -80,6 +81,8 @@ pub struct Manifest {
     pub files: Vec<Text>,
     /// Included files first, each in the order written.
     pub stages: Vec<Stage>,
+    /// The endpoints by name, resolved.
+    pub(crate) endpoints: Endpoints,
     /// Sorted by place.
     pub problems: Vec<Problem>,
     /// Names of all profiles, sorted.
@@ -90,7 +93,8 @@ pub struct Manifest {
 }
 
 /// Reads the manifest at `path` and what it includes, lays over `profiles` in their order and then
-/// `sets` (each `stage.NAME.KEY=VALUE`; a value that is not TOML is a bare string).
+/// `sets` (each `stage.NAME.KEY=VALUE` or
+/// `endpoint.NAME.KEY=VALUE`; a value that is not TOML is a bare string).
 ///
 /// `read` gives the text of a file; the paths it gets are `path`, and those of `include` joined to
 /// the folder of the including file.

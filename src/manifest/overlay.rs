@@ -3,9 +3,10 @@
 //! Each piece is checked where it stands, chosen or not, so that a profile cannot rot unseen; what
 //! is missing is known only after everything is laid over.
 
-use super::check::{Check, Layer, Mode};
+use super::check::{Check, Endpoints, Layer, Mode};
+use super::endpoint;
 use super::parse::{Loader, RawProfile, RawStage};
-use super::spec::{Kind, Params};
+use super::spec::{Kind, Params, Presence};
 use super::value::{Entry, Node, Origin, Reader, Table, Value};
 use super::{Found, Manifest, RESERVED, SET_FILE, Stage, problem, sort, template, words};
 use crate::problem::Problem;
@@ -38,8 +39,12 @@ struct Checked {
 pub(super) fn lay_over(path: &Path, loader: Loader<'_>, profiles: &[String], sets: &[String]) -> Manifest {
     let mut layers = Layers { loader, stages: Vec::new(), defaults: HashMap::new() };
     layers.files();
+    layers.endpoint_pieces();
     let raw = std::mem::take(&mut layers.loader.profiles);
     let kinds = layers.profiles(&raw);
+    for profile in &raw {
+        profile.endpoints.iter().for_each(|endpoint| layers.endpoint_piece(endpoint, Layer::Profile(&profile.name)));
+    }
     let mut title = layers.loader.title.take();
     for name in profiles {
         if !raw.iter().any(|profile| profile.name == *name) {
@@ -47,6 +52,7 @@ pub(super) fn lay_over(path: &Path, loader: Loader<'_>, profiles: &[String], set
         }
         for (profile, kinds) in raw.iter().zip(&kinds).filter(|(profile, _)| profile.name == *name) {
             title = profile.title.clone().or(title);
+            profile.endpoints.iter().for_each(|endpoint| layers.lay_endpoint(endpoint));
             for (stage, &kind) in profile.stages.iter().zip(kinds) {
                 if let Some(&at) = layers.loader.by_name.get(&stage.name) {
                     layers.lay(at, &stage.table, kind, &stage.table.get("kind").map(|entry| entry.at.clone()));
@@ -191,7 +197,10 @@ impl Layers<'_> {
             },
         };
         if let Some(kind) = kind {
-            let mut check = Check::new(&self.loader.files, &stage.name, layer, Mode::Piece, &mut self.defaults);
+            let mut check = {
+                let owner = format!("stage `{}`", stage.name);
+                Check::new(&self.loader.files, owner, layer, Mode::Piece, &mut self.defaults)
+            };
             check.stage(kind, &stage.table, &stage.at);
             problems.extend(check.found.problems);
         }
@@ -337,6 +346,17 @@ impl Layers<'_> {
                 laid.table.entries.retain(|entry| RESERVED.iter().any(|(name, _)| *name == entry.key));
             }
         }
+        for key in laid.kind.map_or(&[] as &[_], |kind| kind.keys) {
+            // One of two comes in: the other goes, and what means something only beside that.
+            if let Presence::Either(other) = key.presence
+                && piece.get(key.name).is_some()
+                && piece.get(other).is_none()
+            {
+                laid.table.remove(other);
+                let keys = laid.kind.map_or(&[] as &[_], |kind| kind.keys);
+                keys.iter().filter(|key| key.with == Some(other)).for_each(|key| drop(laid.table.remove(key.name)));
+            }
+        }
         laid.table.overlay(piece);
         laid.table.remove("kind");
         let name = &self.loader.stages[at].name;
@@ -386,7 +406,7 @@ impl Layers<'_> {
         };
         match path.as_slice() {
             [(top, _)] if top == "title" && matches!(node.value, Value::Str(_)) => *title = Some(node),
-            [(top, _), (name, at), rest @ ..] if top == "stage" => {
+            [(top, _), (name, at), rest @ ..] if top == "stage" || top == "endpoint" => {
                 let node = rest.iter().rev().fold(node, |node, (key, at)| Node {
                     origin: at.clone(),
                     value: Value::Table(Table {
@@ -394,19 +414,100 @@ impl Layers<'_> {
                     }),
                 });
                 let Value::Table(table) = node.value else {
-                    let bad = problem("manifest::bad_set", format!("`--set {set}` replaces a whole stage"))
-                        .help(format!("name one of its keys: `--set stage.{name}.KEY=VALUE`"));
+                    let bad = problem("manifest::bad_set", format!("`--set {set}` replaces a whole {top}"))
+                        .help(format!("name one of its keys: `--set {top}.{name}.KEY=VALUE`"));
                     let bad = self.loader.at(bad, &line, "");
                     return self.loader.problems.push(bad);
                 };
-                self.set_stage(&RawStage { name: name.clone(), at: at.clone(), table });
+                let named = RawStage { name: name.clone(), at: at.clone(), table };
+                if top == "stage" {
+                    self.set_stage(&named);
+                } else {
+                    self.endpoint_piece(&named, Layer::Set);
+                    self.lay_endpoint(&named);
+                }
             }
             _ => {
                 let nothing =
                     problem("manifest::set_touches_nothing", format!("`--set {set}` names nothing that can be set"))
-                        .help("`title` or `stage.NAME.KEY`");
+                        .help("`title`, `stage.NAME.KEY` or `endpoint.NAME.KEY`");
                 let nothing = self.loader.at(nothing, &line, "");
                 self.loader.problems.push(nothing);
+            }
+        }
+    }
+
+    fn check_endpoint(&mut self, endpoint: &RawStage, layer: Layer<'_>, mode: Mode) -> (Params, Vec<Problem>) {
+        let owner = format!("endpoint `{}`", endpoint.name);
+        let mut check = Check::new(&self.loader.files, owner, layer, mode, &mut self.defaults);
+        let params = check.endpoint(&endpoint.table, &endpoint.at);
+        (params, check.found.problems)
+    }
+
+    fn endpoint_pieces(&mut self) {
+        let raw = std::mem::take(&mut self.loader.endpoints);
+        for endpoint in &raw {
+            let (_, problems) = self.check_endpoint(endpoint, Layer::File, Mode::Piece);
+            self.loader.problems.extend(problems);
+        }
+        self.loader.endpoints = raw;
+    }
+
+    /// A piece of a profile or of `--set`, chosen or not.
+    fn endpoint_piece(&mut self, piece: &RawStage, layer: Layer<'_>) {
+        if self.loader.endpoints.iter().any(|endpoint| endpoint.name == piece.name) {
+            let (_, problems) = self.check_endpoint(piece, layer, Mode::Piece);
+            return self.loader.problems.extend(problems);
+        }
+        if self.loader.incomplete {
+            return;
+        }
+        let (code, who) = match layer {
+            Layer::Profile(profile) => ("manifest::profile_touches_nothing", format!("profile `{profile}` changes")),
+            _ => ("manifest::set_touches_nothing", "`--set` names".to_string()),
+        };
+        let mut nothing = problem(code, format!("{who} endpoint `{}`, which does not exist", piece.name));
+        let names = || self.loader.endpoints.iter().map(|endpoint| endpoint.name.as_str());
+        nothing = match words::nearest(&piece.name, names()) {
+            Some(near) => nothing.help(format!("an endpoint with a similar name exists: `{near}`")),
+            None if names().next().is_none() => nothing.note("the manifest declares no endpoint"),
+            None => nothing.note(format!("endpoints: {}", words::list(names()))),
+        };
+        let nothing = self.loader.at(nothing, &piece.at, "");
+        self.loader.problems.push(nothing);
+    }
+
+    fn lay_endpoint(&mut self, piece: &RawStage) {
+        if let Some(endpoint) = self.loader.endpoints.iter_mut().find(|endpoint| endpoint.name == piece.name) {
+            endpoint.table.overlay(&piece.table);
+        }
+    }
+
+    /// The endpoints as they are after everything was laid over, and what only the whole can tell.
+    fn endpoints(&mut self) -> Endpoints {
+        let mut endpoints = Endpoints::new();
+        for raw in std::mem::take(&mut self.loader.endpoints) {
+            let (params, mut problems) = self.check_endpoint(&raw, Layer::File, Mode::Whole);
+            if problems.is_empty() {
+                for broken in endpoint::rules(&params) {
+                    let at = raw.table.get(broken.key).map_or(&raw.at, |entry| &entry.at);
+                    let message = format!("endpoint `{}`: {}", raw.name, broken.message);
+                    problems.push(self.loader.at(problem("manifest::rule", message).help(broken.help), at, ""));
+                }
+            }
+            endpoints.insert(raw.name, problems.is_empty().then_some(params));
+            self.say_new(problems);
+        }
+        endpoints
+    }
+
+    /// Everything else has been said of the piece it stands in, unless only the pieces together are wrong.
+    fn say_new(&mut self, problems: Vec<Problem>) {
+        let said = self.loader.problems.len();
+        for new in problems {
+            let known = &self.loader.problems[..said];
+            if new.code == "manifest::missing_key" || !known.iter().any(|said| same_place(said, &new)) {
+                self.loader.problems.push(new);
             }
         }
     }
@@ -424,26 +525,21 @@ impl Layers<'_> {
 
     /// What only the whole can tell: missing keys. And the parameters.
     fn finish(mut self, path: &Path, title: Option<Node>, profiles: Vec<String>) -> Manifest {
+        let endpoints = self.endpoints();
         let mut stages = Vec::with_capacity(self.stages.len());
         let raw = std::mem::take(&mut self.loader.stages);
         for (raw, laid) in raw.into_iter().zip(std::mem::take(&mut self.stages)) {
             let (mut params, mut found) = (Params::new(), Found::default());
             if let Some(kind) = laid.kind {
-                let mut check = Check::new(&self.loader.files, &raw.name, Layer::File, Mode::Whole, &mut self.defaults);
+                let owner = format!("stage `{}`", raw.name);
+                let mut check = Check::new(&self.loader.files, owner, Layer::File, Mode::Whole, &mut self.defaults);
+                check.endpoints = Some(&endpoints);
                 params = check.stage(kind, &laid.table, &raw.at);
                 found = check.found;
             }
             let problems = std::mem::take(&mut found.problems);
             let broken = laid.kind.is_none() || !problems.is_empty();
-            // Everything else has been said of the piece it stands in, unless only the pieces
-            // together are wrong.
-            let said = self.loader.problems.len();
-            for new in problems {
-                let known = &self.loader.problems[..said];
-                if new.code == "manifest::missing_key" || !known.iter().any(|said| same_place(said, &new)) {
-                    self.loader.problems.push(new);
-                }
-            }
+            self.say_new(problems);
             stages.push(Stage {
                 name: raw.name,
                 at: raw.at,
@@ -467,6 +563,7 @@ impl Layers<'_> {
             kinds: self.loader.kinds,
             files: self.loader.files,
             stages,
+            endpoints,
             problems,
             profiles,
             incomplete: self.loader.incomplete,

@@ -11,8 +11,9 @@ use toml::de::DeTable;
 /// Includes within includes beyond this are taken for a mistake (and would use up the stack).
 const DEPTH_MAX: usize = 64;
 
-const TOP: [&str; 5] = ["manifest", "title", "include", "stage", "profile"];
+const TOP: [&str; 6] = ["manifest", "title", "include", "endpoint", "stage", "profile"];
 
+/// A `[stage.NAME]`, or an `[endpoint.NAME]`.
 pub(super) struct RawStage {
     pub name: String,
     pub at: Origin,
@@ -24,6 +25,7 @@ pub(super) struct RawProfile {
     pub name: String,
     pub title: Option<Node>,
     pub stages: Vec<RawStage>,
+    pub endpoints: Vec<RawStage>,
 }
 
 pub(super) struct Loader<'a> {
@@ -36,6 +38,7 @@ pub(super) struct Loader<'a> {
     open: Vec<(FileId, Option<Origin>)>,
     pub title: Option<Node>,
     pub stages: Vec<RawStage>,
+    pub endpoints: Vec<RawStage>,
     pub by_name: HashMap<String, usize>,
     pub profiles: Vec<RawProfile>,
     pub problems: Vec<Problem>,
@@ -52,6 +55,7 @@ impl<'a> Loader<'a> {
             open: Vec::new(),
             title: None,
             stages: Vec::new(),
+            endpoints: Vec::new(),
             by_name: HashMap::new(),
             profiles: Vec::new(),
             problems: Vec::new(),
@@ -166,6 +170,11 @@ impl<'a> Loader<'a> {
                         self.stage(stage);
                     }
                 }
+                ("endpoint", Value::Table(endpoints)) => {
+                    for endpoint in endpoints.entries {
+                        self.endpoint(endpoint);
+                    }
+                }
                 ("profile", Value::Table(profiles)) => {
                     for profile in profiles.entries {
                         self.profile(profile);
@@ -174,6 +183,9 @@ impl<'a> Loader<'a> {
                 ("title", other) => self.wrong_type("`title`", "a string", &other, &entry.value.origin),
                 ("stage", other) => {
                     self.wrong_type("`stage`", "tables (`[stage.NAME]`)", &other, &entry.value.origin);
+                }
+                ("endpoint", other) => {
+                    self.wrong_type("`endpoint`", "tables (`[endpoint.NAME]`)", &other, &entry.value.origin);
                 }
                 ("profile", other) => {
                     self.wrong_type("`profile`", "tables (`[profile.NAME]`)", &other, &entry.value.origin);
@@ -215,8 +227,27 @@ impl<'a> Loader<'a> {
         }
     }
 
+    fn endpoint(&mut self, entry: Entry) {
+        let Some(endpoint) = self.named_table("endpoint", entry) else { return };
+        if !template::is_stage_name(&endpoint.name) {
+            let bad = problem("manifest::bad_name", format!("`{}` cannot name an endpoint", endpoint.name))
+                .help("use letters, digits, `_` and `-`");
+            return self.report(bad, &endpoint.at);
+        }
+        match self.endpoints.iter().find(|known| known.name == endpoint.name) {
+            Some(first) => {
+                let twice =
+                    problem("manifest::duplicate_endpoint", format!("endpoint `{}` is declared twice", endpoint.name));
+                let twice = self.at(twice, &endpoint.at, "declared again");
+                let twice = self.at(twice, &first.at, "first declared");
+                self.problems.push(twice.help("rename one of the two, or change the other's keys by a profile"));
+            }
+            None => self.endpoints.push(endpoint),
+        }
+    }
+
     fn stage(&mut self, entry: Entry) {
-        let Some(stage) = self.raw_stage(entry) else { return };
+        let Some(stage) = self.named_table("stage", entry) else { return };
         if !template::is_stage_name(&stage.name) {
             let bad = problem("manifest::bad_name", format!("`{}` cannot name a stage", stage.name))
                 .help("use letters, digits, `_` and `-`");
@@ -241,27 +272,33 @@ impl<'a> Loader<'a> {
             let subject = format!("profile `{}`", entry.key);
             return self.wrong_type(&subject, "a table", &entry.value.value, &entry.value.origin);
         };
-        let mut profile = RawProfile { name: entry.key, title: None, stages: Vec::new() };
+        let mut profile = RawProfile { name: entry.key, title: None, stages: Vec::new(), endpoints: Vec::new() };
         for entry in table.entries {
             match (entry.key.as_str(), &entry.value.value) {
                 ("title", Value::Str(_)) => profile.title = Some(entry.value),
                 ("title", other) => self.wrong_type("`title`", "a string", other, &entry.value.origin),
                 ("stage", Value::Table(stages)) => {
                     for stage in stages.entries.clone() {
-                        profile.stages.extend(self.raw_stage(stage));
+                        profile.stages.extend(self.named_table("stage", stage));
                     }
                 }
                 ("stage", other) => self.wrong_type("`stage`", "tables", other, &entry.value.origin),
+                ("endpoint", Value::Table(endpoints)) => {
+                    for endpoint in endpoints.entries.clone() {
+                        profile.endpoints.extend(self.named_table("endpoint", endpoint));
+                    }
+                }
+                ("endpoint", other) => self.wrong_type("`endpoint`", "tables", other, &entry.value.origin),
                 (key, _) => {
                     let owner = format!("profile `{}`", profile.name);
-                    self.unknown_top(key, &owner, &["title", "stage"], &entry.at);
+                    self.unknown_top(key, &owner, &["title", "endpoint", "stage"], &entry.at);
                 }
             }
         }
         self.profiles.push(profile);
     }
 
-    fn raw_stage(&mut self, entry: Entry) -> Option<RawStage> {
+    fn named_table(&mut self, what: &str, entry: Entry) -> Option<RawStage> {
         match entry.value.value {
             // A header `[stage.x]` is the value's place; a dotted or inline form has only its key.
             Value::Table(table) => {
@@ -275,7 +312,7 @@ impl<'a> Loader<'a> {
                 Some(RawStage { name: entry.key, at, table })
             }
             other => {
-                self.wrong_type(&format!("stage `{}`", entry.key), "a table", &other, &entry.value.origin);
+                self.wrong_type(&format!("{what} `{}`", entry.key), "a table", &other, &entry.value.origin);
                 None
             }
         }

@@ -87,6 +87,8 @@ pub struct Key {
     pub doc: &'static str,
     /// Whether it can change the result and so enters the fingerprint.
     pub result: bool,
+    /// The key without which this one means nothing: one of two of which a stage has exactly one.
+    pub with: Option<&'static str>,
 }
 
 pub enum Presence {
@@ -95,6 +97,9 @@ pub enum Presence {
     Optional,
     /// Filled in with this TOML value.
     Default(&'static str),
+    /// Exactly one of this key and that one, which says the same of this. A profile that gives one takes
+    /// the other out, and the keys that go with it.
+    Either(&'static str),
 }
 
 pub enum Type {
@@ -121,6 +126,8 @@ pub enum Type {
     /// `scheme:rest` with one of these schemes; content enters the fingerprint, not the text, for
     /// `path` (relative to the manifest) and `hf`. Where `path` is the only one, it need not be written.
     Source(&'static [&'static str]),
+    /// The name of an `[endpoint.NAME]`; its value is that table.
+    Endpoint,
     List(&'static Type),
     Map(&'static Type),
     Table(&'static [Key]),
@@ -130,15 +137,25 @@ pub enum Type {
 
 impl Key {
     pub const fn required(name: &'static str, ty: Type, doc: &'static str) -> Key {
-        Key { name, ty, presence: Presence::Required, doc, result: true }
+        Key { name, ty, presence: Presence::Required, doc, result: true, with: None }
     }
 
     pub const fn optional(name: &'static str, ty: Type, doc: &'static str) -> Key {
-        Key { name, ty, presence: Presence::Optional, doc, result: true }
+        Key { name, ty, presence: Presence::Optional, doc, result: true, with: None }
     }
 
     pub const fn default(name: &'static str, ty: Type, value: &'static str, doc: &'static str) -> Key {
-        Key { name, ty, presence: Presence::Default(value), doc, result: true }
+        Key { name, ty, presence: Presence::Default(value), doc, result: true, with: None }
+    }
+
+    pub const fn either(name: &'static str, other: &'static str, ty: Type, doc: &'static str) -> Key {
+        Key { name, ty, presence: Presence::Either(other), doc, result: true, with: None }
+    }
+
+    /// Means something only beside `other`.
+    pub const fn with(mut self, other: &'static str) -> Key {
+        self.with = Some(other);
+        self
     }
 
     /// Cannot change the result (memory, pace): stays out of the fingerprint.

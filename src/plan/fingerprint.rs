@@ -2,6 +2,7 @@
 
 use super::{Cell, CellId};
 use crate::digest::{Digest, Encoder};
+use crate::manifest::endpoint::ENDPOINT;
 use crate::manifest::spec::{Key, Params, Type};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
@@ -17,7 +18,8 @@ use std::collections::BTreeMap;
 /// | `KEY` of an `init:` source | the text, beside the digest of what it stands for | |
 /// | `input.SLOT[i]` | digest of each input artifact: its content, not who made it | the fingerprint, stage name and time of the input |
 /// | `input.SLOT[i]` of a gather | the cell's name too, because the result shows it | |
-/// | `backend`, `dtype` | where floats are made: backends do not round alike | host name, thread count, driver |
+/// | `KEY.model` of an endpoint | which model answers, by its name | address, key, prices, limits |
+/// | `backend`, `dtype` | where floats are made, unless a server makes them: backends do not round alike | host name, thread count, driver |
 ///
 /// A kind that has a key `dtype` says by it what [`Machine::dtype`] would say; then only the key is in.
 /// Secrets are named by keys (`api_key_env`), never read here.
@@ -75,7 +77,8 @@ pub fn fingerprint(
             parts.insert(format!("input.{}[{i}]", slot.slot), value);
         }
     }
-    if cell.kind.floats {
+    // What a server computes, it computes the same whatever this machine is.
+    if cell.kind.floats && !cell.params.contains_key("endpoint") {
         parts.insert("backend".to_string(), machine.backend.to_string());
         parts.entry("dtype".to_string()).or_insert_with(|| machine.dtype.to_string());
     }
@@ -134,6 +137,9 @@ impl Flatten<'_> {
                 Some(ty) => self.value(ty, value, part, dotted),
                 None => self.leaf(part, value),
             },
+            (Type::Endpoint, Json::Object(table)) => {
+                self.keys(ENDPOINT, table, &format!("{part}."), &format!("{dotted}."));
+            }
             (Type::Table(keys), Json::Object(table)) => {
                 let before = self.parts.len();
                 self.keys(keys, table, &format!("{part}."), &format!("{dotted}."));

@@ -5,6 +5,7 @@
 //! wrong instead of "matches none of". What needs more than one value to judge (references, axes,
 //! rules between keys) is left to `pipe validate`; everything that validates there validates here.
 
+use crate::manifest::endpoint::ENDPOINT;
 use crate::manifest::spec::{Key, Kind, Presence, Type};
 use crate::manifest::value::{Table, Value};
 use crate::manifest::{RESERVED, VERSION, parse_default};
@@ -21,6 +22,8 @@ pub fn schema(kinds: &[&Kind]) -> Json {
     let mut definitions = Map::new();
     definitions.insert("stage".into(), stage(kinds));
     definitions.insert("overlay".into(), overlay(kinds));
+    definitions.insert("endpoint".into(), keys(ENDPOINT, false));
+    definitions.insert("endpoint-overlay".into(), keys(ENDPOINT, true));
     definitions.insert("axes".into(), axes());
     definitions.insert("skip".into(), skip());
     for kind in kinds {
@@ -40,6 +43,12 @@ pub fn schema(kinds: &[&Kind]) -> Json {
                 "items": { "type": "string" },
                 "description": "Manifests whose stages and profiles are part of this one; relative to this file."
             },
+            "endpoint": {
+                "type": "object",
+                "description": "OpenAI-compatible servers that complete chats, by name.",
+                "propertyNames": { "pattern": STAGE_NAME },
+                "additionalProperties": { "$ref": "#/definitions/endpoint" }
+            },
             "stage": {
                 "type": "object",
                 "description": "The stages, by name.",
@@ -54,6 +63,11 @@ pub fn schema(kinds: &[&Kind]) -> Json {
                     "additionalProperties": false,
                     "properties": {
                         "title": { "type": "string" },
+                        "endpoint": {
+                            "type": "object",
+                            "propertyNames": { "pattern": STAGE_NAME },
+                            "additionalProperties": { "$ref": "#/definitions/endpoint-overlay" }
+                        },
                         "stage": {
                             "type": "object",
                             "propertyNames": { "pattern": STAGE_NAME },
@@ -158,6 +172,17 @@ fn keys(keys: &[Key], partial: bool) -> Json {
     if !partial && !required.is_empty() {
         table["required"] = json!(required);
     }
+    // Each pair stands in the table twice.
+    let pairs = keys.iter().filter_map(|key| match key.presence {
+        Presence::Either(other) if key.name < other => {
+            Some(json!({ "oneOf": [{ "required": [key.name] }, { "required": [other] }] }))
+        }
+        _ => None,
+    });
+    let pairs: Vec<Json> = pairs.collect();
+    if !partial && !pairs.is_empty() {
+        table["allOf"] = json!(pairs);
+    }
     table
 }
 
@@ -197,7 +222,7 @@ fn type_schema(ty: &Type, partial: bool) -> Json {
         }
         Type::Str => json!({ "type": "string" }),
         Type::Choice(choices) => or_axis(json!({ "enum": choices }), SOME_AXIS),
-        Type::Ref(_) => json!({ "type": "string", "minLength": 1 }),
+        Type::Ref(_) | Type::Endpoint => json!({ "type": "string", "minLength": 1 }),
         Type::Refs(_) | Type::Gather(_) => json!({
             "anyOf": [
                 { "type": "string", "minLength": 1 },

@@ -33,16 +33,18 @@ pub const FORMAT: Key = Key::default(
     Type::Choice(training::FORMATS),
     "\"chat\"",
     "How the prompt becomes tokens: `chat` as a user's message through the model's chat template, `s1` the same with the answer opened by `<|im_start|>think`, `text` as it stands. As the model was trained.",
-);
+)
+.with("model");
 pub const PREFILL: Key = Key::optional(
     "prefill",
     Type::Str,
     "Text the answer is made to begin with. Absent: `<|im_start|>think` and a line break for `s1`, nothing otherwise.",
-);
+)
+.with("model");
 pub const MAX_TOKENS: Key = Key::required(
     "max_tokens",
     training::COUNT,
-    "Longest completion, in tokens. With the prompt it has to fit the model's context.",
+    "Longest completion, in tokens, thinking included. With the prompt it has to fit the model's context.",
 );
 pub const TEMPERATURE: Key =
     Key::default("temperature", Type::Float { min: 0.0, max: 100.0, above: false }, "0.0", "0 is greedy.");
@@ -56,13 +58,13 @@ pub const TOP_K: Key = Key::default(
     "top_k",
     Type::Int { min: 0, max: 1_000_000 },
     "0",
-    "Sample from the k likeliest tokens; 0: from all.",
+    "Sample from the k likeliest tokens; 0: from all (and no endpoint is sent it).",
 );
 pub const REPETITION_PENALTY: Key = Key::default(
     "repetition_penalty",
     Type::Float { min: 0.0, max: 100.0, above: true },
     "1.0",
-    "Logits of tokens that occurred are divided by this (multiplied, if negative); 1 is off.",
+    "Logits of tokens that occurred are divided by this (multiplied, if negative); 1 is off (and no endpoint is sent it).",
 );
 pub const SEED: Key = Key::default(
     "seed",
@@ -76,13 +78,15 @@ pub const STOP: Key = Key::default(
     "[]",
     "A completion ends before the first of these texts, and at the tokenizer's own end of turn.",
 );
-pub const DTYPE: Key = Key::default("dtype", Type::Choice(&["f32", "bf16"]), "\"f32\"", "How weights are held.");
+pub const DTYPE: Key =
+    Key::default("dtype", Type::Choice(&["f32", "bf16"]), "\"f32\"", "How weights are held.").with("model");
 pub const BATCH: Key = Key::default(
     "batch",
     Type::Int { min: 1, max: 4096 },
     "128",
     "Completions made together and journalled together: after an interruption at most so many are made again.",
 )
+.with("model")
 .no_result();
 
 /// How completions are drawn, as the keys above say.

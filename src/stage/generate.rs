@@ -1,16 +1,19 @@
-//! `generate`: a completion (or n) for every record, by a local model, parsed into fields.
+//! `generate`: a completion (or n) for every record, by a local model or an endpoint, parsed into fields.
 //!
 //! The prompt is a template over the record. What comes back is taken apart as `parse` says; what does
 //! not parse, or was cut off by `max_tokens`, fails the stage or is left out and listed in
 //! `failed.jsonl` with its text, never passed over in silence. Order and ids are those of the dataset.
+//!
+//! What an endpoint makes is paid for once (`remote`), and `usage.json` says what it took.
 
 use super::Context;
-use super::decoding::{self, Decoding, QUESTIONS, Reply, Request, Template};
+use super::decoding::{self, Decoding, QUESTIONS, Request, Template};
 use super::inputs::{self, Storage};
-use crate::data::{BadRows, Format, Record, Tokenizer, write_jsonl};
+use crate::data::{BadRows, Format, Record, write_jsonl};
 use crate::grade::extract;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
+use crate::remote::{Ask, Bill, Completion, Endpoint, Finish, Sampling, Standing};
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -24,7 +27,8 @@ pub const KIND: Kind = Kind {
     recipe: 1,
     yields: ArtifactType::Dataset,
     keys: &[
-        Key::required("model", Type::Ref(&[ArtifactType::Model]), "The model that completes."),
+        Key::either("model", "endpoint", Type::Ref(&[ArtifactType::Model]), "The model that completes, on this machine."),
+        Key::either("endpoint", "model", Type::Endpoint, "The server that completes: an `[endpoint.NAME]`."),
         Key::required("data", Type::Ref(&[ArtifactType::Dataset]), "The records."),
         Key::optional(
             "prompt",
@@ -53,14 +57,16 @@ pub const KIND: Kind = Kind {
             Type::List(&Type::Int { min: 0, max: u32::MAX as i64 }),
             "[]",
             "A completion also ends with the first of these tokens.",
-        ),
-        Key::default("ignore_eos", Type::Bool, "false", "Go on behind the tokenizer's own end tokens."),
+        )
+        .with("model"),
+        Key::default("ignore_eos", Type::Bool, "false", "Go on behind the tokenizer's own end tokens.").with("model"),
         Key::default(
             "unmapped_ids",
             Type::Bool,
             "false",
             "Also draw ids that stand for no text: the embedding has more rows than the tokenizer has ids (transformers draws them).",
-        ),
+        )
+        .with("model"),
         decoding::DTYPE,
         decoding::BATCH,
         Key::default(
@@ -87,8 +93,15 @@ pub const KIND: Kind = Kind {
             "on_parse_failure",
             Type::Choice(&["error", "drop"]),
             "\"error\"",
-            "What happens to a completion that does not parse: the stage fails, or it is left out and listed in `failed.jsonl`.",
+            "What happens to a completion that does not parse, or that an endpoint does not give: the stage fails, or it is left out and listed in `failed.jsonl`.",
         ),
+        Key::default(
+            "max_parse_attempts",
+            Type::Int { min: 1, max: 100 },
+            "3",
+            "How many completions are asked for until one parses. One that was cut off by `max_tokens` or withheld is not asked for again.",
+        )
+        .with("endpoint"),
         Key::optional("keep", Type::List(&Type::Str), "Fields of the record that stay, besides `id`. Absent: all."),
         Key::default("rename", Type::Map(&Type::Str), "{}", "New name = old name, for fields of the record that stay."),
         Key::default(
@@ -102,7 +115,8 @@ pub const KIND: Kind = Kind {
             Type::Str,
             "\"\"",
             "The field that gets the ids of the tokens made, the end token included; empty: none does.",
-        ),
+        )
+        .with("model"),
     ],
     floats: true,
     lineage: no_lineage,
@@ -112,10 +126,12 @@ pub const KIND: Kind = Kind {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Spec {
+    endpoint: Option<Endpoint>,
     prompt: Option<String>,
     /// As written; the file itself comes through the context.
     prompt_file: Option<String>,
     system: Option<String>,
+    #[serde(default)]
     format: Format,
     prefill: Option<String>,
     n: usize,
@@ -126,16 +142,23 @@ struct Spec {
     repetition_penalty: f64,
     seed: u64,
     stop: Vec<String>,
+    #[serde(default)]
     stop_token_ids: Vec<u32>,
+    #[serde(default)]
     ignore_eos: bool,
+    #[serde(default)]
     unmapped_ids: bool,
+    #[serde(default)]
     dtype: Storage,
+    #[serde(default)]
     batch: usize,
     parse: Parse,
     on_parse_failure: OnFailure,
+    max_parse_attempts: Option<u64>,
     keep: Option<Vec<String>>,
     rename: Map<String, Value>,
     completion: String,
+    #[serde(default)]
     token_ids: String,
 }
 
@@ -227,12 +250,60 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
+/// What became of one completion.
+struct Made {
+    text: String,
+    finish: String,
+    /// Empty where nobody has asked for them.
+    ids: Vec<u32>,
+    /// New fields and values, or why there are none.
+    parsed: Result<Vec<(String, String)>, String>,
+}
+
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let records = inputs::records(ctx, "data")?;
     if records.is_empty() {
         return Err(Problem::new("generate::empty", "the dataset has no records"));
     }
+    let parser = Parser::new(&spec.parse)?;
+    let asker = Asker::new(ctx, &spec)?;
+    let all = match &spec.endpoint {
+        Some(endpoint) => by_endpoint(ctx, &spec, endpoint, &asker, &parser, &records)?,
+        None => by_model(ctx, &spec, &asker, &parser, &records)?,
+    };
+    let (mut made, mut failed) = (Vec::new(), Vec::new());
+    let total = all.len();
+    for (i, one) in all.into_iter().enumerate() {
+        let record = &records[i / spec.n];
+        let id = decoding::record_id(record, i / spec.n);
+        let id = if spec.n == 1 { id } else { format!("{id}#{}", i % spec.n) };
+        match one.parsed {
+            Ok(fields) => {
+                let mut record = output(&spec, record, &id, fields, one.text);
+                if !spec.token_ids.is_empty() {
+                    record.insert(spec.token_ids.clone(), json!(one.ids));
+                }
+                made.push(record);
+            }
+            Err(reason) => {
+                failed.push(json!({"id": id, "reason": reason, "finish": one.finish, "completion": one.text}))
+            }
+        }
+    }
+    settle(ctx, &spec, total, &failed, made.is_empty())?;
+    inputs::write_lines(&ctx.out.join("failed.jsonl"), &failed)?;
+    write_jsonl(&ctx.out.join("data.jsonl"), &made)
+}
+
+/// Completions by a model on this machine, `n` for each record.
+fn by_model(
+    ctx: &Context,
+    spec: &Spec,
+    asker: &Asker,
+    parser: &Parser,
+    records: &[Record],
+) -> Result<Vec<Made>, Problem> {
     let tokenizer = inputs::tokenizer(ctx, "model")?;
     let decoding = Decoding {
         format: spec.format,
@@ -250,65 +321,159 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         ignore_eos: spec.ignore_eos,
         unmapped_ids: spec.unmapped_ids,
     };
-    let prompts = prompts(ctx, &spec, &decoding, &tokenizer, &records)?;
+    let prompts = every(records, |record| {
+        if asker.takes_ids(record) {
+            return decoding.continued(&tokenizer, record).map_err(|problem| problem.message);
+        }
+        let (user, system) = asker.ask(record)?;
+        decoding.prompt(&tokenizer, user, system).map_err(|problem| problem.message)
+    })?;
     let mut requests = Vec::with_capacity(records.len() * spec.n);
     for (index, (record, ids)) in records.iter().zip(prompts).enumerate() {
         let id = decoding::record_id(record, index);
         requests.extend((0..spec.n).map(|sample| Request { id: id.clone(), sample, ids: ids.clone() }));
     }
     let replies = decoding.complete(ctx, &tokenizer, &requests, "completions")?;
-
-    let parser = Parser::new(&spec.parse)?;
-    let (mut made, mut failed) = (Vec::new(), Vec::new());
-    for (i, (request, reply)) in requests.iter().zip(&replies).enumerate() {
+    let made = replies.into_iter().map(|reply| {
         let text = format!("{}{}", decoding.opening(), reply.text);
-        let id = if spec.n == 1 { request.id.clone() } else { format!("{}#{}", request.id, request.sample) };
-        match parsed(&parser, &text, reply) {
-            Ok(fields) => {
-                let mut record = output(&spec, &records[i / spec.n], &id, fields, text);
-                if !spec.token_ids.is_empty() {
-                    record.insert(spec.token_ids.clone(), json!(reply.ids));
-                }
-                made.push(record);
-            }
-            Err(reason) => {
-                failed.push(json!({"id": id, "reason": reason, "finish": reply.finish(), "completion": text}))
-            }
-        }
-    }
-    settle(ctx, &spec, requests.len(), &failed, made.is_empty())?;
-    inputs::write_lines(&ctx.out.join("failed.jsonl"), &failed)?;
-    write_jsonl(&ctx.out.join("data.jsonl"), &made)
+        let parsed = if reply.cut { parser.cut(&text, reply.tokens() as u64) } else { parser.fields(&text) };
+        Made { finish: reply.finish().into(), ids: reply.ids, parsed, text }
+    });
+    Ok(made.collect())
 }
 
-/// Every record's prompt; all that cannot be made are named at once, before anything is decoded.
-fn prompts(
+/// The same by an endpoint. A reply that does not parse is asked for again, as another request.
+fn by_endpoint(
     ctx: &Context,
     spec: &Spec,
-    decoding: &Decoding,
-    tokenizer: &Tokenizer,
+    endpoint: &Endpoint,
+    asker: &Asker,
+    parser: &Parser,
     records: &[Record],
-) -> Result<Vec<Vec<u32>>, Problem> {
-    let prompt = match (&spec.prompt, ctx.sources.get("prompt_file")) {
-        (Some(text), _) => Some(Template::new("prompt", text)?),
-        (None, Some(path)) => {
-            let text = std::fs::read_to_string(path)
-                .map_err(|error| Problem::io("generate::prompt_file", "read", path, &error))?;
-            Some(Template::new("prompt_file", &text)?)
+) -> Result<Vec<Made>, Problem> {
+    let messages = every(records, |record| {
+        if asker.takes_ids(record) {
+            return Err("`input_ids` mean nothing to an endpoint; the stage needs a `prompt`".into());
         }
-        (None, None) => match &spec.prompt_file {
-            Some(file) => {
-                return Err(Problem::new("generate::prompt_file", format!("`{file}` was not resolved to a file")));
-            }
-            None => None,
-        },
+        let (user, system) = asker.ask(record)?;
+        let mut messages = match user {
+            Value::Array(turns) => turns,
+            user => vec![json!({"role": "user", "content": user})],
+        };
+        if let Some(system) = system {
+            messages.insert(0, json!({"role": "system", "content": system}));
+        }
+        Ok(Value::Array(messages))
+    })?;
+    let sampling = Sampling {
+        max_tokens: spec.max_tokens as u64,
+        temperature: spec.temperature,
+        top_p: spec.top_p,
+        top_k: (spec.top_k > 0).then_some(spec.top_k as u64),
+        repetition_penalty: Some(spec.repetition_penalty).filter(|penalty| *penalty != 1.0),
+        stop: spec.stop.clone(),
+        seed: spec.seed,
     };
-    let system = spec.system.as_deref().map(|text| Template::new("system", text)).transpose()?;
-    let one = |record: &Record| -> Result<Vec<u32>, String> {
-        if prompt.is_none() && record.contains_key("input_ids") {
-            return decoding.continued(tokenizer, record).map_err(|problem| problem.message);
+    let line = ctx.remote.line(endpoint)?;
+    let total = records.len() * spec.n;
+    ctx.progress.begin(total as u64, "completions");
+    let mut made: Vec<Option<Made>> = (0..total).map(|_| None).collect();
+    let mut open: Vec<usize> = (0..total).collect();
+    let mut bill = Bill::new(endpoint);
+    let attempts = spec.max_parse_attempts.unwrap_or(1);
+    for attempt in 0..attempts {
+        let ask = |&i: &usize| Ask { messages: messages[i / spec.n].clone(), sample: (i % spec.n) as u64, attempt };
+        let asks: Vec<Ask> = open.iter().map(ask).collect();
+        let settled = total - open.len();
+        let completions = line.complete(&asks, &sampling, &mut |standing: &Standing| {
+            ctx.progress.at((settled + standing.done) as u64);
+            ctx.progress.note(&standing.note());
+            ctx.stopped()
+        })?;
+        let mut again = Vec::new();
+        for (&i, completion) in open.iter().zip(&completions) {
+            if let Ok(completion) = completion {
+                bill.add(endpoint, completion);
+            }
+            let (one, final_word) = judged(parser, completion);
+            let last = attempt + 1 == attempts;
+            if one.parsed.is_err() && !final_word && !last {
+                again.push(i);
+            }
+            let several =
+                |why: String| if attempt > 0 { format!("{why} (the last of {} attempts)", attempt + 1) } else { why };
+            made[i] = Some(Made { parsed: one.parsed.map_err(several), ..one });
         }
-        let user = match &prompt {
+        open = again;
+        if open.is_empty() {
+            break;
+        }
+    }
+    ctx.progress.at(total as u64);
+    if bill.reported_models.len() > 1 {
+        let names: Vec<&str> = bill.reported_models.keys().map(String::as_str).collect();
+        ctx.progress.warn(&format!("the server answered as several models: {}", names.join(", ")));
+    }
+    let path = ctx.out.join("usage.json");
+    std::fs::write(&path, format!("{:#}\n", json!(bill)))
+        .map_err(|error| Problem::io("generate::unwritable", "write", &path, &error))?;
+    Ok(made.into_iter().flatten().collect())
+}
+
+/// What a reply comes to, and whether asking again would be of no use.
+fn judged(parser: &Parser, completion: &Result<Completion, String>) -> (Made, bool) {
+    let completion = match completion {
+        Ok(completion) => completion,
+        Err(why) => {
+            let parsed = Err(format!("no reply: {why}"));
+            return (Made { text: String::new(), finish: "none".into(), ids: Vec::new(), parsed }, true);
+        }
+    };
+    let text = completion.text();
+    let cut = completion.finish == Finish::Length;
+    let parsed = match completion.refused() {
+        Some(why) => Err(why),
+        None if cut => parser.cut(&text, completion.usage.map_or(0, |usage| usage.completion_tokens)),
+        None => parser.fields(&text),
+    };
+    let final_word = cut || completion.refused().is_some();
+    (Made { finish: completion.finish().into(), ids: Vec::new(), parsed, text }, final_word)
+}
+
+/// Makes of a record what is asked.
+struct Asker {
+    prompt: Option<Template>,
+    system: Option<Template>,
+}
+
+impl Asker {
+    fn new(ctx: &Context, spec: &Spec) -> Result<Asker, Problem> {
+        let prompt = match (&spec.prompt, ctx.sources.get("prompt_file")) {
+            (Some(text), _) => Some(Template::new("prompt", text)?),
+            (None, Some(path)) => {
+                let text = std::fs::read_to_string(path)
+                    .map_err(|error| Problem::io("generate::prompt_file", "read", path, &error))?;
+                Some(Template::new("prompt_file", &text)?)
+            }
+            (None, None) => match &spec.prompt_file {
+                Some(file) => {
+                    return Err(Problem::new("generate::prompt_file", format!("`{file}` was not resolved to a file")));
+                }
+                None => None,
+            },
+        };
+        let system = spec.system.as_deref().map(|text| Template::new("system", text)).transpose()?;
+        Ok(Asker { prompt, system })
+    }
+
+    /// The record's own ids are continued as they stand.
+    fn takes_ids(&self, record: &Record) -> bool {
+        self.prompt.is_none() && record.contains_key("input_ids")
+    }
+
+    /// The user's text or whole turns, and the system message.
+    fn ask(&self, record: &Record) -> Result<(Value, Option<String>), String> {
+        let user = match &self.prompt {
             Some(template) => Value::String(template.render(record)?),
             None => match record.get("messages") {
                 Some(messages) => messages.clone(),
@@ -317,9 +482,13 @@ fn prompts(
                     .ok_or("neither `input_ids`, `messages` nor `prompt`, `question` or `problem`, and the stage has no `prompt`")?,
             },
         };
-        let system = system.as_ref().map(|template| template.render(record)).transpose()?;
-        decoding.prompt(tokenizer, user, system).map_err(|problem| problem.message)
-    };
+        let system = self.system.as_ref().map(|template| template.render(record)).transpose()?;
+        Ok((user, system))
+    }
+}
+
+/// Every record's prompt; all that cannot be made are named at once, before anything is asked.
+fn every<T>(records: &[Record], one: impl Fn(&Record) -> Result<T, String>) -> Result<Vec<T>, Problem> {
     let (mut all, mut bad, mut seen) = (Vec::new(), BadRows::default(), HashSet::new());
     for (index, record) in records.iter().enumerate() {
         let id = decoding::record_id(record, index);
@@ -328,7 +497,7 @@ fn prompts(
             continue;
         }
         match one(record) {
-            Ok(ids) => all.push(ids),
+            Ok(prompt) => all.push(prompt),
             Err(what) => bad.push("generate::record", &format!("line {} (id `{id}`)", index + 1), &what),
         }
     }
@@ -344,7 +513,9 @@ fn settle(ctx: &Context, spec: &Spec, total: usize, failed: &[Value], none_left:
     let text = |value: &Value, name: &str| value[name].as_str().unwrap_or("").to_string();
     let named: Vec<String> =
         failed.iter().take(5).map(|f| format!("`{}`: {}", text(f, "id"), text(f, "reason"))).collect();
-    let count = format!("{} of {total} completions do not parse", failed.len());
+    let missing = failed.iter().any(|failed| failed["finish"] == "none");
+    let what = if missing { "are missing or do not parse" } else { "do not parse" };
+    let count = format!("{} of {total} completions {what}", failed.len());
     if spec.on_parse_failure == OnFailure::Drop && !none_left {
         ctx.progress.warn(&format!("{count}; left out and listed in failed.jsonl: {}", named[0]));
         return Ok(());
@@ -359,13 +530,6 @@ fn settle(ctx: &Context, spec: &Spec, total: usize, failed: &[Value], none_left:
         problem
             .help("on_parse_failure = \"drop\" leaves them out and lists them; the completions already made are kept")
     })
-}
-
-fn parsed(parser: &Parser, text: &str, reply: &Reply) -> Result<Vec<(String, String)>, String> {
-    if reply.cut && parser.kind != ParseKind::Text {
-        return Err(format!("cut off after {} tokens by `max_tokens`", reply.tokens()));
-    }
-    parser.fields(text)
 }
 
 fn output(spec: &Spec, record: &Record, id: &str, fields: Vec<(String, String)>, text: String) -> Record {
@@ -413,6 +577,14 @@ impl Parser {
             };
         }
         Ok(Parser { kind: parse.kind, fields, pattern })
+    }
+
+    /// Of a text that `max_tokens` has cut off: it is what it is, or it lacks its end.
+    fn cut(&self, text: &str, tokens: u64) -> Result<Vec<(String, String)>, String> {
+        match self.kind {
+            ParseKind::Text => self.fields(text),
+            _ => Err(format!("cut off after {tokens} tokens by `max_tokens`")),
+        }
     }
 
     /// New field and value; `Err` says what is missing.

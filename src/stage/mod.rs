@@ -4,9 +4,11 @@
 //! name the store, the plan's other cells or the terminal.
 
 use crate::files::Files;
-use crate::manifest::spec::{Kind, Params};
+use crate::manifest::spec::{Key, Kind, Params, Type};
 use crate::plan::Axes;
 use crate::problem::{Exit, Problem};
+use crate::remote::{Endpoint, Remote};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -67,6 +69,27 @@ pub fn run(kind: &str, ctx: &Context) -> Result<(), Problem> {
     }
 }
 
+/// Finds out, before any stage runs, whether the endpoints that these parameters name can be asked.
+pub fn ready(kind: &Kind, params: &Params, remote: &Remote, stop: &AtomicBool) -> Result<(), Problem> {
+    fn endpoints<'a>(keys: &[Key], table: &'a Params, found: &mut Vec<&'a Value>) {
+        for key in keys {
+            match (&key.ty, table.get(key.name)) {
+                (Type::Endpoint, Some(value)) => found.push(value),
+                (Type::Table(keys), Some(Value::Object(table))) => endpoints(keys, table, found),
+                _ => {}
+            }
+        }
+    }
+    let mut found = Vec::new();
+    endpoints(kind.keys, params, &mut found);
+    for value in found {
+        let endpoint = serde_json::from_value::<Endpoint>(value.clone())
+            .map_err(|error| Problem::new("stage::params", format!("an endpoint does not fit: {error}")))?;
+        remote.line(&endpoint)?.probe(stop)?;
+    }
+    Ok(())
+}
+
 pub use crate::model::Device;
 
 /// One artifact given to a stage.
@@ -104,6 +127,8 @@ pub struct Context<'a> {
     /// Kept when the stage is interrupted, for resuming; removed when it is published.
     pub work: &'a Path,
     pub device: Device,
+    /// The way to endpoints, shared by the stages of a run.
+    pub remote: &'a Remote,
     pub progress: &'a dyn Progress,
     /// Set on Ctrl-C; stages look at it at least once a second and return [`Context::stopped`].
     pub stop: &'a AtomicBool,

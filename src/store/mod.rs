@@ -151,6 +151,11 @@ impl Store {
         &self.dir
     }
 
+    /// The folder of paid replies. It belongs to no stage, and `gc` leaves it alone.
+    pub fn journals(&self) -> PathBuf {
+        self.dir.join("journal")
+    }
+
     /// For tests: `hook` is called before every step that changes the disk, and may fail it.
     #[doc(hidden)]
     pub fn set_hook(&mut self, hook: Hook) {
@@ -472,7 +477,7 @@ fn refuse_foreign(dir: &Path) -> Result<(), Problem> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(disk::problem("read", dir, &error).exit(Exit::Missing)),
     };
-    let ours = ["README.md", "locks", "blobs", "stages", "work", "runs", "results", "lost+found"];
+    let ours = ["README.md", "locks", "blobs", "stages", "work", "runs", "results", "journal", "lost+found"];
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if !name.starts_with('.') && !ours.contains(&name.as_str()) {

@@ -71,6 +71,7 @@ impl Stage {
             out: out.path(),
             work: self.dir.path(),
             device: Device::Cpu,
+            remote: &pipe::remote::Remote::new(Path::new("journal")),
             progress: &self.said,
             stop: &AtomicBool::new(false),
         })?;

@@ -5,6 +5,7 @@ use crate::support;
 use pipe::exec::{self, Engine, Options, Paths, Silent, Task};
 use pipe::plan::{self, Cell, Machine};
 use pipe::problem::Problem;
+use pipe::remote::Remote;
 use pipe::stage::{self, Artifact, Context, Device};
 use pipe::store::Store;
 use pipe::{files::Files, manifest};
@@ -153,6 +154,7 @@ fn run_stage(device: &Device, cell: &Cell, task: &Task) -> Result<(), Problem> {
         out: task.out,
         work: task.work,
         device: device.clone(),
+        remote: &Remote::new(&task.work.join("journal")),
         progress: &Quiet,
         stop: task.stop,
     };

@@ -2,6 +2,7 @@
 //!
 //! The kinds here are toys of the same shape as the real ones, so that these tests say what the
 //! language does, not what today's stages happen to accept.
+mod endpoints;
 mod kinds;
 mod loading;
 mod messages;

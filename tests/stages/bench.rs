@@ -4,6 +4,7 @@ use pipe::files::Files;
 use pipe::manifest::spec::{Kind, Params, Presence};
 use pipe::plan::Axes;
 use pipe::problem::Problem;
+use pipe::remote::Remote;
 use pipe::stage::{Artifact, Context, Device, Progress};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ pub struct Bench {
     pub inputs: BTreeMap<String, Vec<Artifact>>,
     pub sources: BTreeMap<String, PathBuf>,
     pub device: Device,
+    pub remote: Remote,
     pub stop: AtomicBool,
     /// Raise `stop` once progress reaches this; 0 = never.
     pub stop_at: AtomicU64,
@@ -73,11 +75,13 @@ impl Bench {
         for name in ["out", "work"] {
             std::fs::create_dir(folder.path().join(name)).unwrap();
         }
+        let remote = Remote::new(&folder.path().join("journal"));
         Bench {
             folder,
             inputs: BTreeMap::new(),
             sources: BTreeMap::new(),
             device: Device::Cpu,
+            remote,
             stop: AtomicBool::new(false),
             stop_at: AtomicU64::new(0),
             warnings: std::sync::Mutex::default(),
@@ -121,6 +125,7 @@ impl Bench {
             out: &out,
             work: &self.path("work"),
             device: self.device.clone(),
+            remote: &self.remote,
             progress: self,
             stop: &self.stop,
         })

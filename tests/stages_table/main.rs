@@ -109,6 +109,7 @@ impl Bench {
             out: Path::new(&out),
             work: Path::new(&work),
             device: Device::Cpu,
+            remote: &pipe::remote::Remote::new(Path::new("journal")),
             progress: &self.warnings,
             stop: &AtomicBool::new(false),
         });

@@ -150,7 +150,9 @@ impl Resolver<'_> {
         for value in native.into_iter().chain([Value::Str(text.clone())]) {
             let node = Node { origin: template.origin.clone(), value };
             let files = &self.manifest.files;
-            let mut check = Check::new(files, &owner.name, Layer::File, Mode::Filled, &mut self.defaults);
+            let mut check =
+                Check::new(files, format!("stage `{}`", owner.name), Layer::File, Mode::Filled, &mut self.defaults);
+            check.endpoints = Some(&self.manifest.endpoints);
             let json = check.one(&node, template.ty, &template.steps);
             let found = check.found;
             if let Some(json) = json.filter(|_| found.problems.is_empty()) {

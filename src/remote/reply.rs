@@ -1,0 +1,259 @@
+//! What a chat completion says, whatever server wrote it.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::borrow::Cow;
+
+/// A completion, read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Completion {
+    /// What stands in `reasoning_content`, in `reasoning` or between `<think>` and `</think>`.
+    pub thinking: Option<String>,
+    /// The rest.
+    pub answer: String,
+    pub finish: Finish,
+    /// `None`: the server does not say.
+    pub usage: Option<Usage>,
+    /// What the server calls the model.
+    pub model: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finish {
+    Stop,
+    /// Ended by `max_tokens`.
+    Length,
+    /// Withheld by the server, with its words if it has any.
+    Filtered(String),
+    /// Ended for another reason, which makes no answer (`tool_calls`).
+    Other(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Usage {
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+    pub reasoning_tokens: u64,
+}
+
+impl Completion {
+    /// Thinking and answer in one text.
+    pub fn text(&self) -> String {
+        match &self.thinking {
+            Some(thinking) if self.answer.is_empty() && self.finish == Finish::Length => format!("<think>\n{thinking}"),
+            Some(thinking) => format!("<think>\n{thinking}\n</think>\n\n{}", self.answer),
+            None => self.answer.clone(),
+        }
+    }
+
+    pub fn finish(&self) -> &str {
+        match &self.finish {
+            Finish::Stop => "stop",
+            Finish::Length => "length",
+            Finish::Filtered(_) => "content_filter",
+            Finish::Other(reason) => reason,
+        }
+    }
+
+    /// Why this is no answer, if it is none.
+    pub fn refused(&self) -> Option<String> {
+        match &self.finish {
+            Finish::Stop | Finish::Length => None,
+            Finish::Filtered(words) if words.is_empty() => Some("withheld by the server's content filter".into()),
+            Finish::Filtered(words) => Some(format!("withheld by the server: {words}")),
+            Finish::Other(reason) => Some(format!("ended with `{reason}`")),
+        }
+    }
+}
+
+/// What a body came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Read {
+    Completion(Completion),
+    /// Another try may give one.
+    Useless(String),
+    /// An error in the clothes of a reply, with its status if it names one.
+    Error(Option<u16>, String),
+}
+
+#[derive(Deserialize)]
+struct Body<'a> {
+    choices: Option<Vec<Choice<'a>>>,
+    usage: Option<Spent>,
+    #[serde(borrow)]
+    model: Option<Cow<'a, str>>,
+    error: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Choice<'a> {
+    #[serde(borrow)]
+    message: Option<Message<'a>>,
+    finish_reason: Option<Cow<'a, str>>,
+}
+
+#[derive(Deserialize)]
+struct Message<'a> {
+    content: Option<Value>,
+    #[serde(borrow)]
+    reasoning_content: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    reasoning: Option<Cow<'a, str>>,
+    refusal: Option<Cow<'a, str>>,
+}
+
+#[derive(Deserialize)]
+struct Spent {
+    prompt_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
+    completion_tokens_details: Option<Details>,
+}
+
+#[derive(Deserialize)]
+struct Details {
+    reasoning_tokens: Option<u64>,
+}
+
+pub(super) fn read(body: &str) -> Read {
+    let body: Body = match serde_json::from_str(body) {
+        Ok(body) => body,
+        Err(error) => return Read::Useless(format!("the reply is not a chat completion: {error}")),
+    };
+    let choice = body.choices.and_then(|choices| choices.into_iter().next());
+    if let (None, Some(error)) = (&choice, body.error.filter(|error| !error.is_null())) {
+        let code =
+            ["code", "status"].iter().find_map(|name| error[*name].as_u64()).and_then(|code| code.try_into().ok());
+        return Read::Error(code, words(&error));
+    }
+    let Some(choice) = choice else { return Read::Useless("the reply holds no choice".into()) };
+    let Some(message) = choice.message else { return Read::Useless("the reply holds no message".into()) };
+    let finish = match choice.finish_reason.as_deref() {
+        // Some servers give no reason for an ordinary end.
+        None | Some("stop" | "eos" | "end_turn" | "stop_sequence") => Finish::Stop,
+        Some("length" | "max_tokens") => Finish::Length,
+        Some("content_filter") => Finish::Filtered(String::new()),
+        Some(broken @ ("insufficient_system_resource" | "error" | "abort")) => {
+            return Read::Useless(format!("the server broke off: `{broken}`"));
+        }
+        Some(other) => Finish::Other(other.chars().take(80).collect()),
+    };
+    let finish = match message.refusal.filter(|words| !words.trim().is_empty()) {
+        Some(words) => Finish::Filtered(words.trim().chars().take(300).collect()),
+        None => finish,
+    };
+    let content = message.content.map(text).unwrap_or_default();
+    let said = message.reasoning_content.or(message.reasoning).filter(|text| !text.trim().is_empty());
+    let (thinking, answer) = match said {
+        Some(thinking) => (Some(thinking.trim().to_string()), content.trim().to_string()),
+        None => apart(&content),
+    };
+    let usage = body.usage.and_then(|spent| {
+        Some(Usage {
+            prompt_tokens: spent.prompt_tokens?,
+            completion_tokens: spent.completion_tokens.unwrap_or(0),
+            reasoning_tokens: spent.completion_tokens_details.and_then(|d| d.reasoning_tokens).unwrap_or(0),
+        })
+    });
+    Read::Completion(Completion { thinking, answer, finish, usage, model: body.model.map(Cow::into_owned) })
+}
+
+/// A text, or the text parts of a list of parts.
+fn text(content: Value) -> String {
+    match content {
+        Value::String(text) => text,
+        Value::Array(parts) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
+        _ => String::new(),
+    }
+}
+
+/// Thinking and answer where the server leaves them in one text. The opening tag may belong to the prompt.
+fn apart(content: &str) -> (Option<String>, String) {
+    let trimmed = content.trim();
+    let opened = trimmed.strip_prefix("<think>");
+    let (thinking, answer) = match opened.unwrap_or(trimmed).split_once("</think>") {
+        Some((thinking, answer)) => (thinking, answer),
+        None => match opened {
+            Some(cut) => (cut, ""),
+            None => return (None, content.to_string()),
+        },
+    };
+    let thinking = Some(thinking.trim().to_string()).filter(|thinking| !thinking.is_empty());
+    (thinking, answer.trim().to_string())
+}
+
+/// The words of an error object or text, in one line.
+pub(super) fn words(error: &Value) -> String {
+    let message = error["message"].as_str().or_else(|| error.as_str()).map_or_else(|| error.to_string(), String::from);
+    one_line(&message)
+}
+
+pub(super) fn one_line(text: &str) -> String {
+    let words: Vec<&str> =
+        text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|w| !w.is_empty()).collect();
+    words.join(" ").chars().take(400).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn completion(message: Value, finish: &str) -> Completion {
+        let body = json!({"model": "m-1", "choices": [{"message": message, "finish_reason": finish}],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 2}}});
+        match read(&body.to_string()) {
+            Read::Completion(completion) => completion,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn thinking_is_found_wherever_servers_put_it() {
+        for message in [
+            json!({"content": "It is 4.", "reasoning_content": "two and two\n"}),
+            json!({"content": "It is 4.", "reasoning": "two and two", "refusal": null}),
+            json!({"content": "<think>\ntwo and two\n</think>\n\nIt is 4."}),
+            json!({"content": "two and two\n</think>\n\nIt is 4."}),
+            json!({"content": [{"type": "text", "text": "<think>two and two</think>It is 4."}], "reasoning_content": ""}),
+        ] {
+            let read = completion(message.clone(), "stop");
+            assert_eq!(
+                (read.thinking.as_deref(), read.answer.as_str()),
+                (Some("two and two"), "It is 4."),
+                "{message}"
+            );
+            assert_eq!(read.text(), "<think>\ntwo and two\n</think>\n\nIt is 4.");
+            assert_eq!(read.usage, Some(Usage { prompt_tokens: 3, completion_tokens: 5, reasoning_tokens: 2 }));
+        }
+        let plain = completion(json!({"content": " 4\n"}), "stop");
+        assert_eq!((plain.thinking.as_ref(), plain.text().as_str()), (None, " 4\n"));
+    }
+
+    #[test]
+    fn how_it_ended_is_kept() {
+        let cut = completion(json!({"content": "<think>\nso"}), "length");
+        assert_eq!((cut.finish(), cut.text().as_str(), cut.refused()), ("length", "<think>\nso", None));
+        assert_eq!(completion(json!({"content": null}), "content_filter").finish(), "content_filter");
+        let refused = completion(json!({"content": null, "refusal": "I will\nnot"}), "stop");
+        assert_eq!(refused.refused().as_deref(), Some("withheld by the server: I will\nnot"));
+        assert_eq!(
+            completion(json!({"content": ""}), "tool_calls").refused().as_deref(),
+            Some("ended with `tool_calls`")
+        );
+    }
+
+    #[test]
+    fn what_is_no_completion_says_so() {
+        for useless in
+            ["", "{", "[]", "{}", "{\"choices\": []}", "{\"choices\": null}", "{\"choices\": [{}]}", "<html>"]
+        {
+            assert!(matches!(read(useless), Read::Useless(_)), "{useless}");
+        }
+        let broken =
+            json!({"choices": [{"message": {"content": "x"}, "finish_reason": "insufficient_system_resource"}]});
+        assert!(matches!(read(&broken.to_string()), Read::Useless(_)));
+        let error = json!({"error": {"message": "over\nloaded", "code": 503}});
+        assert_eq!(read(&error.to_string()), Read::Error(Some(503), "over loaded".into()));
+        assert_eq!(read("{\"error\": \"no\"}"), Read::Error(None, "no".into()));
+    }
+}
