@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `memory.rs` | [`Gpu`] and [`Buffer`]: allocation from a pool, the peak, copies |
 //! | `launch.rs` | one launch: name, grid, shared memory, arguments |
-//! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none |
+//! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none, [`survey`] what there is |
 //! | `prebuilt.rs` | the compiled kernels, embedded, and which of them a device runs; its table is generated |
 //! | `ops/` | the launcher of each kernel, under the stem of its `.cu` and of its reference in `tensor::ops` |
 
@@ -19,9 +19,9 @@ pub mod ops;
 pub mod prebuilt;
 mod prebuilt_table;
 
-pub use driver::open;
+pub use driver::{Facts, Shown, open, survey};
 pub use launch::{Dim, Launch};
-pub use memory::{Buffer, Gpu, Usage};
+pub use memory::{Buffer, Gpu, Usage, block_bytes};
 
 use crate::problem::Problem;
 use std::ffi::c_void;

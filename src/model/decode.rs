@@ -6,6 +6,7 @@
 //! tokens alone as in any company, to the bit, because every row is computed by itself and draws its own
 //! random numbers.
 
+use super::config::Config;
 use super::device::DeviceModel;
 use super::device_decode::DeviceCache;
 use super::placed::Placed;
@@ -50,11 +51,11 @@ pub struct Completion {
 const CACHE_BYTES: usize = 1 << 30;
 /// Bytes of logits `[live, V]`.
 const LOGIT_BYTES: usize = 128 << 20;
-const MOST_LIVE: usize = 256;
+pub(super) const MOST_LIVE: usize = 256;
 /// Tokens by which a cache grows: doubling would take twice the memory that is counted.
 const GROWTH: usize = 256;
 /// Tokens of prompts that are run together; one longer prompt is run alone.
-const PROMPT_TOKENS: usize = 4096;
+pub(super) const PROMPT_TOKENS: usize = 4096;
 
 /// Completes `prompts`, in order. `decode` turns ids to text (without special tokens, if that is wanted).
 /// `on_step` is told how many are finished, at least once per token; its `Err` ends the work. `Err` also for
@@ -108,7 +109,7 @@ fn generate_on(
         }
     }
     let longest = prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0) + sampling.max_tokens;
-    let width = live.min(most_live(model, longest)).max(1);
+    let width = live.min(most_live(&model.config, longest)).min(prompts.len()).max(1);
     let mut engine = Engine::new(model, device, width, longest)?;
     let mut completions: Vec<Option<Completion>> = prompts.iter().map(|_| None).collect();
     let mut waiting: VecDeque<usize> = (0..prompts.len()).collect();
@@ -225,9 +226,10 @@ fn distinct<'p>(prompts: &'p [Prompt], new: &[Live]) -> (Vec<&'p [u32]>, Vec<usi
     (different, same)
 }
 
-fn most_live(model: &Model, longest: usize) -> usize {
-    let config = &model.config;
-    let cache = longest * config.num_hidden_layers * 2 * config.key_size() * size_of::<f32>();
+/// How many completions of so many tokens, prompts included, memory allows at once.
+pub(super) fn most_live(config: &Config, longest: usize) -> usize {
+    let token = config.num_hidden_layers * 2 * config.key_size() * size_of::<f32>();
+    let cache = longest.saturating_mul(token);
     let logits = config.vocab_size * size_of::<f32>();
     (CACHE_BYTES / cache.max(1)).min(LOGIT_BYTES / logits)
 }

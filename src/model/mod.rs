@@ -11,6 +11,7 @@
 //! | `load.rs` | a chain of folders to a model, and back to folders |
 //! | `decode.rs` | generation with a key/value cache |
 //! | `sampling.rs` | logits to the next token |
+//! | `memory.rs` | how much memory all this takes, beforehand |
 
 pub mod config;
 pub mod decode;
@@ -18,6 +19,7 @@ pub mod device;
 mod device_decode;
 pub mod load;
 pub mod lora;
+pub mod memory;
 pub mod placed;
 pub mod qwen2;
 pub mod sampling;

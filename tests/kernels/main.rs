@@ -13,6 +13,7 @@ mod emulator;
 mod grad_norm;
 mod head_logprob;
 mod lora_matmul;
+mod memory;
 mod model;
 mod prebuilt;
 mod residual;

@@ -180,7 +180,7 @@ fn base(bench: &Bench) -> Files {
 }
 
 /// A bench on `device` whose slots hold a model and these records.
-fn bench(device: Device, records: &[Value]) -> Bench {
+pub fn bench(device: Device, records: &[Value]) -> Bench {
     let mut bench = Bench::empty();
     let files = base(&bench);
     bench
@@ -207,7 +207,7 @@ fn both(
     })
 }
 
-fn training(kind: &pipe::manifest::spec::Kind, more: Value) -> Value {
+pub fn training(kind: &pipe::manifest::spec::Kind, more: Value) -> Value {
     let lora = json!({"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj", "down_proj", "lm_head"]});
     let mut params = json!({
         "learning_rate": 1e-2, "max_steps": 3, "batch_size": 2, "max_tokens": 100, "lora": lora, "dtype": "bf16",

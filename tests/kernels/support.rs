@@ -8,8 +8,9 @@ use half::bf16;
 use pipe::cuda::{Buffer, Dim, Driver, Gpu};
 use pipe::problem::Problem;
 use pipe::random::Stream;
+use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 /// The emulator, as a device.
 pub struct Emulated;
@@ -68,6 +69,73 @@ impl Driver for Emulated {
 
     fn synchronize(&self) -> Result<(), Problem> {
         Ok(())
+    }
+}
+
+/// The emulator with so many bytes of memory and no more.
+pub struct Limited {
+    left: Mutex<usize>,
+    given: Mutex<HashMap<u64, usize>>,
+}
+
+impl Limited {
+    pub fn to(bytes: usize) -> Gpu {
+        Gpu::new(Box::new(Limited { left: Mutex::new(bytes), given: Mutex::default() }))
+    }
+}
+
+impl Driver for Limited {
+    fn name(&self) -> String {
+        "small emulator".into()
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64, Problem> {
+        let mut left = self.left.lock().unwrap();
+        let rest = left.checked_sub(bytes);
+        let rest =
+            rest.ok_or_else(|| Problem::new("cuda::out_of_memory", "small emulator has not enough free memory"))?;
+        let address = Emulated.alloc(bytes)?;
+        *left = rest;
+        self.given.lock().unwrap().insert(address, bytes);
+        Ok(address)
+    }
+
+    fn free(&self, address: u64) {
+        *self.left.lock().unwrap() += self.given.lock().unwrap().remove(&address).expect("given before");
+        Emulated.free(address);
+    }
+
+    fn memory(&self) -> Result<(usize, usize), Problem> {
+        let (left, given) = (*self.left.lock().unwrap(), self.given.lock().unwrap().values().sum::<usize>());
+        Ok((left, left + given))
+    }
+
+    fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Problem> {
+        Emulated.upload(to, bytes)
+    }
+
+    fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Problem> {
+        Emulated.download(from, bytes)
+    }
+
+    fn zero(&self, at: u64, bytes: usize) -> Result<(), Problem> {
+        Emulated.zero(at, bytes)
+    }
+
+    unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: Dim,
+        block: Dim,
+        shared_bytes: u32,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), Problem> {
+        // SAFETY: the caller's promise.
+        unsafe { Emulated.launch(kernel, grid, block, shared_bytes, arguments) }
+    }
+
+    fn synchronize(&self) -> Result<(), Problem> {
+        Emulated.synchronize()
     }
 }
 
