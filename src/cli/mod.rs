@@ -8,6 +8,7 @@ mod gc;
 mod graph;
 mod live;
 mod logging;
+mod needs;
 mod open;
 mod plan;
 mod results;
@@ -109,6 +110,11 @@ impl Global {
             Device::Auto | Device::Cpu => Machine { backend: "cpu", dtype: "f32" },
             Device::Cuda => Machine { backend: "cuda", dtype: "bf16" },
         }
+    }
+
+    /// Whether a CUDA device is to compute.
+    pub fn on_device(&self) -> bool {
+        self.device == Device::Cuda
     }
 
     /// The device itself. `Err` (exit 3) says what is missing.
