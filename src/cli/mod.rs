@@ -3,6 +3,7 @@
 
 mod cache;
 mod completions;
+mod doctor;
 mod export;
 mod gc;
 mod graph;
@@ -97,6 +98,7 @@ enum Command {
     Graph(graph::Arguments),
     Show(show::Arguments),
     Export(export::Arguments),
+    Doctor(doctor::Arguments),
     Schema(schema::Arguments),
     Cache(cache::Arguments),
     Gc(gc::Arguments),
@@ -196,6 +198,7 @@ fn dispatch(line: &Line) -> Done {
         Command::Graph(arguments) => graph::run(global, arguments),
         Command::Show(arguments) => show::run(global, arguments),
         Command::Export(arguments) => export::run(global, arguments),
+        Command::Doctor(arguments) => doctor::run(global, arguments),
         Command::Schema(arguments) => schema::run(arguments),
         Command::Cache(arguments) => cache::run(global, arguments),
         Command::Gc(arguments) => gc::run(global, arguments),
