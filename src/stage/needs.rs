@@ -388,15 +388,19 @@ mod tests {
 
     #[test]
     fn the_shape_of_a_model_is_known_before_it_is_made() {
-        let bundled = config_of_model(&params(json!({"source": "init:mini-3B"})), None, None).unwrap().unwrap();
-        assert!(bundled.hidden_size > 0);
+        let known = config_of_model(&params(json!({"source": "init:mini-3B"})), None, None).unwrap().unwrap();
+        assert!(known.hidden_size > 0);
         let init = json!({
             "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
             "intermediate_size": 48, "tie_word_embeddings": true,
         });
         let random = params(json!({"source": "init:random", "tokenizer": "init:mini", "init": init}));
         let random = config_of_model(&random, None, None).unwrap().unwrap();
-        assert_eq!((random.hidden_size, random.vocab_size), (32, bundled.vocab_size));
+        // As many rows as the tokenizer, once it lies in a folder, has ids.
+        let folder = tempfile::tempdir().unwrap();
+        bundled::tokenizer("mini").unwrap().write(folder.path(), |_| true).unwrap();
+        let ids = Tokenizer::load(&Files::from_dir(folder.path()).unwrap()).unwrap().id_limit();
+        assert_eq!((random.hidden_size, random.vocab_size), (32, ids));
         assert!(config_of_model(&params(json!({"source": "hf:A/B"})), None, None).is_none());
     }
 }
