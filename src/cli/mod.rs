@@ -3,12 +3,14 @@
 
 mod cache;
 mod completions;
+mod doctor;
 mod export;
 mod gc;
 mod grade;
 mod graph;
 mod live;
 mod logging;
+mod needs;
 mod open;
 mod plan;
 mod results;
@@ -97,6 +99,7 @@ enum Command {
     Graph(graph::Arguments),
     Show(show::Arguments),
     Export(export::Arguments),
+    Doctor(doctor::Arguments),
     Grade(grade::Arguments),
     Schema(schema::Arguments),
     Cache(cache::Arguments),
@@ -111,6 +114,11 @@ impl Global {
             Device::Auto | Device::Cpu => Machine { backend: "cpu", dtype: "f32" },
             Device::Cuda => Machine { backend: "cuda", dtype: "bf16" },
         }
+    }
+
+    /// Whether a CUDA device is to compute.
+    pub fn on_device(&self) -> bool {
+        self.device == Device::Cuda
     }
 
     /// The device itself. `Err` (exit 3) says what is missing.
@@ -192,6 +200,7 @@ fn dispatch(line: &Line) -> Done {
         Command::Graph(arguments) => graph::run(global, arguments),
         Command::Show(arguments) => show::run(global, arguments),
         Command::Export(arguments) => export::run(global, arguments),
+        Command::Doctor(arguments) => doctor::run(global, arguments),
         Command::Grade(arguments) => grade::run(global, arguments),
         Command::Schema(arguments) => schema::run(arguments),
         Command::Cache(arguments) => cache::run(global, arguments),

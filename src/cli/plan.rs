@@ -1,5 +1,6 @@
-//! `pipe plan M [STAGE...]`: what would run, and why.
+//! `pipe plan M [STAGE...]`: what would run, and why, and whether it fits this machine.
 
+use super::needs::{self, Look, Machine};
 use super::open::{select, with_engine};
 use super::sources::Network;
 use super::{Done, Global, OfManifest, print};
@@ -34,9 +35,21 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
 /// Fresh cells are counted, and listed under `--verbose`; the others stand with their reason.
 pub fn show(global: &Global, engine: &Engine, survey: &Survey) -> Done {
     let known = || survey.statuses.iter().enumerate().filter_map(|(id, status)| Some((id, status.as_ref()?)));
+    let look = Look::new(engine, survey);
+    let machine = Machine::look(global);
     if global.json {
-        let cells: Vec<Value> = known().map(|(id, status)| object(engine, id, status)).collect();
-        print(&format!("{:#}\n", json!({ "title": engine.plan.title, "cells": cells })))?;
+        let cell = |(id, status): (CellId, &Status)| {
+            let mut object = object(engine, id, status);
+            if !matches!(status, Status::Fresh { .. } | Status::Missing { .. })
+                && let Some(memory) = look.object(id, &machine)
+            {
+                object["memory"] = memory;
+            }
+            object
+        };
+        let cells: Vec<Value> = known().map(cell).collect();
+        let machine = needs::machine_object(&machine);
+        print(&format!("{:#}\n", json!({ "title": engine.plan.title, "machine": machine, "cells": cells })))?;
     } else {
         let listed = |status: &Status| global.verbose > 0 || !matches!(status, Status::Fresh { .. });
         let labels: Vec<(String, &Status)> = known()
@@ -60,9 +73,14 @@ pub fn show(global: &Global, engine: &Engine, survey: &Survey) -> Done {
             }
         }
         let _ = writeln!(text, "{}: {}", report::count(known().count(), "cell"), counts.join(", "));
+        text.push_str(&look.table(&machine, global.verbose > 0));
         print(&text)?;
     }
-    let problems = survey.problems();
+    let mut problems = survey.problems();
+    if machine.device.is_some() {
+        problems.extend(look.shape_problems());
+    }
+    problems.extend(look.memory_problems(&machine, 1).0);
     if problems.is_empty() { Ok(()) } else { Err(problems.into()) }
 }
 

@@ -4,11 +4,12 @@
 //! whether it was computed now or found.
 
 use super::live::{Live, Running};
+use super::needs::{DeviceMemory, Look, Machine};
 use super::open::{select, with_engine};
 use super::sources::Network;
 use super::{Done, Global, OfManifest, Stop, plan, print, results, say};
 use crate::report;
-use pipe::exec::{self, Event, Observer, Options, Outcome, Report, Runner, Task};
+use pipe::exec::{self, Engine, Event, Observer, Options, Outcome, Report, Runner, Survey, Task};
 use pipe::manifest::{self, Text};
 use pipe::plan::{Cell, CellId, Plan};
 use pipe::problem::{Exit, Problem};
@@ -17,7 +18,7 @@ use pipe::stage::{self, Artifact, Context, Device};
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Run what is stale and print the tables
 #[derive(clap::Args)]
@@ -64,22 +65,57 @@ fn catch_interrupts() {
     });
 }
 
-/// The bridge between the engine and the kinds: the only place that knows both.
+/// The kinds of stage as the engine runs them, and the look at the machine before.
 struct Stages<'a> {
-    device: &'a Device,
+    global: &'a Global,
+    engine: &'a Engine<'a>,
+    live: Arc<Live>,
+    device: OnceLock<Device>,
     remote: Remote,
 }
 
 impl Runner for Stages<'_> {
-    fn run(&self, cell: &Cell, task: &Task) -> Result<(), Problem> {
-        run_stage(self, cell, task)
+    /// Shapes are looked at before the device is asked for, and all that is missing is told together.
+    fn fits(&self, survey: &Survey) -> Vec<Problem> {
+        let look = Look::new(self.engine, survey);
+        if look.to_run().next().is_none() {
+            return Vec::new();
+        }
+        let mut problems = if self.global.on_device() { look.shape_problems() } else { Vec::new() };
+        let device = match self.global.open_device() {
+            Err(problem) => {
+                problems.push(problem);
+                return problems;
+            }
+            Ok(device) => device,
+        };
+        let memory = match &device {
+            Device::Cpu => None,
+            Device::Cuda(gpu) => match gpu.driver().memory() {
+                Ok((free, total)) => {
+                    Some(Ok(DeviceMemory { name: gpu.driver().name(), total: total as u64, free: Some(free as u64) }))
+                }
+                Err(problem) => Some(Err(problem)),
+            },
+        };
+        let machine = Machine { host: exec::host_memory(), device: memory };
+        let (misfits, warnings) = look.memory_problems(&machine, jobs(self.global));
+        problems.extend(misfits);
+        warnings.iter().for_each(|warning| self.live.always(&format!("warning: {warning}")));
+        let _ = self.device.set(device);
+        problems
     }
 
     fn ready(&self, cell: &Cell, stop: &AtomicBool) -> Result<(), Problem> {
         stage::ready(cell.kind, &cell.params, &self.remote, stop)
     }
+
+    fn run(&self, cell: &Cell, task: &Task) -> Result<(), Problem> {
+        run_stage(self, cell, task)
+    }
 }
 
+/// The bridge between the engine and the kinds: the only place that knows both.
 fn run_stage(with: &Stages, cell: &Cell, task: &Task) -> Result<(), Problem> {
     let mut inputs = BTreeMap::new();
     for (slot, given) in &task.inputs {
@@ -101,7 +137,7 @@ fn run_stage(with: &Stages, cell: &Cell, task: &Task) -> Result<(), Problem> {
             sources: &task.sources,
             out: task.out,
             work: task.work,
-            device: with.device.clone(),
+            device: with.device.get().cloned().unwrap_or(Device::Cpu),
             remote: &with.remote,
             progress: &progress,
             stop: task.stop,
@@ -242,7 +278,6 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
     let live = Arc::new(Live::new(global.quiet, global.json));
     let network = Network::Fetch { live: live.clone(), stop: &STOP, offline: arguments.offline };
     catch_interrupts();
-    let device = if arguments.dry_run { Device::Cpu } else { global.open_device()? };
     with_engine(global, &arguments.of.manifest, network, |engine, session| {
         let selection = select(engine.plan, &arguments.stages)?;
         let force = if arguments.force.is_empty() { Vec::new() } else { select(engine.plan, &arguments.force)? };
@@ -263,7 +298,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
             peak_bytes: AtomicU64::new(0),
         };
         let remote = Remote::new(&engine.store.journals()).offline(arguments.offline);
-        let stages = Stages { device: &device, remote };
+        let stages = Stages { global, engine, live: live.clone(), device: OnceLock::new(), remote };
         let report = engine.run(&selection, &options, &stages, &screen, &STOP)?;
         if arguments.dry_run {
             return plan::show(global, engine, &report.before);

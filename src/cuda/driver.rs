@@ -9,7 +9,7 @@
 //! all we need, and the few events between two queues are marked by hand.
 
 use super::jit::Jit;
-use super::prebuilt::{Capability, Image, Kernels, Unit};
+use super::prebuilt::{self, Capability, Image, Kernels, Unit};
 use super::{Dim, Driver, Gpu, Mark, Queue, TensorMap, TensorView};
 use crate::problem::{Exit, Problem};
 use cudarc::driver::DriverError;
@@ -38,6 +38,81 @@ pub fn open(ordinal: usize) -> Result<Gpu, Problem> {
 /// The same, and it also knows the kernels of these units, whose names are no others'.
 pub fn open_with(ordinal: usize, more: &'static [Unit]) -> Result<Gpu, Problem> {
     Ok(Gpu::new(Box::new(Nvidia::open(ordinal, more)?)))
+}
+
+/// What the driver shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shown {
+    /// The version of CUDA that the driver is for: 12.4.
+    pub cuda: (u32, u32),
+    /// Of the driver itself, `535.104.05`, where the system tells.
+    pub driver: Option<String>,
+    pub devices: Vec<Facts>,
+}
+
+/// A device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    pub name: String,
+    pub capability: Capability,
+    pub total_bytes: u64,
+    /// The architectures of our kernels that it runs, `sm_90a` or, compiled by the driver, `compute_90`; or why
+    /// it runs none.
+    pub kernels: Result<Vec<&'static str>, Problem>,
+}
+
+/// All devices that the driver shows, without taking up any. `Err` as of [`open`] if there is no driver to ask.
+pub fn survey() -> Result<Shown, Problem> {
+    let version = start()?;
+    let count = result::device::get_count().map_err(no_start)?;
+    let facts = |ordinal: i32| -> Result<Facts, DriverError> {
+        let device = result::device::get(ordinal)?;
+        let (name, capability) = (result::device::get_name(device)?, capability(device)?);
+        // SAFETY: the device is one that the driver named.
+        let total_bytes = unsafe { result::device::total_mem(device) }? as u64;
+        Ok(Facts { kernels: kernels_for(capability, &name), name, capability, total_bytes })
+    };
+    let devices = (0..count).map(facts).collect::<Result<Vec<_>, _>>().map_err(no_start)?;
+    Ok(Shown { cuda: version, driver: module_version(), devices })
+}
+
+/// The architectures that a device takes our units from.
+fn kernels_for(capability: Capability, name: &str) -> Result<Vec<&'static str>, Problem> {
+    if capability < NEEDED_CAPABILITY {
+        return Err(old_device(name, capability));
+    }
+    let mut archs = Vec::new();
+    for unit in prebuilt::units() {
+        let arch = unit.blob_for(capability, name)?.arch;
+        if !archs.contains(&arch) {
+            archs.push(arch);
+        }
+    }
+    Ok(archs)
+}
+
+/// `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 ...`
+fn module_version() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+    let dotted = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
+    text.lines().next()?.split_whitespace().find(dotted).map(String::from)
+}
+
+/// Opens the library and starts it. Returns the version of CUDA that it is for.
+fn start() -> Result<(u32, u32), Problem> {
+    // SAFETY: opens and closes the library, as its first use would.
+    if !unsafe { sys::is_culib_present() } {
+        let help = format!("install NVIDIA's driver, {NEEDED_DRIVER} or later");
+        return Err(missing("cuda::no_driver", "there is no CUDA driver: libcuda.so.1 is not found", help));
+    }
+    let version = driver_is_new_enough()?;
+    result::init().map_err(no_start)?;
+    Ok(version)
+}
+
+fn old_device(name: &str, capability: Capability) -> Problem {
+    let message = format!("{name} is too old: its compute capability is {capability}, needed is 8.0 or more");
+    missing("cuda::old_device", message, "use a GPU of 2020 or later: A100, RTX 30, or newer")
 }
 
 struct Nvidia {
@@ -85,13 +160,7 @@ struct Function {
 
 impl Nvidia {
     fn open(ordinal: usize, more: &'static [Unit]) -> Result<Nvidia, Problem> {
-        // SAFETY: opens and closes the library, as its first use would.
-        if !unsafe { sys::is_culib_present() } {
-            let help = format!("install NVIDIA's driver, {NEEDED_DRIVER} or later");
-            return Err(missing("cuda::no_driver", "there is no CUDA driver: libcuda.so.1 is not found", help));
-        }
-        driver_is_new_enough()?;
-        result::init().map_err(no_start)?;
+        start()?;
         let count = result::device::get_count().map_err(no_start)?;
         if ordinal >= count as usize {
             return Err(match count {
@@ -103,8 +172,7 @@ impl Nvidia {
         let name = result::device::get_name(device).map_err(no_start)?;
         let capability = capability(device).map_err(no_start)?;
         if capability < NEEDED_CAPABILITY {
-            let message = format!("{name} is too old: its compute capability is {capability}, needed is 8.0 or more");
-            return Err(missing("cuda::old_device", message, "use a GPU of 2020 or later: A100, RTX 30, or newer"));
+            return Err(old_device(&name, capability));
         }
         let kernels = Kernels { more, jit: Jit::of_environment()? };
         // SAFETY: the device is one that the driver named.
@@ -580,14 +648,14 @@ fn error_name(error: DriverError) -> String {
     format!("{:?}", error.0)
 }
 
-fn driver_is_new_enough() -> Result<(), Problem> {
+fn driver_is_new_enough() -> Result<(u32, u32), Problem> {
     let mut version = 0;
     // SAFETY: writes the number, and needs nothing to have been started.
     unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(no_start)?;
-    if version >= NEEDED_VERSION {
-        return Ok(());
-    }
     let (major, minor) = (version / 1000, version % 1000 / 10);
+    if version >= NEEDED_VERSION {
+        return Ok((major as u32, minor as u32));
+    }
     let message = format!("the CUDA driver is too old: it is for CUDA {major}.{minor}, needed is 12.0");
     let help = format!("install driver {NEEDED_DRIVER} or later; `nvidia-smi` shows which is there");
     Err(missing("cuda::old_driver", message, help))

@@ -51,7 +51,7 @@ pub struct Usage {
 const GRAIN: usize = 512;
 
 /// The size of the block for so many bytes: at most an eighth is left over.
-fn block_bytes(bytes: usize) -> usize {
+pub fn block_bytes(bytes: usize) -> usize {
     let step = (bytes.next_power_of_two() / 16).max(GRAIN);
     bytes.max(1).next_multiple_of(step)
 }

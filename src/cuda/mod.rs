@@ -11,7 +11,7 @@
 //! | `graph.rs` | launches captured once and carried out many times |
 //! | `launch.rs` | one launch: name, grid, shared memory, arguments |
 //! | `tensor_map.rs` | what kernels for compute capability 9.0 are told of a matrix |
-//! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none |
+//! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none, [`survey`] what there is |
 //! | `prebuilt.rs` | the compiled kernels, embedded, and which of them a device runs; its table is generated |
 //! | `jit.rs` | kernels compiled at run time, for whoever works on them; `units.rs` and `nvrtc.rs`: what and by whom |
 //! | `ops/` | the launcher of each kernel, under the stem of its `.cu` and of its reference in `tensor::ops` |
@@ -30,10 +30,10 @@ mod tensor_map;
 pub mod units;
 
 pub use beside::{Arriving, Leaving, Parked};
-pub use driver::{open, open_with};
+pub use driver::{Facts, Shown, open, open_with, survey};
 pub use graph::{Graph, Turn};
 pub use launch::{Dim, Launch};
-pub use memory::{Buffer, Gpu, Usage};
+pub use memory::{Buffer, Gpu, Usage, block_bytes};
 pub use prebuilt::Capability;
 pub use tensor_map::{TensorMap, TensorView, copies_rows_of};
 

@@ -2,12 +2,13 @@
 //!
 //! [`records`] reads and writes datasets, [`tokenizer`] and [`chat`] turn text into ids exactly as the
 //! Hugging Face libraries do, [`segments`] makes training samples and preference pairs from typed
-//! pieces of text, [`order`] says which sample comes when.
+//! pieces of text, [`order`] says which sample comes when, [`inspect`] counts what looks wrong.
 //!
 //! Nothing here truncates, drops or repairs a row in silence: what cannot be used is an error that
 //! names every such row, unless the caller asked for less, and then it is counted.
 
 pub mod chat;
+pub mod inspect;
 pub mod order;
 pub mod records;
 pub mod segments;

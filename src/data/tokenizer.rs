@@ -132,6 +132,12 @@ impl Tokenizer {
     }
 }
 
+/// One more than the largest id that has a token, from the text of a `tokenizer.json`; `None` if it is none.
+pub fn id_limit(text: &[u8]) -> Option<usize> {
+    let inner = contained(|| tokenizers::Tokenizer::from_bytes(text))?.ok()?;
+    inner.get_vocab(true).values().max().map(|&id| id as usize + 1)
+}
+
 /// What the library gives, or nothing where it panics: it does so on files that were cut or mixed up.
 fn contained<T>(work: impl FnOnce() -> T) -> Option<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).ok()

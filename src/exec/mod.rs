@@ -11,6 +11,7 @@ mod sources;
 mod status;
 
 pub use events::{Event, Observer, Silent, describe};
+pub use measure::{HostMemory, disk_free, host_memory, machine};
 pub use run::{Options, Outcome, Report};
 pub use sources::{Paths, Resolved, Sources};
 pub use status::{Reason, Status, Survey, causes, closure};
@@ -36,6 +37,11 @@ pub struct Engine<'a> {
 
 /// What does the work of a cell.
 pub trait Runner: Sync {
+    /// Asked once, when everything was looked at and before any stage runs: what it finds missing ends the run.
+    fn fits(&self, _: &Survey) -> Vec<Problem> {
+        Vec::new()
+    }
+
     /// Leaves the files of the artifact in `task.out`. An error with [`crate::problem::Exit::Interrupted`] says that
     /// the stage stopped because `task.stop` was set.
     fn run(&self, cell: &Cell, task: &Task) -> Result<(), Problem>;

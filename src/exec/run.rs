@@ -120,7 +120,10 @@ impl Engine<'_> {
         // Held until the end: what was found fresh must not be collected meanwhile.
         let session = if options.dry_run { None } else { Some(self.store.session()) };
         let before = self.status(selection, &options.force, &options.serve);
-        let problems = before.problems();
+        let mut problems = before.problems();
+        if !options.dry_run {
+            problems.extend(runner.fits(&before));
+        }
         if !problems.is_empty() {
             return Err(problems);
         }

@@ -218,6 +218,13 @@ impl Settings {
     }
 }
 
+impl Settings {
+    /// Whether there is a token; what it is stays here.
+    pub fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+}
+
 /// A source in the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {

@@ -6,6 +6,7 @@
 //! nothing: a completion has the same tokens alone as in any company, to the bit, because every row is computed by
 //! itself and draws its own random numbers.
 
+use super::config::Config;
 use super::device::DeviceModel;
 use super::device_decode::DeviceDecoder;
 use super::pages::Held;
@@ -69,11 +70,11 @@ impl Default for Limits {
 const CACHE_BYTES: usize = 1 << 30;
 /// Bytes of logits `[live, V]`, on the host.
 const LOGIT_BYTES: usize = 128 << 20;
-const MOST_LIVE: usize = 256;
+pub(super) const MOST_LIVE: usize = 256;
 /// Tokens by which a cache grows: doubling would take twice the memory that is counted.
 const GROWTH: usize = 256;
 /// Tokens of prompts that are run together; one longer prompt is run alone.
-const PROMPT_TOKENS: usize = 4096;
+pub(super) const PROMPT_TOKENS: usize = 4096;
 
 /// Completes `prompts`, in order. `decode` turns ids to text (without special tokens, if that is wanted).
 /// `on_step` is told how many are finished, at least once per token; its `Err` ends the work. `Err` also for
@@ -275,7 +276,7 @@ impl<'m> Engine<'m> {
         Ok(match device {
             None => {
                 let rope = RopeTable::new(longest, model.config.head_dim, model.config.rope_theta);
-                let width = width.min(most_live(model, longest)).max(1);
+                let width = width.min(most_live(&model.config, longest)).max(1);
                 Engine { width, place: Place::Host(Host { model, rope, sampling }) }
             }
             Some(device) => {
@@ -397,9 +398,10 @@ impl Host<'_> {
     }
 }
 
-fn most_live(model: &Model, longest: usize) -> usize {
-    let config = &model.config;
-    let cache = longest * config.num_hidden_layers * 2 * config.key_size() * size_of::<f32>();
+/// How many completions of so many tokens, prompts included, memory allows at once.
+pub(super) fn most_live(config: &Config, longest: usize) -> usize {
+    let token = config.num_hidden_layers * 2 * config.key_size() * size_of::<f32>();
+    let cache = longest.saturating_mul(token);
     let logits = config.vocab_size * size_of::<f32>();
     (CACHE_BYTES / cache.max(1)).min(LOGIT_BYTES / logits)
 }

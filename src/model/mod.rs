@@ -13,6 +13,7 @@
 //! | `decode.rs` | generation with a key/value cache |
 //! | `pages.rs` | who has which pages of a device's cache |
 //! | `sampling.rs` | logits to the next token |
+//! | `memory.rs` | how much memory all this takes, beforehand |
 
 pub mod config;
 pub mod decode;
@@ -21,6 +22,7 @@ mod device_decode;
 pub mod fit;
 pub mod load;
 pub mod lora;
+pub mod memory;
 mod pages;
 pub mod placed;
 pub mod qwen2;

@@ -60,6 +60,19 @@ fn weights(name: &str) -> Option<Bundle> {
     })
 }
 
+/// The bytes of one file of a bundled model.
+pub fn file(name: &str, file: &str) -> Option<&'static [u8]> {
+    let Bundle::Embedded(files) = model(name)? else { return None };
+    files.into_iter().find_map(|(there, bytes)| (there == file).then_some(bytes))
+}
+
+/// One more than the largest id of a bundled tokenizer.
+pub fn id_limit(name: &str) -> Option<usize> {
+    let Bundle::Embedded(files) = tokenizer(name)? else { return None };
+    let (_, bytes) = files.into_iter().find(|(there, _)| *there == "tokenizer.json")?;
+    crate::data::tokenizer::id_limit(bytes)
+}
+
 /// What is bundled under a source's text (`init:mini-3B`, or `init:mini` for the tokenizer), by content.
 pub fn digest(text: &str) -> Option<Digest> {
     let name = text.strip_prefix("init:")?;

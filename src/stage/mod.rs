@@ -12,6 +12,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 pub mod bundled;
 pub mod check;
@@ -23,6 +24,7 @@ pub mod eval;
 pub mod generate;
 mod inputs;
 pub mod model;
+pub mod needs;
 pub mod plot;
 pub mod probe;
 pub mod readings;
@@ -64,7 +66,12 @@ const fn kinds() -> [&'static Kind; STAGES.len()] {
 /// Runs a stage of the kind called `kind`, one of [`KINDS`].
 pub fn run(kind: &str, ctx: &Context) -> Result<(), Problem> {
     match STAGES.iter().find(|(known, _)| known.name == kind) {
-        Some((_, run)) => run(ctx),
+        Some((_, run)) => {
+            let seen = Seen { next: ctx.progress, at: Mutex::new(None) };
+            let done = run(&Context { device: ctx.device.clone(), progress: &seen, ..*ctx });
+            let at = *seen.at.lock().unwrap_or_else(PoisonError::into_inner);
+            done.map_err(|problem| needs::explained(problem, kind, ctx, at))
+        }
         None => Err(Problem::new("stage::unknown_kind", format!("there is no kind of stage called `{kind}`"))),
     }
 }
@@ -88,6 +95,34 @@ pub fn ready(kind: &Kind, params: &Params, remote: &Remote, stop: &AtomicBool) -
         remote.line(&endpoint)?.probe(stop)?;
     }
     Ok(())
+}
+
+/// Remembers how far a stage got: done, out of how many, of what.
+struct Seen<'a> {
+    next: &'a dyn Progress,
+    at: Mutex<Option<(u64, u64, &'static str)>>,
+}
+
+impl Progress for Seen<'_> {
+    fn begin(&self, total: u64, unit: &'static str) {
+        *self.at.lock().unwrap_or_else(PoisonError::into_inner) = Some((0, total, unit));
+        self.next.begin(total, unit);
+    }
+
+    fn at(&self, done: u64) {
+        if let Some((at, ..)) = self.at.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            *at = done;
+        }
+        self.next.at(done);
+    }
+
+    fn note(&self, text: &str) {
+        self.next.note(text);
+    }
+
+    fn warn(&self, text: &str) {
+        self.next.warn(text);
+    }
 }
 
 pub use crate::model::Device;

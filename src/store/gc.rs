@@ -1,6 +1,6 @@
 //! Tidying and checking: what killed runs left, what nothing refers to, what has rotted.
 
-use super::lock::{Attempt, Lock};
+use super::lock::{self, Attempt, Lock, Locks};
 use super::{Record, Store, disk, record_files};
 use crate::digest::Digest;
 use crate::problem::Problem;
@@ -182,6 +182,11 @@ impl Store {
         stats.unfinished = children(&self.dir.join("work")).len();
         stats.quarantined = children(&self.dir.join("quarantine")).len();
         stats
+    }
+
+    /// Which stages are being made, and what killed runs left of their locks.
+    pub fn locks(&self) -> Locks {
+        lock::look(&self.dir.join("locks"), &["gc", "index"])
     }
 
     /// Removes what `keep` does not name and what nothing refers to. `Err` (`store::busy`) if a run

@@ -86,6 +86,34 @@ impl Drop for Lock {
     }
 }
 
+/// The locks of stages below a folder, as they are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Locks {
+    /// Held by a run that is on.
+    pub held: Vec<Holder>,
+    /// Files that a killed run left; nobody holds them, and they stand in nobody's way.
+    pub left: usize,
+}
+
+/// Looks at each lock without taking any away. `shared`: names that are no lock of a stage.
+pub(crate) fn look(folder: &Path, shared: &[&str]) -> Locks {
+    let mut locks = Locks::default();
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    for path in entries.map(|entry| entry.path()) {
+        if path.file_name().is_none_or(|name| shared.iter().any(|shared| name == *shared)) {
+            continue;
+        }
+        let Ok(file) = File::open(&path) else { continue };
+        match file.try_lock_shared() {
+            // Given up again when the file is closed.
+            Ok(()) => locks.left += 1,
+            Err(_) => locks.held.push(holder(&path)),
+        }
+    }
+    locks.held.sort_by(|a, b| a.what.cmp(&b.what));
+    locks
+}
+
 fn holder(path: &Path) -> Holder {
     let text = fs::read_to_string(path).unwrap_or_default();
     let mut fields = text.trim_end().split('\t');

@@ -14,7 +14,7 @@ mod stat;
 
 pub use disk::Hook;
 pub use gc::{Checked, Collected, Keep, Stats};
-pub use lock::Holder;
+pub use lock::{Holder, Locks};
 pub use record::{Artifact, Entry, Measured, Record, Used, utc};
 
 use crate::digest::Digest;

@@ -30,6 +30,18 @@ pub enum Kind {
     AdamW8bit,
 }
 
+impl Kind {
+    /// Bytes of state for a tensor of so many values.
+    pub fn state_bytes(self, values: usize) -> usize {
+        match self {
+            Kind::AdamW8bit if values >= adamw8bit::SMALLEST => {
+                2 * (values + size_of::<f32>() * values.div_ceil(adamw8bit::BLOCK))
+            }
+            Kind::AdamW | Kind::AdamW8bit => 2 * size_of::<f32>() * values,
+        }
+    }
+}
+
 /// Either optimizer, with one state per parameter.
 #[derive(Debug, Clone)]
 pub enum Optimizer {

@@ -76,7 +76,7 @@ fn the_cache_can_be_counted_and_checked() {
 #[test]
 fn every_command_has_help_with_examples() {
     let project = Project::new();
-    for command in ["run", "plan", "validate", "why", "graph", "show", "export", "schema", "completions"] {
+    for command in ["run", "plan", "validate", "why", "graph", "show", "export", "doctor", "schema", "completions"] {
         let help = project.stdout(&[command, "--help"]);
         assert!(help.contains(&format!("pipe {command}")) && help.contains("Examples:"), "{help}");
     }

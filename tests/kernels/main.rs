@@ -17,6 +17,7 @@ mod graph;
 mod head_logprob;
 mod jit;
 mod lora_matmul;
+mod memory;
 mod model;
 mod prebuilt;
 mod queues;

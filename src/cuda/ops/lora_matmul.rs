@@ -94,6 +94,11 @@ fn part_rows(m: usize) -> usize {
     m.div_ceil(PARTS).max(PART_ROWS).next_multiple_of(32)
 }
 
+/// How many parts of a factor's gradient are summed by themselves: scratch of the backward pass.
+pub fn gradient_parts(m: usize) -> usize {
+    m.div_ceil(part_rows(m))
+}
+
 /// y [m, n] = (or += with `add`) x W^T + scale low B^T + bias, with low [m, rank] = x A^T in bf16, which the backward
 /// pass wants; with `low` absent it is thrown away. x [m, k], W [n, k], bias [n].
 ///
@@ -369,7 +374,7 @@ fn factor_gradient(
     assert!(out.len() == rows * cols && p.len() == m * rows && q.len() == m * cols);
     let gpu = out.gpu();
     let length = part_rows(m);
-    let parts = m.div_ceil(length);
+    let parts = gradient_parts(m);
     let partial = gpu.alloc::<f32>(parts * rows * cols)?;
     let (tall, wide) = FACTOR.over(rows, cols);
     let launch = gpu
