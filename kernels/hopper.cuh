@@ -1,7 +1,8 @@
 // The instructions that only compute capability 9.0 has (sm_90a: H100, H200), as C++ functions: barriers in shared
 // memory that count arrivals and bytes, copies of a tensor's boxes, products by four warps at once.
 //
-// Included by kernels/<op>_hopper.cu alone. As dev.cuh does, it has two halves: PTX here, and for a C++ compiler
+// For kernels/<op>_hopper.cu alone; a large product wants ring.cuh, which is made of it. As dev.cuh does, it has two
+// halves: PTX here, and for a C++ compiler
 // tests/emulator/runtime/hopper.hpp. A name in quotes is a section of the PTX ISA manual.
 //
 // A kernel is one or more consumer warpgroups (128 threads whose first is a multiple of 128) and a producer warp:
