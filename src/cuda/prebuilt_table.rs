@@ -63,6 +63,20 @@ pub(super) const UNITS: &[Unit] = &[
         ],
     },
     Unit {
+        name: "attention_hopper",
+        kernels: &[
+            "attention_forward_128_hopper",
+            "attention_forward_64_hopper",
+            "attention_key_gradients_128_hopper",
+            "attention_key_gradients_64_hopper",
+            "attention_query_gradients_128_hopper",
+            "attention_query_gradients_64_hopper",
+        ],
+        blobs: &[
+            Blob { arch: "sm_90a", packed: include_bytes!("../../kernels/prebuilt/attention_hopper.sm_90a.cubin.zst") },
+        ],
+    },
+    Unit {
         name: "bias",
         kernels: &[
             "bias_add",
@@ -147,6 +161,18 @@ pub(super) const UNITS: &[Unit] = &[
         ],
     },
     Unit {
+        name: "head_logprob_hopper",
+        kernels: &[
+            "head_forward_hopper",
+            "head_forward_top_hopper",
+            "head_slopes_hopper",
+            "head_through_hopper",
+        ],
+        blobs: &[
+            Blob { arch: "sm_90a", packed: include_bytes!("../../kernels/prebuilt/head_logprob_hopper.sm_90a.cubin.zst") },
+        ],
+    },
+    Unit {
         name: "lora_matmul",
         kernels: &[
             "lora_matmul_decode",
@@ -171,6 +197,7 @@ pub(super) const UNITS: &[Unit] = &[
     Unit {
         name: "lora_matmul_hopper",
         kernels: &[
+            "lora_matmul_dx_hopper",
             "lora_matmul_forward_hopper",
         ],
         blobs: &[
