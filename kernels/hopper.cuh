@@ -2,8 +2,8 @@
 // memory that count arrivals and bytes, copies of a tensor's boxes, products by four warps at once.
 //
 // For kernels/<op>_hopper.cu alone; a large product wants ring.cuh, which is made of it. As dev.cuh does, it has two
-// halves: PTX here, and for a C++ compiler
-// tests/emulator/runtime/hopper.hpp. A name in quotes is a section of the PTX ISA manual.
+// halves: PTX here, and for a C++ compiler tests/emulator/runtime/hopper.hpp. A name in quotes is a section of the PTX
+// ISA manual.
 //
 // A kernel is one or more consumer warpgroups (128 threads whose first is a multiple of 128) and a producer warp:
 //
