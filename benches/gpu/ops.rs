@@ -100,7 +100,7 @@ fn noise(gpu: &Gpu, len: usize, size: f64) -> Result<Buffer<bf16>, Problem> {
 /// By the device's clock.
 fn timed(gpu: &Gpu, mut work: impl FnMut() -> Result<(), Problem> + 'static) -> Run {
     let gpu = gpu.clone();
-    Box::new(move || gpu.driver().time(&mut work))
+    Box::new(move || gpu.time(&mut work))
 }
 
 /// Everything, limits first.
@@ -429,7 +429,7 @@ fn step((shape, tokens, rank): (&'static str, usize, usize)) -> Plan {
             let (rows, targets): (Vec<usize>, Vec<u32>) = (0..tokens - 1).map(|t| (t, ids[t + 1])).unzip();
             let device = gpu.clone();
             Ok(Box::new(move || {
-                device.driver().time(&mut || {
+                device.time(&mut || {
                     let batch = Batch { ids: &ids, lengths: &[tokens], rows: &rows, targets: &targets };
                     gradients.clear()?;
                     let forward = placed.forward(&batch)?;
@@ -467,9 +467,7 @@ fn decode((shape, sequences, context, steps): (&'static str, usize, usize, usize
                 let completed = |max_tokens: usize| {
                     let sampling = Sampling { max_tokens, ..Sampling::default() };
                     let words = &|_: &[u32]| String::new();
-                    device
-                        .driver()
-                        .time(&mut || generate_placed(&placed, &prompts, &sampling, words, &mut |_| Ok(())).map(drop))
+                    device.time(&mut || generate_placed(&placed, &prompts, &sampling, words, &mut |_| Ok(())).map(drop))
                 };
                 Ok((completed(2 * steps + 1)? - completed(1)?) / (2 * steps) as f64)
             }))

@@ -53,6 +53,12 @@ impl Gpu {
         Turn { driver: inner.driver.as_ref(), _shared: shared }
     }
 
+    /// The seconds that what `work` queues takes on the device ([`Driver::time`]). Without a turn of its own: the calls
+    /// in `work` take theirs, and one of them may capture.
+    pub fn time(&self, work: &mut dyn FnMut() -> Result<(), Problem>) -> Result<f64, Problem> {
+        self.inner.driver.time(work)
+    }
+
     /// Whether this thread captures launches on this device.
     fn captures(&self) -> bool {
         CAPTURE

@@ -117,7 +117,7 @@ pub fn forward(
     dims: Dims,
     add: bool,
 ) -> Result<(), Problem> {
-    let suits = copies_rows_of(dims.k) && lora.is_none_or(|lora| copies_rows_of(lora.rank));
+    let suits = copies_rows_of(dims.k) && lora.is_none_or(|lora| lora.rank == 0 || copies_rows_of(lora.rank));
     let wgmma = y.gpu().has_wgmma() && suits;
     forward_by(wgmma, y, low, x, w, bias, lora, dims, add)
 }
