@@ -28,8 +28,9 @@
 //! than for one.
 //!
 //! What is not counted: the program itself, scratch of products (a few MiB a thread), the tokens of the data, what a
-//! driver takes for its context and for graphs, and blocks of other sizes that a pool keeps (on a device they go
-//! back when they are wanted). Kernels for wgmma have no buffers of their own.
+//! driver takes for its context and for graphs (decoding leaves a sixteenth of a device to that), and blocks of other
+//! sizes that a pool keeps (on a device they go back when they are wanted; those of `offload` stay with the host).
+//! Kernels for wgmma have no buffers of their own.
 
 use super::config::Config;
 use super::decode::{MOST_LIVE, most_live, prompts_together};
@@ -521,6 +522,8 @@ impl Plan<'_> {
         let x = self.residual(place, longest);
         let tile = longest.min(LOGIT_ROWS);
         if logits && place.device {
+            // Angles stay where they are for the next.
+            let x = x + self.angles(place, extent.longest);
             moments.push(vec![(Part::Layer, x), (Part::Head, self.logits_on_device(tile))]);
         } else if logits {
             let all = longest * self.config.vocab_size as u128 * 4;

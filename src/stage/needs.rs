@@ -424,6 +424,23 @@ mod tests {
     }
 
     #[test]
+    fn beside_a_device_the_host_holds_weights_and_what_waits_there() {
+        let need = |more: Value| needs("sft", &sft(more), &shape(), None, true).unwrap().most;
+        let (plain, offloaded) = (need(json!({})), need(json!({"offload": true})));
+        for part in [Part::Gradients, Part::Layer, Part::Head, Part::Activations] {
+            assert!(plain.of(part).0 == 0 && plain.of(part).1 > 0, "{part}");
+        }
+        // The inputs of two layers; one of them is on the device too, one that was there is not.
+        let inputs = 2 * 4096 * 64 * 2;
+        assert_eq!(offloaded.of(Part::Activations).0, inputs);
+        assert_eq!(offloaded.host, plain.host + inputs);
+        // Doubling what is trained leaves gradients and optimizer to the device.
+        let wide = need(json!({"lora": {"rank": 8, "alpha": 8.0, "targets": ["q_proj"]}}));
+        assert_eq!(wide.of(Part::Trained).0, 2 * plain.of(Part::Trained).0);
+        assert_eq!(wide.host - plain.host, plain.of(Part::Trained).0);
+    }
+
+    #[test]
     fn completions_on_a_device_need_pages_for_one_and_a_workspace_for_all() {
         let params = |more: Value| {
             let mut all = params(json!({

@@ -7,7 +7,7 @@ use crate::support::{Limited, PORTABLE};
 use pipe::cuda::Gpu;
 use pipe::model::memory::{Decode, Extent, Need, Part, Plan, Trained, Work};
 use pipe::model::{
-    Batch, Config, Device, Limits, LoraSpec, Model, Placed, Prompt, Recompute, Sampling, generate_within, lora,
+    Batch, Config, Device, Limits, LoraSpec, Model, Placed, Prompt, Recompute, Sampling, fit, generate_within, lora,
 };
 use pipe::problem::Problem;
 use pipe::random::Stream;
@@ -17,7 +17,7 @@ use pipe::train::{self, Options, PlacedOptimizer};
 use serde_json::{Value, json};
 
 /// How far a planned peak may be from the one counted.
-const ALLOWED: f64 = 0.05;
+const ALLOWED: f64 = 0.01;
 
 /// The terms of a device's column. A term that moves there is added here.
 const TERMS: &[Part] = &[
@@ -94,13 +94,11 @@ fn step_is_planned(lengths: &[usize], tied: bool, spec: Option<&LoraSpec>, kept:
     let mut placed = Placed::new(model, &Device::Cuda(gpu.clone())).unwrap();
     let mut optimizer = PlacedOptimizer::new(kind, Options::default(), &placed).unwrap();
     let mut grads = placed.zero_gradients().unwrap();
-    for _ in 0..2 {
-        let forward = placed.forward(&rows.batch()).unwrap();
-        placed.backward(forward.tape, &vec![-1.0; rows.rows.len()], &mut grads).unwrap();
-        let norm = optimizer.norm(&grads).unwrap();
-        optimizer.clip(&mut grads, norm, 1.0).unwrap();
-        optimizer.step(&mut placed, &grads, 1e-4).unwrap();
-    }
+    let forward = placed.forward(&rows.batch()).unwrap();
+    placed.backward(forward.tape, &vec![-1.0; rows.rows.len()], &mut grads).unwrap();
+    let norm = optimizer.norm(&grads).unwrap();
+    optimizer.clip(&mut grads, norm, 1.0).unwrap();
+    optimizer.step(&mut placed, &grads, 1e-4).unwrap();
     let (config, state_sizes) = (config(tied), |values| kind.state_sizes(values));
     let (extent, Kept { layers, offload }) = (Extent::of(&rows.batch()), kept);
     let trained = spec.map_or(Trained::Everything, Trained::Adapter);
@@ -132,14 +130,14 @@ const LEAVING_BUT_INSIDES: Kept = Kept { layers: 2, offload: true };
 #[test]
 fn a_planned_training_step_is_what_the_buffers_take() {
     for (lengths, targets, tied, kept, kind) in [
-        (&[200, 120, 60][..], &lora::TARGETS[..], true, NONE, train::Kind::AdamW),
-        (&[200, 120, 60], &lora::TARGETS[..7], false, ALL, train::Kind::AdamW8bit),
+        (&[100, 60, 30][..], &lora::TARGETS[..], true, NONE, train::Kind::AdamW),
+        (&[100, 60, 30], &lora::TARGETS[..7], false, ALL, train::Kind::AdamW8bit),
         (&[37], &["q_proj", "v_proj"], true, NONE, train::Kind::AdamW8bit),
-        (&[150, 150], &["lm_head"], false, NONE, train::Kind::AdamW),
+        (&[80, 80], &["lm_head"], false, NONE, train::Kind::AdamW),
         (&[9, 4], &lora::TARGETS, true, ALL, train::Kind::AdamW),
-        (&[300, 100], &lora::TARGETS[..7], true, LAST, train::Kind::AdamW),
-        (&[300, 100], &lora::TARGETS[..7], true, LEAVING, train::Kind::AdamW),
-        (&[300, 100], &lora::TARGETS[..7], false, LEAVING_BUT_INSIDES, train::Kind::AdamW),
+        (&[120, 40], &lora::TARGETS[..7], true, LAST, train::Kind::AdamW),
+        (&[120, 40], &lora::TARGETS[..7], true, LEAVING, train::Kind::AdamW),
+        (&[120, 40], &lora::TARGETS[..7], false, LEAVING_BUT_INSIDES, train::Kind::AdamW),
     ] {
         step_is_planned(lengths, tied, Some(&spec(targets)), kept, kind);
     }
@@ -148,12 +146,42 @@ fn a_planned_training_step_is_what_the_buffers_take() {
 #[test]
 fn a_planned_step_of_every_weight_is_what_the_buffers_take() {
     for (lengths, tied, kept, kind) in [
-        (&[200, 120, 60][..], true, NONE, train::Kind::AdamW),
-        (&[200, 120, 60], false, ALL, train::Kind::AdamW8bit),
+        (&[100, 60, 30][..], true, NONE, train::Kind::AdamW),
+        (&[100, 60, 30], false, ALL, train::Kind::AdamW8bit),
         (&[37], false, LEAVING, train::Kind::AdamW8bit),
     ] {
         step_is_planned(lengths, tied, None, kept, kind);
     }
+}
+
+/// Whatever there is beside weights and gradients, as many layers keep their insides as fit, and a batch of another
+/// shape finds room too.
+#[test]
+fn as_many_layers_as_fit_keep_their_insides_and_none_too_many() {
+    let spec = spec(&lora::TARGETS[..7]);
+    let fitting = |gpu: &Gpu| {
+        let mut model = Model::random(config(true), 3, Dtype::Bf16);
+        model.add_lora(&spec, 4).unwrap();
+        model.recompute = Recompute::Fit;
+        let placed = Placed::new(model, &Device::Cuda(gpu.clone())).unwrap();
+        let grads = placed.zero_gradients().unwrap();
+        (placed, grads)
+    };
+    let (first, second) = (rows(&[70, 50]), rows(&[60, 30]));
+    let mut peaks = Vec::new();
+    for kept in 1..=3 {
+        let gpu = Gpu::new(Box::new(PORTABLE));
+        let (placed, _grads) = fitting(&gpu);
+        let free = fit::device_bytes(&placed, Extent::of(&first.batch()), kept);
+        let gpu = Limited::to(gpu.usage().now + free);
+        let (placed, mut grads) = fitting(&gpu);
+        for rows in [&first, &second, &first] {
+            let forward = placed.forward(&rows.batch()).unwrap();
+            placed.backward(forward.tape, &vec![-1.0; rows.rows.len()], &mut grads).unwrap();
+        }
+        peaks.push(gpu.usage().peak);
+    }
+    assert!(peaks.is_sorted_by(|less, more| less < more), "{peaks:?}");
 }
 
 /// DPO's reference and a probe: log-probs that keep nothing.
@@ -191,16 +219,17 @@ fn planned_decoding_is_what_the_buffers_take_with_pages_for_one_or_for_all() {
             };
             let prompts: Vec<Prompt> = (0..count).map(stream).collect();
             // Room is made for the longest completion there may be; a few tokens show the rest.
-            let mut steps = 0;
+            let (mut steps, mut there) = (0, 0);
             let sampling = Sampling { max_tokens, temperature, repetition_penalty, ..Sampling::default() };
             let mut on_step = |_: usize| {
+                there = gpu.usage().now;
                 steps += 1;
                 if steps > 3 { Err(Problem::new("test::enough", "enough")) } else { Ok(()) }
             };
             let longest = prompt + max_tokens;
             let limits = Limits { pages: ends * (longest.div_ceil(16) + 1), ..Limits::default() };
             let _ = generate_within(&placed, &prompts, &sampling, &|_| String::new(), &mut on_step, &limits);
-            assert!(steps > 3);
+            assert!(steps >= 3);
             let (drawn, penalty) = (temperature > 0.0, repetition_penalty != 1.0);
             let decode = Decode { ends, drawn, penalty, ..Decode::new(&config, true, count, longest, prompt) };
             let plan = Plan {
@@ -210,7 +239,15 @@ fn planned_decoding_is_what_the_buffers_take_with_pages_for_one_or_for_all() {
                 on_device: true,
                 work: Work::Decode(decode),
             };
-            near(&plan.need(), &gpu, &format!("{count} prompts of {prompt}, pages for {ends}, drawn {drawn}"));
+            let (need, what) = (plan.need(), format!("{count} prompts of {prompt}, pages for {ends}, drawn {drawn}"));
+            let all_the_time = (need.device - plan.working()) as f64;
+            assert!((all_the_time / there as f64 - 1.0).abs() <= ALLOWED, "{what}: {all_the_time}, {there}: {need:?}");
+            // Room is left for all prompts together, even if pages are so few that only one is begun.
+            if ends == count {
+                near(&need, &gpu, &what);
+            } else {
+                assert!(gpu.usage().peak as u64 <= need.device, "{what}");
+            }
         }
     }
 }
