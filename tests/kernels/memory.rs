@@ -103,12 +103,18 @@ fn step_is_planned(lengths: &[usize], tied: bool, spec: Option<&LoraSpec>, kept:
     let (extent, Kept { layers, offload }) = (Extent::of(&rows.batch()), kept);
     let trained = spec.map_or(Trained::Everything, Trained::Adapter);
     let work = Work::Train { extent, kept: layers, offload, state_sizes: &state_sizes };
-    let need = Plan { config: &config, dtype: Dtype::Bf16, trained, on_device: true, work }.need();
+    let plan = Plan { config: &config, dtype: Dtype::Bf16, trained, on_device: true, work };
+    let need = plan.need();
     let what = spec.map_or("every weight".to_string(), |spec| spec.targets.join(", "));
     near(&need, &gpu, &format!("{lengths:?}, {what}, tied {tied}, {kept:?}, {kind:?}"));
-    // What is there all the time, by itself.
-    let values: Vec<usize> = placed.params().iter().map(|param| param.value.len()).collect();
+    // What is there for a while, by itself; angles have come to stay, and after the peak tables of addresses.
     let blocks = |bytes: usize| pipe::cuda::block_bytes(bytes) as u64;
+    let planned = (plan.working() - 2 * blocks(extent.longest * 32 * 4)) as f64;
+    let counted = (gpu.usage().peak - gpu.usage().now) as f64;
+    let apart = (planned - counted).abs();
+    assert!(apart <= ALLOWED * counted + 8192.0, "{what}: {planned} for a while, counted {counted}");
+    // Of what is there all the time, the gradients by themselves.
+    let values: Vec<usize> = placed.params().iter().map(|param| param.value.len()).collect();
     assert_eq!(need.of(Part::Gradients), (0, values.iter().map(|values| blocks(4 * values)).sum()), "{what}");
     drop((optimizer, grads, placed));
     assert_eq!(gpu.usage().now, 0, "{what}");
@@ -130,14 +136,14 @@ const LEAVING_BUT_INSIDES: Kept = Kept { layers: 2, offload: true };
 #[test]
 fn a_planned_training_step_is_what_the_buffers_take() {
     for (lengths, targets, tied, kept, kind) in [
-        (&[100, 60, 30][..], &lora::TARGETS[..], true, NONE, train::Kind::AdamW),
-        (&[100, 60, 30], &lora::TARGETS[..7], false, ALL, train::Kind::AdamW8bit),
+        (&[60, 40, 20][..], &lora::TARGETS[..], true, NONE, train::Kind::AdamW),
+        (&[60, 40, 20], &lora::TARGETS[..7], false, ALL, train::Kind::AdamW8bit),
         (&[37], &["q_proj", "v_proj"], true, NONE, train::Kind::AdamW8bit),
-        (&[80, 80], &["lm_head"], false, NONE, train::Kind::AdamW),
+        (&[60, 60], &["lm_head"], false, NONE, train::Kind::AdamW),
         (&[9, 4], &lora::TARGETS, true, ALL, train::Kind::AdamW),
-        (&[120, 40], &lora::TARGETS[..7], true, LAST, train::Kind::AdamW),
-        (&[120, 40], &lora::TARGETS[..7], true, LEAVING, train::Kind::AdamW),
-        (&[120, 40], &lora::TARGETS[..7], false, LEAVING_BUT_INSIDES, train::Kind::AdamW),
+        (&[70, 50], &lora::TARGETS[..7], true, LAST, train::Kind::AdamW),
+        (&[70, 50], &lora::TARGETS[..7], true, LEAVING, train::Kind::AdamW),
+        (&[70, 50], &lora::TARGETS[..7], false, LEAVING_BUT_INSIDES, train::Kind::AdamW),
     ] {
         step_is_planned(lengths, tied, Some(&spec(targets)), kept, kind);
     }
@@ -146,8 +152,8 @@ fn a_planned_training_step_is_what_the_buffers_take() {
 #[test]
 fn a_planned_step_of_every_weight_is_what_the_buffers_take() {
     for (lengths, tied, kept, kind) in [
-        (&[100, 60, 30][..], true, NONE, train::Kind::AdamW),
-        (&[100, 60, 30], false, ALL, train::Kind::AdamW8bit),
+        (&[60, 40, 20][..], true, NONE, train::Kind::AdamW),
+        (&[60, 40, 20], false, ALL, train::Kind::AdamW8bit),
         (&[37], false, LEAVING, train::Kind::AdamW8bit),
     ] {
         step_is_planned(lengths, tied, None, kept, kind);
@@ -167,7 +173,7 @@ fn as_many_layers_as_fit_keep_their_insides_and_none_too_many() {
         let grads = placed.zero_gradients().unwrap();
         (placed, grads)
     };
-    let (first, second) = (rows(&[70, 50]), rows(&[60, 30]));
+    let (first, second) = (rows(&[50, 40]), rows(&[40]));
     let mut peaks = Vec::new();
     for kept in 1..=3 {
         let gpu = Gpu::new(Box::new(PORTABLE));
@@ -175,13 +181,13 @@ fn as_many_layers_as_fit_keep_their_insides_and_none_too_many() {
         let free = fit::device_bytes(&placed, Extent::of(&first.batch()), kept);
         let gpu = Limited::to(gpu.usage().now + free);
         let (placed, mut grads) = fitting(&gpu);
-        for rows in [&first, &second, &first] {
+        for rows in [&second, &first] {
             let forward = placed.forward(&rows.batch()).unwrap();
             placed.backward(forward.tape, &vec![-1.0; rows.rows.len()], &mut grads).unwrap();
         }
         peaks.push(gpu.usage().peak);
     }
-    assert!(peaks.is_sorted_by(|less, more| less < more), "{peaks:?}");
+    assert!(peaks.is_sorted() && peaks[0] < peaks[2], "{peaks:?}");
 }
 
 /// DPO's reference and a probe: log-probs that keep nothing.
