@@ -2,7 +2,7 @@
 //!
 //! Scratch of products and of attention is not planned: each thread may have some beside.
 
-use pipe::model::memory::{Extent, Part, Plan, Trained, Work};
+use pipe::model::memory::{Decode, Extent, Part, Plan, Trained, Work};
 use pipe::model::{Batch, Config, Gradients, LoraSpec, Model, Prompt, Recompute, Sampling, generate, lora};
 use pipe::tensor::Dtype;
 use pipe::train::{self, Optimizer, Options};
@@ -98,14 +98,15 @@ fn a_planned_step_on_the_processor_is_what_was_allocated() {
         (Dtype::F32, None, false, train::Kind::AdamW8bit),
     ] {
         let counted = peak_of(|| step(dtype, spec, recompute, kind, &lengths));
-        let (config, state_bytes) = (config(), |values| kind.state_bytes(values));
+        let (config, state_sizes) = (config(), |values| kind.state_sizes(values));
+        let kept = if recompute { 0 } else { usize::MAX };
         let extent = Extent { tokens: 900, rows: 900, sequences: 3, longest: 400 };
         let plan = Plan {
             config: &config,
             dtype,
             trained: spec.map_or(Trained::Everything, Trained::Adapter),
             on_device: false,
-            work: Work::Train { extent, recompute, state_bytes: &state_bytes },
+            work: Work::Train { extent, kept, offload: false, state_sizes: &state_sizes },
         };
         let what = format!("{dtype:?}, adapter {}, recomputed {recompute}, {kind:?}", spec.is_some());
         near(plan.need().host, counted, &what);
@@ -121,8 +122,9 @@ fn optimizer_states_and_weights_are_planned_to_the_byte() {
         model.train_all().unwrap();
         for kind in [train::Kind::AdamW, train::Kind::AdamW8bit] {
             let optimizer = Optimizer::new(kind, Options::default(), model.params());
-            let state_bytes = |values| kind.state_bytes(values);
-            let work = Work::Train { extent: Extent::full(1, 1), recompute: true, state_bytes: &state_bytes };
+            let state_sizes = |values| kind.state_sizes(values);
+            let (extent, offload) = (Extent::full(1, 1), false);
+            let work = Work::Train { extent, kept: 0, offload, state_sizes: &state_sizes };
             let config = config();
             let plan = Plan { config: &config, dtype, trained: Trained::Everything, on_device: false, work };
             let planned = plan.need();
@@ -145,7 +147,7 @@ fn planned_decoding_on_the_processor_is_what_was_allocated() {
     let sampling = Sampling { max_tokens: 4, ..Sampling::default() };
     let counted = peak_of(|| generate(&model, &prompts, &sampling, &|_| String::new(), &mut |_| Ok(())).unwrap());
     let config = config();
-    let work = Work::decode(&config, 6, 304, 300);
+    let work = Work::Decode(Decode::new(&config, false, 6, 304, 300));
     let plan = Plan { config: &config, dtype: Dtype::F32, trained: Trained::Nothing, on_device: false, work };
     let need = plan.need();
     near(need.host - need.of(Part::Weights).0, counted, "six prompts of 300");

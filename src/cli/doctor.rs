@@ -359,7 +359,7 @@ fn memory(engine: &Engine, look: &Look, machine: &Machine, findings: &mut Findin
                     continue;
                 }
                 let state = if fit == Fit::Fits { State::Ok } else { State::Warn };
-                let words = format!("up to {}: {}", super::needs::amounts(&needs.most), fit.words());
+                let words = format!("{}: {}", super::needs::bounded(needs), fit.words());
                 (needs.most.host.saturating_add(needs.most.device), state, words)
             }
         };

@@ -224,7 +224,7 @@ impl<'a> Look<'a> {
         let problems: Vec<Problem> = problems.into_values().map(problem).collect();
         let warning = |(_, id, needs): (u64, CellId, &Needs)| {
             let words = fit(needs, machine).words();
-            format!("{} needs up to {}: {words}", self.cell(id), amounts(&needs.most))
+            format!("{} needs {}: {words}", self.cell(id), bounded(needs))
         };
         let mut warnings: Vec<String> = warnings.into_values().map(warning).collect();
         if problems.is_empty() && warnings.is_empty() {
@@ -248,7 +248,7 @@ impl<'a> Look<'a> {
                     let steps = needs
                         .steps
                         .map_or(String::new(), |steps| format!(", {}", report::count(steps as usize, "step")));
-                    format!("up to {}: {}{steps}", amounts(&needs.most), fit(needs, machine).words())
+                    format!("{}: {}{steps}", bounded(needs), fit(needs, machine).words())
                 }
                 Err(until) => format!("unknown until `{}` is made", self.cell(*until)),
             };
@@ -286,7 +286,7 @@ impl<'a> Look<'a> {
             Ok(needs) => {
                 let sums = |need: &Need| json!({ "host": need.host, "device": need.device });
                 json!({
-                    "surely": sums(&needs.surely), "at_most": sums(&needs.most),
+                    "surely": sums(&needs.surely), "at_most": sums(&needs.most), "takes_more": needs.takes_more,
                     "parts": needs.most.lines.iter().map(part_object).collect::<Vec<_>>(),
                     "fits": fit(&needs, machine) < Fit::No, "steps": needs.steps,
                 })
@@ -328,7 +328,7 @@ fn misfit(cell: &Cell, needs: &Needs, machine: &Machine) -> Problem {
         .exit(Exit::Missing)
         .at_span(&cell.file, cell.span.clone(), "")
         .note(format!("what takes how much:\n{}", needs.surely.table()));
-    needs::help(cell.kind.name, &cell.params).into_iter().fold(problem, Problem::help)
+    needs::help(cell.kind.name, &cell.params, device.is_some()).into_iter().fold(problem, Problem::help)
 }
 
 /// Cells that fit each by itself, and not as many at once as may run.
@@ -350,11 +350,16 @@ fn together(rows: &[Row], machine: &Machine, jobs: usize) -> Option<String> {
 }
 
 /// `3.4 GiB`, or `1.1 GiB on the host and 12 GiB on the device`.
-pub fn amounts(need: &Need) -> String {
+fn amounts(need: &Need) -> String {
     match need.device {
         0 => report::bytes(need.host),
         device => format!("{} on the host and {} on the device", report::bytes(need.host), report::bytes(device)),
     }
+}
+
+/// `up to 3.4 GiB`, or `at least` so much where a device's free memory is used whatever there is of it.
+pub fn bounded(needs: &Needs) -> String {
+    format!("{} {}", if needs.takes_more { "at least" } else { "up to" }, amounts(&needs.most))
 }
 
 fn there(machine: &Machine) -> String {

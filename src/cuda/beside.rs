@@ -10,6 +10,8 @@ use std::marker::PhantomData;
 const PART: usize = 1 << 20;
 /// A part is written to again when the copies out of it have been done, by then long ago.
 const PARTS: usize = 4;
+/// Of the ring of each device, in the host's memory.
+pub const STAGING_BYTES: usize = PARTS * PART;
 
 /// A ring of page-locked memory, through which values go up in the order they come.
 #[derive(Default)]
@@ -34,7 +36,7 @@ impl Staging {
         }
         let ring = match self.address {
             Some(address) => address,
-            None => *self.address.insert(driver.alloc_host(PARTS * PART)?),
+            None => *self.address.insert(driver.alloc_host(STAGING_BYTES)?),
         };
         if self.at + bytes.len() > PART {
             self.next_part(driver)?;

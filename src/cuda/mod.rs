@@ -29,7 +29,7 @@ mod prebuilt_table;
 mod tensor_map;
 pub mod units;
 
-pub use beside::{Arriving, Leaving, Parked};
+pub use beside::{Arriving, Leaving, Parked, STAGING_BYTES};
 pub use driver::{Facts, Shown, open, open_with, survey};
 pub use graph::{Graph, Turn};
 pub use launch::{Dim, Launch};

@@ -74,7 +74,12 @@ pub(super) const MOST_LIVE: usize = 256;
 /// Tokens by which a cache grows: doubling would take twice the memory that is counted.
 const GROWTH: usize = 256;
 /// Tokens of prompts that are run together; one longer prompt is run alone.
-pub(super) const PROMPT_TOKENS: usize = 4096;
+const PROMPT_TOKENS: usize = 4096;
+
+/// Tokens of prompts, none longer than `prompt`, that are run together at most for so many completions.
+pub(super) fn prompts_together(live: usize, prompt: usize) -> usize {
+    live.saturating_mul(prompt).min(prompt.max(PROMPT_TOKENS)).max(1)
+}
 
 /// Completes `prompts`, in order. `decode` turns ids to text (without special tokens, if that is wanted).
 /// `on_step` is told how many are finished, at least once per token; its `Err` ends the work. `Err` also for
@@ -281,8 +286,7 @@ impl<'m> Engine<'m> {
             }
             Some(device) => {
                 let width = width.clamp(1, MOST_LIVE);
-                let prompt_tokens = prompt.max(PROMPT_TOKENS);
-                let decoder = DeviceDecoder::new(model, device, sampling, limits, width, longest, prompt_tokens)?;
+                let decoder = DeviceDecoder::new(model, device, sampling, limits, width, longest, prompt)?;
                 Engine { width, place: Place::Device(Box::new(decoder)) }
             }
         })

@@ -7,6 +7,7 @@
 //! Shapes: T tokens of all sequences, R rows, H hidden, V vocabulary.
 
 use super::device_decode::StepRows;
+use super::memory::Extent;
 use super::qwen2::{Batch, DOWN, GATE, K, Layer, Linear, LoraSlot, Model, O, Q, Recompute, UP, V};
 use super::{Parameter, fit};
 use crate::cuda::ops::adamw::Tensor;
@@ -223,7 +224,7 @@ impl DeviceModel {
         let first = model.first_trained_layer();
         let sequences = self.sequences(model, batch)?;
         let recompute = match model.recompute {
-            Recompute::Fit => fit::on_device(model, &self.gpu, batch.ids.len(), batch.rows.len())?,
+            Recompute::Fit => fit::on_device(model, &self.gpu, Extent::of(batch))?,
             decided => decided,
         };
         let mut layers = Vec::new();

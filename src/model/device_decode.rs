@@ -10,6 +10,7 @@
 
 use super::decode::{Draw, Limits, Live};
 use super::device::{DeviceModel, attention_dims};
+use super::memory::{Decode, Plan, Trained, Work};
 use super::pages::{Held, Pages};
 use super::qwen2::Model;
 use super::sampling::Sampling;
@@ -19,6 +20,7 @@ use crate::cuda::ops::rope::Table;
 use crate::cuda::ops::sampling::{self, Drawn, Logits, Rule, Seen};
 use crate::cuda::{Buffer, Gpu, Graph};
 use crate::problem::{Exit, Problem};
+use crate::tensor::Dtype;
 use half::bf16;
 use std::collections::HashMap;
 
@@ -51,10 +53,10 @@ struct Prefix {
 
 /// What a step is captured for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Shape {
-    rows: usize,
+pub(super) struct Shape {
+    pub rows: usize,
     /// The most that a row may attend to.
-    keys: usize,
+    pub keys: usize,
 }
 
 /// Completions are rounded up to so many: few enough to be captured one by one, at most 7 more than there are.
@@ -63,13 +65,18 @@ fn rounded(live: usize) -> usize {
 }
 
 impl Shape {
-    fn of(live: usize, longest: usize) -> Shape {
+    pub fn of(live: usize, longest: usize) -> Shape {
         Shape { rows: rounded(live), keys: longest.div_ceil(SPAN).next_power_of_two() * SPAN }
     }
 
     /// Entries that a row has in the page table.
     fn pages(self) -> usize {
         self.keys / PAGE
+    }
+
+    /// Of what a step is given.
+    pub fn input_bytes(self) -> usize {
+        self.rows * (Inputs::ROW_BYTES + self.pages() * size_of::<u32>())
     }
 }
 
@@ -148,16 +155,12 @@ impl Inputs {
 
     /// For rows without completions, which attend to nothing and write to `spare`, each to a place of its own.
     fn new(shape: Shape, spare: u32) -> Inputs {
-        let mut inputs = Inputs { shape, bytes: vec![0; Inputs::len(shape)] };
+        let mut inputs = Inputs { shape, bytes: vec![0; shape.input_bytes()] };
         for row in 0..shape.rows {
             inputs.set(20, row, &((row % PAGE) as u32).to_le_bytes());
             inputs.set(28, row * shape.pages(), &spare.to_le_bytes());
         }
         inputs
-    }
-
-    fn len(shape: Shape) -> usize {
-        shape.rows * (Inputs::ROW_BYTES + shape.pages() * size_of::<u32>())
     }
 
     /// Element `index` of the section that begins after `before` bytes per row.
@@ -193,7 +196,7 @@ impl Workspace {
         };
         Ok(Workspace {
             most,
-            inputs: gpu.alloc(Inputs::len(most))?,
+            inputs: gpu.alloc(most.input_bytes())?,
             x: gpu.alloc(rows * hidden)?,
             norm: gpu.alloc(rows * hidden)?,
             rstd: gpu.alloc(rows)?,
@@ -280,7 +283,7 @@ impl Workspace {
 
 impl<'m> DeviceDecoder<'m> {
     /// Room for at most `live` completions of at most `longest` tokens, prompts included; for fewer if the device has
-    /// not the memory. `prompt_tokens` are run together at most. `Err` (`cuda::out_of_memory`) if there is not enough
+    /// not the memory. No prompt has more than `prompt` tokens. `Err` (`cuda::out_of_memory`) if there is not enough
     /// for one.
     pub fn new(
         model: &'m Model,
@@ -289,7 +292,7 @@ impl<'m> DeviceDecoder<'m> {
         limits: &Limits,
         live: usize,
         longest: usize,
-        prompt_tokens: usize,
+        prompt: usize,
     ) -> Result<DeviceDecoder<'m>, Problem> {
         let (gpu, config) = (device.gpu(), &model.config);
         let rule = Rule {
@@ -302,9 +305,9 @@ impl<'m> DeviceDecoder<'m> {
         };
         let table = Table::upload(gpu, longest, config.head_dim, config.rope_theta)?;
         let work = Workspace::new(gpu, model, Shape::of(live, longest), longest, &rule)?;
-        // The prompt of the next in line may be kept beside the longest.
-        let needed = longest.div_ceil(PAGE) + 1;
-        let count = room(gpu, model, live, prompt_tokens)?.min(limits.pages).min(live * needed);
+        let decode = Decode::new(config, true, live, longest, prompt);
+        let needed = Decode::pages(longest);
+        let count = room(gpu, model, decode)?.min(limits.pages).min(live * needed);
         if count < needed {
             let (there, wanted) = (count * PAGE, needed * PAGE);
             let message =
@@ -517,13 +520,11 @@ fn draw(rule: &Rule, rows: &mut StepRows) -> Result<(), Problem> {
 
 /// Pages that there is memory for, beside what it takes to run prompts and a sixteenth of the device, for graphs and
 /// for whoever else has a little of it.
-fn room(gpu: &Gpu, model: &Model, live: usize, prompt_tokens: usize) -> Result<usize, Problem> {
+fn room(gpu: &Gpu, model: &Model, decode: Decode) -> Result<usize, Problem> {
     let config = &model.config;
     let (_, total) = gpu.driver().memory()?;
-    // What a layer makes of a token, and what it begins and ends with.
-    let token = 6 * config.hidden_size + 2 * (config.query_size() + config.key_size()) + 3 * config.intermediate_size;
-    let logits = live.min(prompt_tokens) * config.vocab_size;
-    let prompts = (prompt_tokens * token + logits) * size_of::<bf16>();
+    let (dtype, trained, work) = (Dtype::Bf16, Trained::from(model), Work::Decode(decode));
+    let prompts = Plan { config, dtype, trained, on_device: true, work }.working() as usize;
     let layer = gpu.room(2 * config.num_hidden_layers, total / 16 + prompts + prompts / 8)?;
     // One of them is the spare one.
     Ok((layer / (PAGE * config.key_size() * size_of::<bf16>())).saturating_sub(1))

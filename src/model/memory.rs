@@ -1,31 +1,42 @@
 //! How much memory a model takes while it is trained, measured or sampled from, worked out beforehand.
 //!
-//! What is counted are the buffers of the code as it stands: `qwen2.rs` and `decode.rs` on the host, `device.rs`
-//! and `device_decode.rs` on a device. Some of them are there all the time ([`Plan::standing`]), the others at
-//! some moments of a step ([`Plan::moments`]); the need is that of the moment that takes most. On a device each
-//! buffer is rounded up to its block. Tests hold the sums to what the emulated device and an allocator count.
+//! What is counted are the buffers of the code as it stands: `qwen2.rs` and `decode.rs` on the host, `device.rs`,
+//! `device_decode.rs` and the optimizers of `cuda::ops` on a device. Some of them are there all the time
+//! ([`Plan::standing`]), the others at some moments of the work ([`Plan::moments`]); the need is that of the moment
+//! that takes most. On a device each buffer is rounded up to its block. Tests hold the sums to what the emulated
+//! device and an allocator count.
 //!
 //! Symbols: T tokens of a micro-batch, R rows that predict a learned token, H hidden, I intermediate, Q width of
-//! the queries, K of the keys, h heads, D their size, V vocabulary, r rank, L layers, n trained layers, e bytes of
-//! an element (4 on the host, 2 on a device). Bytes are:
+//! the queries, K of the keys, h heads, V vocabulary, r rank, L layers, n trained layers, m those of them that keep
+//! their insides, e bytes of an element (4 on the host, 2 on a device). Bytes are:
 //!
-//! | part | host | device |
-//! | --- | --- | --- |
-//! | weights | matrices as packed, the rest f32 | bf16 matrices, the rest f32 |
-//! | trained values | f32 | bf16 copies |
-//! | gradients | f32 | f32, during the way back |
-//! | optimizer states | as the optimizer says | none |
-//! | kept activations | n T H e, and with nothing recomputed n `saved` | the same |
-//! | one layer's work | input, output, gradients, `saved` = T (3 H + 2 Q + 2 K + 3 I + 7 r) e + T (2 + h) 4 | same |
-//! | head | R (2 H + 3) e, a tile of logits | the same, parts of sums |
-//! | keys and values | L 2 K e of every token of all that live at once | pages of 16 |
+//! | part | the host computes | a device computes: there | and on the host |
+//! | --- | --- | --- | --- |
+//! | weights | matrices as packed, the rest f32 | frozen: bf16 matrices, the rest f32 | as without |
+//! | trained values | f32 | f32, and bf16 copies of matrices | f32 |
+//! | gradients | f32 | f32, all the time | none |
+//! | optimizer states | as the optimizer says | the same, and tables | twice, while a state is saved |
+//! | kept activations | n T H e + m `saved` | the same; with `offload` 2 inputs in place of n | the n inputs |
+//! | one layer's work | input, output, gradients, `saved` | the same | none |
+//! | head | R (2 H + 3) e, a tile of logits | the same, parts of sums | none |
+//! | keys and values | L 2 K e of every token that lives | pages of 16 tokens | none |
+//! | small uploads | none | none | a ring of 4 MiB |
 //!
-//! What is not counted: the program itself, scratch of products (a few MiB a thread), the tokens of the data, and
-//! what a driver takes for its context.
+//! `saved` = T (3 H + 2 Q + 2 K + 3 I + 7 r) e + T (2 + h) 4. On a device decoding also has a workspace for the most
+//! completions at once (under `one layer's work` and `head`), and it takes as many pages as there is memory for:
+//! [`Decode::ends`] says for how many completions at their longest they are to be counted. It cannot do with fewer
+//! than for one.
+//!
+//! What is not counted: the program itself, scratch of products (a few MiB a thread), the tokens of the data, what a
+//! driver takes for its context and for graphs (decoding leaves a sixteenth of a device to that), and blocks of other
+//! sizes that a pool keeps (on a device they go back when they are wanted; those of `offload` stay with the host).
+//! Kernels for wgmma have no buffers of their own.
 
 use super::config::Config;
-use super::decode::{MOST_LIVE, PROMPT_TOKENS, most_live};
+use super::decode::{MOST_LIVE, most_live, prompts_together};
+use super::device_decode::Shape;
 use super::lora::{self, LoraSpec};
+use super::qwen2::{Batch, Model};
 use crate::cuda;
 use crate::problem::Problem;
 use crate::tensor::Dtype;
@@ -43,10 +54,11 @@ pub enum Part {
     Head,
     Cache,
     Reading,
+    Uploads,
 }
 
 /// All parts, in the order of tables.
-pub const PARTS: [Part; 9] = [
+pub const PARTS: [Part; 10] = [
     Part::Weights,
     Part::Trained,
     Part::Gradients,
@@ -56,6 +68,7 @@ pub const PARTS: [Part; 9] = [
     Part::Head,
     Part::Cache,
     Part::Reading,
+    Part::Uploads,
 ];
 
 impl fmt::Display for Part {
@@ -70,6 +83,7 @@ impl fmt::Display for Part {
             Part::Head => "head",
             Part::Cache => "keys and values",
             Part::Reading => "a tensor on its way",
+            Part::Uploads => "small uploads",
         })
     }
 }
@@ -80,6 +94,16 @@ pub enum Trained<'a> {
     Nothing,
     Adapter(&'a LoraSpec),
     Everything,
+}
+
+impl<'a> From<&'a Model> for Trained<'a> {
+    fn from(model: &'a Model) -> Trained<'a> {
+        match model.lora() {
+            Some(spec) => Trained::Adapter(spec),
+            None if model.trains_everything() => Trained::Everything,
+            None => Trained::Nothing,
+        }
+    }
 }
 
 /// The largest micro-batch.
@@ -99,6 +123,15 @@ impl Extent {
         let longest = longest.clamp(1, tokens.max(1));
         Extent { tokens, rows: tokens, sequences: tokens.div_ceil(longest), longest }
     }
+
+    pub fn of(batch: &Batch) -> Extent {
+        Extent {
+            tokens: batch.ids.len(),
+            rows: batch.rows.len(),
+            sequences: batch.lengths.len(),
+            longest: batch.lengths.iter().copied().max().unwrap_or(0),
+        }
+    }
 }
 
 /// What is done with the model.
@@ -106,24 +139,49 @@ impl Extent {
 pub enum Work<'a> {
     Train {
         extent: Extent,
-        /// Whether layers keep their input only.
-        recompute: bool,
-        /// Bytes of optimizer state for a tensor of so many values.
-        state_bytes: &'a dyn Fn(usize) -> usize,
+        /// So many trained layers, from the last on, keep their insides, the others their input only.
+        kept: usize,
+        /// Whether inputs of layers leave a device for the host.
+        offload: bool,
+        /// Bytes of each state that the optimizer has for a tensor of so many values.
+        state_sizes: &'a dyn Fn(usize) -> Vec<usize>,
     },
     /// Log-probs, and of one sequence at a time all logits or all hidden states.
-    Measure { extent: Extent, logits: bool, hidden_states: bool },
-    /// `live` completions at once, none longer than `longest` with its prompt; prompts of `prompt_tokens` together.
-    Decode { live: usize, longest: usize, prompt_tokens: usize },
+    Measure {
+        extent: Extent,
+        logits: bool,
+        hidden_states: bool,
+    },
+    Decode(Decode),
 }
 
-impl Work<'_> {
-    /// Decoding of `completions` completions, each of at most `longest` tokens with its prompt, of which at most
-    /// `prompt` are the prompt's: as many at once as decoding takes.
-    pub fn decode(config: &Config, completions: usize, longest: usize, prompt: usize) -> Work<'static> {
-        let live = completions.min(MOST_LIVE).min(most_live(config, longest)).max(1);
-        let together = live.saturating_mul(prompt).min(PROMPT_TOKENS.max(prompt)).max(1);
-        Work::Decode { live, longest, prompt_tokens: together }
+/// Completions in the making.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Decode {
+    /// At once.
+    pub live: usize,
+    /// Tokens of the longest, with its prompt, and of its prompt.
+    pub longest: usize,
+    pub prompt: usize,
+    /// On a device there are pages for so many at their longest. It takes what it finds, up to `live`.
+    pub ends: usize,
+    /// Whether tokens are drawn: at a temperature above 0.
+    pub drawn: bool,
+    /// Whether tokens that were there count less.
+    pub penalty: bool,
+}
+
+impl Decode {
+    /// Of `completions` completions, as many at once as decoding takes, with the fewest pages and all options.
+    pub fn new(config: &Config, on_device: bool, completions: usize, longest: usize, prompt: usize) -> Decode {
+        let most = if on_device { MOST_LIVE } else { MOST_LIVE.min(most_live(config, longest)) };
+        Decode { live: completions.min(most).max(1), longest, prompt, ends: 1, drawn: true, penalty: true }
+    }
+
+    /// Pages that a device must have for a completion of so many tokens: the prompt of the next in line may be kept
+    /// beside it.
+    pub(super) fn pages(longest: usize) -> usize {
+        longest.div_ceil(cuda::ops::attention_decode::PAGE) + 1
     }
 }
 
@@ -210,19 +268,8 @@ pub fn bytes(bytes: u64) -> String {
     format!("{value:.1} TiB")
 }
 
-/// When something is there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum When {
-    Always,
-    /// On the way back only.
-    Back,
-}
-
-/// A moment of a step: what is there beside what stands.
-struct Moment {
-    back: bool,
-    parts: Vec<(Part, u128)>,
-}
+/// What is there at once: bytes of parts, in any order.
+type Parts = Vec<(Part, u128)>;
 
 /// Memory of one kind: how large an element of an activation is, and a buffer.
 #[derive(Clone, Copy)]
@@ -271,41 +318,72 @@ impl Plan<'_> {
         Need { host: sum(|line| line.host), device: sum(|line| line.device), lines }
     }
 
+    /// What the work takes for a while where it is done, beside what is there all the time.
+    pub fn working(&self) -> u64 {
+        let place = if self.on_device { DEVICE } else { HOST };
+        let sums = self.work(place).into_iter().map(|parts| parts.iter().map(|(_, bytes)| bytes).sum::<u128>());
+        u64::try_from(sums.max().unwrap_or(0)).unwrap_or(u64::MAX)
+    }
+
     /// Everything that is there at the moment that takes most of `place`.
-    fn largest(&self, place: Place) -> Vec<(Part, u128)> {
-        let standing = self.standing(place);
-        let all = self.moments(place).into_iter().map(|Moment { back, mut parts }| {
-            parts
-                .extend(standing.iter().filter(|(_, when, _)| back || *when == When::Always).map(|(p, _, b)| (*p, *b)));
-            parts
-        });
+    fn largest(&self, place: Place) -> Parts {
+        let all = self.moments(place).into_iter().map(|parts| [self.standing(place), parts].concat());
         all.max_by_key(|parts| parts.iter().map(|(_, bytes)| bytes).sum::<u128>()).unwrap_or_default()
     }
 
-    /// What is there all along: a line for each term and the place it lies at. A term that moves to the device is
-    /// a line that moves.
-    fn standing(&self, place: Place) -> Vec<(Part, When, u128)> {
-        let trained = self.trained_tensors();
-        let sum = |of: &dyn Fn(u128) -> u128| trained.iter().map(|&values| of(values)).sum::<u128>();
-        let states = |values: u128| match self.work {
-            Work::Train { state_bytes, .. } => state_bytes(usize::try_from(values).unwrap_or(usize::MAX)) as u128,
-            _ => 0,
-        };
-        let trains = matches!(self.work, Work::Train { .. });
+    /// Whether only what the device's work leaves to the host is looked at.
+    fn beside(&self, place: Place) -> bool {
+        self.on_device && !place.device
+    }
+
+    /// What is there all along: a line for each term and the place it lies at.
+    fn standing(&self, place: Place) -> Parts {
+        let matrices = |of: &dyn Fn(u128) -> u128| self.trained_matrices().into_iter().map(of).sum::<u128>();
+        let vectors = |of: &dyn Fn(u128) -> u128| self.trained_vectors().into_iter().map(of).sum::<u128>();
         let floats = |values: u128| place.floats(values);
-        match place.device {
-            false => vec![
-                (Part::Weights, When::Always, self.host_weights()),
-                (Part::Trained, When::Always, sum(&floats)),
-                (Part::Gradients, When::Always, if trains { sum(&floats) } else { 0 }),
-                (Part::Optimizer, When::Always, sum(&states)),
-            ],
-            true => vec![
-                (Part::Weights, When::Always, self.device_weights()),
-                (Part::Trained, When::Always, sum(&|values| place.values(values))),
-                (Part::Gradients, When::Back, if trains { sum(&floats) } else { 0 }),
-            ],
+        let all = matrices(&floats) + vectors(&floats);
+        let mut parts = vec![];
+        if place.device {
+            parts.push((Part::Weights, self.device_weights()));
+            parts.push((Part::Trained, all + matrices(&|values| place.values(values))));
+        } else {
+            parts.push((Part::Weights, self.host_weights()));
+            parts.push((Part::Trained, all));
+            parts.push((Part::Uploads, if self.on_device { cuda::STAGING_BYTES as u128 } else { 0 }));
         }
+        match self.work {
+            Work::Train { extent, offload, .. } if self.beside(place) => {
+                let parked = if offload { self.trained_layers() } else { 0 };
+                parts.push((Part::Activations, parked * self.residual(DEVICE, extent.tokens as u128)));
+            }
+            Work::Train { .. } => {
+                parts.push((Part::Gradients, all));
+                parts.push((Part::Optimizer, self.states(place)));
+                parts.push((Part::Optimizer, if place.device { self.optimizer_tables() } else { 0 }));
+            }
+            Work::Decode(decode) if place.device => parts.extend(self.decoder(decode)),
+            Work::Measure { .. } | Work::Decode(_) => {}
+        }
+        parts
+    }
+
+    /// The states of an optimizer, each in a buffer of its own.
+    fn states(&self, place: Place) -> u128 {
+        let Work::Train { state_sizes, .. } = self.work else { return 0 };
+        let of = |values: u128| {
+            let sizes = state_sizes(usize::try_from(values).unwrap_or(usize::MAX));
+            sizes.into_iter().map(|bytes| place.buffer(bytes as u128, 1)).sum::<u128>()
+        };
+        self.trained_tensors().into_iter().map(of).sum()
+    }
+
+    /// What the device's optimizer and the norm of gradients have beside states: tensors in pieces, each with a sum,
+    /// tables of their addresses, and what a byte of an 8-bit state means.
+    fn optimizer_tables(&self) -> u128 {
+        let tensors = self.trained_tensors();
+        let pieces = tensors.iter().map(|values| values.div_ceil(cuda::ops::grad_norm::PIECE as u128)).sum::<u128>();
+        let rows = tensors.len() as u128;
+        3 * DEVICE.buffer(pieces, 8) + DEVICE.buffer(rows, 72) + DEVICE.buffer(rows, 16) + 2 * DEVICE.floats(256)
     }
 
     /// How many values are trained.
@@ -321,6 +399,14 @@ impl Plan<'_> {
 
     /// Values of each trained tensor.
     fn trained_tensors(&self) -> Vec<u128> {
+        [self.trained_matrices(), self.trained_vectors()].concat()
+    }
+
+    fn trained_vectors(&self) -> Vec<u128> {
+        if let Trained::Everything = self.trained { self.vectors() } else { Vec::new() }
+    }
+
+    fn trained_matrices(&self) -> Vec<u128> {
         match self.trained {
             Trained::Nothing => Vec::new(),
             Trained::Adapter(spec) => {
@@ -331,10 +417,7 @@ impl Plan<'_> {
                     .map(|side| side as u128 * spec.rank as u128)
                     .collect()
             }
-            Trained::Everything => {
-                let matrices = self.matrices().into_iter().map(|[n, k]| n * k);
-                matrices.chain(self.vectors()).collect()
-            }
+            Trained::Everything => self.matrices().into_iter().map(|[n, k]| n * k).collect(),
         }
     }
 
@@ -368,7 +451,11 @@ impl Plan<'_> {
         matrices + self.vectors().iter().map(|len| len * 4).sum::<u128>()
     }
 
+    /// Those that are not trained.
     fn device_weights(&self) -> u128 {
+        if let Trained::Everything = self.trained {
+            return 0;
+        }
         let matrices: u128 = self.matrices().into_iter().map(|[n, k]| DEVICE.values(n * k)).sum();
         matrices + self.vectors().into_iter().map(|len| DEVICE.floats(len)).sum::<u128>()
     }
@@ -391,46 +478,74 @@ impl Plan<'_> {
         if any { self.config.num_hidden_layers as u128 } else { 0 }
     }
 
-    fn moments(&self, place: Place) -> Vec<Moment> {
-        let forth = |parts: Vec<(Part, u128)>| Moment { back: false, parts };
-        let mut moments = vec![forth(vec![(Part::Reading, self.reading(place))])];
-        match self.work {
-            Work::Train { extent, recompute, .. } => moments.extend(self.step(place, extent, recompute)),
-            Work::Measure { extent, logits, hidden_states } => {
-                let layer = self.sequences(place, extent) + self.forward(place, extent.tokens as u128);
-                moments.push(forth(vec![(Part::Layer, layer)]));
-                let head = self.kept_rows(place, extent.rows as u128) + self.head_forth(place, extent.rows as u128);
-                let x = self.residual(place, extent.tokens as u128);
-                moments.push(forth(vec![(Part::Layer, self.sequences(place, extent) + x), (Part::Head, head)]));
-                if !place.device {
-                    // One sequence after another, on the host whatever computes the log-probs.
-                    let (t, x) = (extent.longest as u128, self.residual(place, extent.longest as u128));
-                    if logits {
-                        let all = t * self.config.vocab_size as u128 * 4;
-                        moments.push(forth(vec![(Part::Head, all + 2 * x)]));
-                    }
-                    if hidden_states {
-                        // The states, and again in one piece.
-                        let states = 2 * (self.config.num_hidden_layers as u128 + 2) * x;
-                        moments.push(forth(vec![(Part::Activations, states), (Part::Layer, x)]));
-                    }
-                }
-            }
-            Work::Decode { live, longest, prompt_tokens } => {
-                moments.extend(self.decoding(place, live, longest, prompt_tokens));
-            }
+    /// Of the work, and of what comes before and after it.
+    fn moments(&self, place: Place) -> Vec<Parts> {
+        let mut moments = self.work(place);
+        moments.push(vec![(Part::Reading, self.reading(place))]);
+        if self.beside(place) {
+            // A state on its way to a file or from one: as it comes from the device, and as the host has it. It is
+            // no less than gradients that are to be kept.
+            moments.push(vec![(Part::Optimizer, 2 * self.states(HOST))]);
         }
         moments
     }
 
+    fn work(&self, place: Place) -> Vec<Parts> {
+        match self.work {
+            Work::Train { extent, kept, offload, .. } => self.step(place, extent, kept, offload),
+            Work::Measure { extent, logits, hidden_states } => self.measuring(place, extent, logits, hidden_states),
+            Work::Decode(decode) if place.device => self.prompts_on_device(decode),
+            Work::Decode(decode) => self.decoding(place, decode),
+        }
+    }
+
     /// The largest tensor between its file and its place: the embedding, as a plain copy on the host; for a device
-    /// it is unpacked and rounded there.
+    /// it is unpacked and rounded there. Where everything is trained, that is more than one more copy.
     fn reading(&self, place: Place) -> u128 {
-        if place.device {
+        if place.device || matches!(self.trained, Trained::Everything) {
             return 0;
         }
         let largest = self.matrices().into_iter().map(|[n, k]| n * k).max().unwrap_or(0);
         largest * if self.on_device { 6 } else { 4 }
+    }
+
+    /// The moments of log-probs that keep nothing, and of one sequence after another.
+    fn measuring(&self, place: Place, extent: Extent, logits: bool, hidden_states: bool) -> Vec<Parts> {
+        let (t, rows, longest) = (extent.tokens as u128, extent.rows as u128, extent.longest as u128);
+        let mut moments = Vec::new();
+        if !self.beside(place) {
+            let sequences = self.sequences(place, extent);
+            moments.push(vec![(Part::Layer, sequences + self.forward(place, t))]);
+            let head = self.kept_rows(place, rows) + self.head_forth(place, rows);
+            moments.push(vec![(Part::Layer, sequences + self.residual(place, t)), (Part::Head, head)]);
+        }
+        let x = self.residual(place, longest);
+        let tile = longest.min(LOGIT_ROWS);
+        if logits && place.device {
+            // Angles stay where they are for the next.
+            let x = x + self.angles(place, extent.longest);
+            moments.push(vec![(Part::Layer, x), (Part::Head, self.logits_on_device(tile))]);
+        } else if logits {
+            let all = longest * self.config.vocab_size as u128 * 4;
+            let tile = tile * self.config.vocab_size as u128 * 2;
+            moments.push(vec![(Part::Head, all + if self.on_device { tile } else { 2 * x })]);
+        }
+        if hidden_states && !place.device {
+            // The states, and again in one piece.
+            let states = 2 * (self.config.num_hidden_layers as u128 + 2) * x;
+            moments.push(vec![(Part::Activations, states), (Part::Layer, x)]);
+        }
+        moments
+    }
+
+    /// Logits of some rows of a stream, and what they are made of.
+    fn logits_on_device(&self, rows: u128) -> u128 {
+        let made_of = 2 * DEVICE.floats(rows) + 2 * self.residual(DEVICE, rows);
+        let low = match self.rank("lm_head") {
+            0 => 0,
+            rank => DEVICE.values(rows * rank),
+        };
+        made_of + low + DEVICE.values(rows * self.config.vocab_size as u128)
     }
 
     /// `[T, H]`
@@ -440,9 +555,13 @@ impl Plan<'_> {
 
     /// Where sequences begin, positions, and the angles of them.
     fn sequences(&self, place: Place, extent: Extent) -> u128 {
-        let starts = extent.sequences as u128 + 1;
+        self.starts(place, extent.sequences as u128, extent.tokens as u128) + self.angles(place, extent.longest)
+    }
+
+    fn starts(&self, place: Place, sequences: u128, tokens: u128) -> u128 {
+        let starts = sequences + 1;
         let starts = if place.device { place.floats(starts) } else { starts * 8 };
-        starts + place.floats(extent.tokens as u128) + self.angles(place, extent.longest)
+        starts + place.floats(tokens)
     }
 
     fn angles(&self, place: Place, positions: usize) -> u128 {
@@ -512,58 +631,41 @@ impl Plan<'_> {
     }
 
     /// The moments of a training step.
-    fn step(&self, place: Place, extent: Extent, recompute: bool) -> Vec<Moment> {
+    fn step(&self, place: Place, extent: Extent, kept: usize, offload: bool) -> Vec<Parts> {
+        if self.beside(place) {
+            return Vec::new();
+        }
         let (t, r, n) = (extent.tokens as u128, extent.rows as u128, self.trained_layers());
         let (x, saved) = (self.residual(place, t), self.saved(place, t));
         let sequences = self.sequences(place, extent);
-        let kept_per_layer = x + if recompute { 0 } else { saved };
-        // Of the layers below the one at work, and of all.
-        let below = sequences + n.saturating_sub(1) * kept_per_layer;
-        let all = sequences + n * kept_per_layer;
-        let (kept, slopes) = (self.kept_rows(place, r), place.floats(r));
+        let recomputed = n.saturating_sub(kept as u128);
+        let offload = offload && place.device;
+        // Of so many layers from the first on: insides, and inputs that have not left or are on their way back.
+        let below = |layers: u128, arriving: u128| {
+            let inputs = if offload { layers.min(arriving) } else { layers };
+            sequences + inputs * x + layers.saturating_sub(recomputed) * saved
+        };
+        let (rows, slopes) = (self.kept_rows(place, r), place.floats(r));
+        let last = n.saturating_sub(1);
 
         // The host keeps a copy of the input and works on the stream in place.
         let copy = if place.device { 0 } else { x };
+        let back = slopes + self.residual(place, r) + self.head_back(place, r);
         let mut moments = vec![
-            Moment {
-                back: false,
-                parts: vec![(Part::Activations, below), (Part::Layer, self.forward(place, t) + copy)],
-            },
-            Moment {
-                back: false,
-                parts: vec![(Part::Activations, all), (Part::Head, kept + self.head_forth(place, r))],
-            },
-            Moment {
-                back: true,
-                parts: vec![
-                    (Part::Activations, all),
-                    (Part::Head, kept + slopes + self.residual(place, r) + self.head_back(place, r)),
-                ],
-            },
+            vec![(Part::Activations, below(last, 0)), (Part::Layer, self.forward(place, t) + copy)],
+            vec![(Part::Activations, below(n, 0)), (Part::Head, rows + self.head_forth(place, r))],
+            vec![(Part::Activations, below(n, 1)), (Part::Head, rows + back)],
         ];
         if n > 0 {
             // The gradient of the rows after and before the norm stays; dx is the stream's.
-            let head = kept + slopes + 2 * self.residual(place, r);
-            for work in self.layer_back(place, t) {
-                let layer = 2 * x + saved + work;
-                moments.push(Moment {
-                    back: true,
-                    parts: vec![(Part::Activations, below), (Part::Layer, layer), (Part::Head, head)],
-                });
-            }
-            if recompute {
+            let head = rows + slopes + 2 * self.residual(place, r);
+            let at =
+                |layers, layer| vec![(Part::Activations, below(layers, 1)), (Part::Layer, layer), (Part::Head, head)];
+            moments.extend(self.layer_back(place, t).into_iter().map(|work| at(last, 2 * x + saved + work)));
+            if recomputed > 0 {
                 // Its insides are made again beside dx; on the host from a copy of the input.
-                let layer = 2 * x + copy + saved + x;
-                moments.push(Moment {
-                    back: true,
-                    parts: vec![(Part::Activations, below), (Part::Layer, layer), (Part::Head, head)],
-                });
+                moments.push(at(recomputed - 1, 2 * x + copy + saved + x));
             }
-        }
-        if place.device {
-            // After an update the largest trained tensor comes over in f32, to be rounded there.
-            let largest = self.trained_tensors().into_iter().map(|values| place.floats(values)).max();
-            moments.push(Moment { back: false, parts: vec![(Part::Reading, largest.unwrap_or(0))] });
         }
         moments
     }
@@ -577,6 +679,7 @@ impl Plan<'_> {
         let (gates, norm) = (3 * values(i), values(h));
         let attention = values(q) + values(q) + 2 * values(k);
         let freed = gates + norm;
+        let sums = if place.device { self.vectors_back(t) } else { 0 };
         let at = |more: u128, less: u128| more.saturating_sub(less);
         vec![
             values(i) + scratch("down_proj", h, i),
@@ -584,8 +687,19 @@ impl Plan<'_> {
             at(2 * values(i) + norm + scratch("gate_proj", i, h).max(scratch("up_proj", i, h)), gates),
             at(norm + values(q) + scratch("o_proj", h, q), freed),
             at(norm + attention + if place.device { place.floats(t * heads) } else { 0 }, freed),
-            at(norm + attention + scratch("q_proj", q, h).max(scratch("v_proj", k, h)), freed),
+            at(norm + attention + scratch("q_proj", q, h).max(scratch("v_proj", k, h)).max(sums), freed),
         ]
+    }
+
+    /// Parts of a norm's gradient, which are no fewer than a bias's, as in `cuda::ops::rmsnorm`.
+    fn vectors_back(&self, t: u128) -> u128 {
+        match self.trained {
+            Trained::Everything => {
+                let rows = t.div_ceil(NORM_BLOCKS).max(8);
+                DEVICE.floats(t.div_ceil(rows) * self.sizes().h)
+            }
+            _ => 0,
+        }
     }
 
     /// Scratch of an adapter's way back: the gradient of A x, and on a device parts of a factor's gradient.
@@ -603,51 +717,61 @@ impl Plan<'_> {
         place.values(t * rank) + parts
     }
 
-    /// The moments of decoding: prompts on their way in, and a step of all that live.
-    fn decoding(&self, place: Place, live: usize, longest: usize, prompt_tokens: usize) -> Vec<Moment> {
-        let Sizes { q, k, heads, d, .. } = self.sizes();
-        let (layers, live, p) = (self.config.num_hidden_layers as u128, live as u128, prompt_tokens as u128);
-        let v = self.config.vocab_size as u128;
-        let page = cuda::ops::attention_decode::PAGE;
-        let pages = longest.div_ceil(page) as u128;
-        let cache = match place.device {
-            false => layers * 2 * live * longest as u128 * k * 4,
-            true => layers * 2 * place.values(live * pages * page as u128 * k),
-        };
-        let cache = cache + self.angles(place, longest);
-        // A row of a table for each token: its pages.
-        let prompt = p.div_ceil(live).max(1).min(longest as u128);
-        let extent = Extent::full(prompt_tokens, usize::try_from(prompt).unwrap_or(usize::MAX));
-        let table = |rows: u128, length: u128| {
-            place.floats(rows * length.div_ceil(page as u128)) + 2 * place.floats(rows) + 2 * place.values(rows * k)
-        };
-        let logits = |rows: u128| match place.device {
-            true => place.values(rows * v) + 2 * self.residual(place, rows) + place.values(rows * self.rank("lm_head")),
-            // Downloaded in bf16; drawing overwrites a copy of each row.
-            false => rows * v * 4 + if self.on_device { rows * v * 2 } else { 2 * self.residual(place, rows) },
-        };
-        let computes = place.device || !self.on_device;
-        let layer = |rows: u128| if computes { self.forward(place, rows) } else { 0 };
-        let prompts = self.sequences(place, extent);
-        let mut moments = vec![
-            (prompts + layer(p) + if place.device { table(p, prompt) } else { 0 }, 0),
-            (prompts + if computes { self.residual(place, p) } else { 0 }, logits(live.min(p))),
-            (layer(live), 0),
-            (if computes { self.residual(place, live) } else { 0 }, logits(live)),
-        ];
-        if place.device {
-            let spans = (longest as u128).div_ceil(DECODE_SPAN);
-            let parts = place.floats(live * heads * spans * d) + place.floats(live * heads * spans * 2);
-            let attended = 2 * self.residual(place, live) + 2 * place.values(live * q) + 2 * place.values(live * k);
-            moments.push((attended + parts + table(live, longest as u128), 0));
+    /// The moments of decoding on the host: prompts on their way in, and a step of all that live.
+    fn decoding(&self, place: Place, decode: Decode) -> Vec<Parts> {
+        if self.beside(place) {
+            return Vec::new();
         }
-        moments
-            .into_iter()
-            .map(|(layer, head)| Moment {
-                back: false,
-                parts: vec![(Part::Cache, cache), (Part::Layer, layer), (Part::Head, head)],
-            })
-            .collect()
+        let Decode { live, longest, prompt, .. } = decode;
+        let (layers, v) = (self.config.num_hidden_layers as u128, self.config.vocab_size as u128);
+        let p = prompts_together(live, prompt) as u128;
+        let live = live as u128;
+        let cache = layers * 2 * live * longest as u128 * self.sizes().k * 4 + self.angles(place, longest);
+        let prompts = self.starts(place, p.div_ceil(prompt.max(1) as u128), p) + self.angles(place, prompt);
+        // Drawing overwrites a copy of each row.
+        let logits = |rows: u128| rows * v * 4 + 2 * self.residual(place, rows);
+        let moments = [
+            (prompts + self.forward(place, p), 0),
+            (prompts + self.residual(place, p), logits(live.min(p))),
+            (self.forward(place, live), 0),
+            (self.residual(place, live), logits(live)),
+        ];
+        moments.map(|(layer, head)| vec![(Part::Cache, cache), (Part::Layer, layer), (Part::Head, head)]).to_vec()
+    }
+
+    /// What is there while a device decodes: `DeviceDecoder::new`.
+    fn decoder(&self, decode: Decode) -> Parts {
+        let Sizes { h, q, k, i, heads, d } = self.sizes();
+        let Decode { live, longest, ends, drawn, penalty, .. } = decode;
+        let shape = Shape::of(live, longest);
+        let (rows, v) = (shape.rows as u128, self.config.vocab_size as u128);
+        let pages = ends.min(live).max(1).saturating_mul(Decode::pages(longest)) as u128 + 1;
+        let pool = DEVICE.values(pages * cuda::ops::attention_decode::PAGE as u128 * k);
+        let cache = 2 * self.config.num_hidden_layers as u128 * pool + self.angles(DEVICE, longest);
+
+        let values = |width: u128| DEVICE.values(rows * width);
+        let spans = (shape.keys / cuda::ops::attention_decode::SPAN) as u128;
+        let parts = DEVICE.floats(rows * heads * spans * d) + DEVICE.floats(rows * heads * spans * 2);
+        let rank = if let Trained::Adapter(spec) = self.trained { spec.rank as u128 } else { 0 };
+        let stream = [h, h, q, k, k, q, i, i, i, rank].into_iter().map(values).sum::<u128>() + DEVICE.floats(rows);
+        let layer = DEVICE.buffer(shape.input_bytes() as u128, 1) + stream + parts;
+        let seen = if penalty { DEVICE.floats(rows * longest as u128) } else { 0 };
+        let scratch = DEVICE.floats(if drawn { rows * v } else { 0 });
+        // The logits after a prompt that is kept are a row more.
+        let head = values(v) + DEVICE.values(v) + scratch + DEVICE.floats(3 * rows) + seen;
+        vec![(Part::Cache, cache), (Part::Layer, layer), (Part::Head, head)]
+    }
+
+    /// The moments of prompts that a device runs. A step of all that live takes nothing anew.
+    fn prompts_on_device(&self, decode: Decode) -> Vec<Parts> {
+        let p = prompts_together(decode.live, decode.prompt) as u128;
+        // Where they are, and where their keys and values go.
+        let different = (decode.live as u128).min(p);
+        let prompts = self.starts(DEVICE, different, p) + DEVICE.floats(p);
+        vec![
+            vec![(Part::Layer, prompts + self.forward(DEVICE, p))],
+            vec![(Part::Layer, prompts + self.residual(DEVICE, p)), (Part::Head, self.logits_on_device(different))],
+        ]
     }
 
     fn sizes(&self) -> Sizes {
@@ -670,8 +794,10 @@ const TILE_VOCABULARY: u128 = 2048;
 const FORWARD_SPAN: u128 = 1024;
 const BACKWARD_ROWS: u128 = 2048;
 const BACKWARD_SPAN: u128 = 8192;
-/// As in `cuda::ops::attention_decode`: keys that a block takes.
-const DECODE_SPAN: u128 = 256;
+/// As in `cuda::ops::rmsnorm`: blocks among which rows are divided.
+const NORM_BLOCKS: u128 = 512;
+/// As in `device.rs`: rows whose logits are made at once.
+const LOGIT_ROWS: u128 = 256;
 
 struct Sizes {
     h: u128,

@@ -23,6 +23,7 @@ mod trained;
 use super::config::Config;
 use super::load::{Fetch, Values, bias_name, normal_values, weight_name};
 use super::lora::{self, LoraSpec};
+use super::memory::Extent;
 use super::{Gradients, Parameter, fit};
 use crate::problem::{Exit, Problem};
 use crate::tensor::ops::{self, Attention, HeadForward, HeadGradients, HeadLora, HeadWant, RopeTable};
@@ -356,7 +357,7 @@ impl Model {
         let sequences = self.sequences(batch);
         let first = self.first_trained_layer();
         let recompute = match self.recompute {
-            Recompute::Fit => fit::on_host(self, batch.ids.len()),
+            Recompute::Fit => fit::on_host(self, Extent::of(batch)),
             decided => decided,
         };
         let mut layers = Vec::new();

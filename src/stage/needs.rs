@@ -11,8 +11,8 @@ use crate::data::Tokenizer;
 use crate::files::Files;
 use crate::manifest::spec::{Lineage, Params};
 use crate::model::lora::{self, ADAPTER_CONFIG};
-use crate::model::memory::{Extent, Need, Plan, Trained, Work};
-use crate::model::{Config, LoraSpec};
+use crate::model::memory::{Decode, Extent, Need, Plan, Trained, Work};
+use crate::model::{Config, LoraSpec, fit};
 use crate::problem::Problem;
 use crate::tensor::Dtype;
 use crate::train;
@@ -51,6 +51,8 @@ pub struct Needs {
     pub surely: Need,
     /// If they are as long as the keys let them be.
     pub most: Need,
+    /// Whether it goes faster with more memory than `most`, and takes it from what a device has.
+    pub takes_more: bool,
     /// Updates of a training stage, where they are known.
     pub steps: Option<u64>,
     /// Bytes on disk, of a training stage: weights at the end and at its checkpoints, states to resume from.
@@ -95,19 +97,28 @@ pub fn needs(kind: &str, params: &Params, shape: &Shape, data: Option<Data>, on_
             let trained = lora.as_ref().map_or(Trained::Everything, Trained::Adapter);
             let optimizer = params.get("optimizer")?.get("kind")?.as_str()?;
             let optimizer = if optimizer == "adamw-8bit" { train::Kind::AdamW8bit } else { train::Kind::AdamW };
-            let state_bytes = |values| optimizer.state_bytes(values);
-            let recompute = params.get("checkpointing").and_then(Value::as_str) != Some("none");
+            let state_sizes = |values| optimizer.state_sizes(values);
+            let kept = match params.get("checkpointing").and_then(Value::as_str) {
+                Some("none") => usize::MAX,
+                // Then as many as there is room for.
+                Some("fit") if on_device => fit::LEAST_ON_DEVICE,
+                _ => 0,
+            };
+            let offload = params.get("offload").and_then(Value::as_bool) == Some(true);
             let of = |extent| {
-                let work = Work::Train { extent, recompute, state_bytes: &state_bytes };
+                let work = Work::Train { extent, kept, offload, state_sizes: &state_sizes };
                 Plan { config: &config, dtype, trained, on_device, work }.need()
             };
             let (surely, most) = batches(kind, params, data)?;
             let steps = count(params, "max_steps").or_else(|| steps(params, data?)).map(|steps| steps as u64);
-            let plan = Plan { config: &config, dtype, trained, on_device, work: Work::decode(&config, 1, 1, 1) };
+            let measure = Work::Measure { extent: Extent::full(1, 1), logits: false, hidden_states: false };
+            let plan = Plan { config: &config, dtype, trained, on_device, work: measure };
+            let state_bytes = |values| optimizer.state_sizes(values).iter().sum();
             let (weights, states) = (4 * plan.trained_values(), plan.sum_of(&state_bytes));
             // The two newest states are kept while it trains.
             let disk = weights.saturating_mul(1 + checkpoints(params, steps)).saturating_add(2 * (weights + states));
-            Some(Needs { surely: of(surely), most: of(most), steps, disk })
+            let takes_more = on_device && params.get("checkpointing").and_then(Value::as_str) == Some("fit");
+            Some(Needs { surely: of(surely), most: of(most), takes_more, steps, disk })
         }
         "probe" => {
             let folded = shape.adapters.len().saturating_sub(1);
@@ -120,7 +131,7 @@ pub fn needs(kind: &str, params: &Params, shape: &Shape, data: Option<Data>, on_
                 Plan { config: &config, dtype, trained, on_device, work }.need()
             };
             let (surely, most) = batches(kind, params, data)?;
-            Some(Needs { surely: of(surely), most: of(most), steps: None, disk: 0 })
+            Some(Needs { surely: of(surely), most: of(most), takes_more: false, steps: None, disk: 0 })
         }
         "generate" | "eval" => {
             // In f32 the last adapter is folded in too.
@@ -139,11 +150,15 @@ pub fn needs(kind: &str, params: &Params, shape: &Shape, data: Option<Data>, on_
                 Some(data) if !params.contains_key("prompt_file") => room.min(data.longest + asked),
                 _ => room,
             };
+            let differs = |key: &str, from: f64| params.get(key).and_then(Value::as_f64).is_some_and(|at| at != from);
+            let (drawn, penalty) = (differs("temperature", 0.0), differs("repetition_penalty", 1.0));
             let of = |prompt: usize| {
-                let work = Work::decode(&config, completions, prompt.saturating_add(max_tokens), prompt);
+                let longest = prompt.saturating_add(max_tokens).min(MOST_TOKENS);
+                let least = Decode::new(&config, on_device, completions, longest, prompt);
+                let work = Work::Decode(Decode { drawn, penalty, ..least });
                 Plan { config: &config, dtype, trained, on_device, work }.need()
             };
-            Some(Needs { surely: of(1), most: of(prompt), steps: None, disk: 0 })
+            Some(Needs { surely: of(1), most: of(prompt), takes_more: on_device, steps: None, disk: 0 })
         }
         _ => None,
     }
@@ -269,8 +284,9 @@ pub(super) fn explained(problem: Problem, kind: &str, ctx: &Context, at: Option<
     let data = ctx.inputs(slot).first().and_then(|artifact| Data::of(&artifact.files));
     let needs = shape(ctx).and_then(|shape| needs(kind, ctx.params, &shape, data, true));
     if let Some(needs) = needs {
-        problem = problem.note(format!("it was expected to take at most\n{}", needs.most.table()));
-        problem.help.splice(0..0, help(kind, ctx.params));
+        let bound = if needs.takes_more { "at least" } else { "at most" };
+        problem = problem.note(format!("it was expected to take {bound}\n{}", needs.most.table()));
+        problem.help.splice(0..0, help(kind, ctx.params, true));
     }
     let kept = match kind {
         "sft" | "dpo" => "the last state that was kept stays: the next run goes on from it",
@@ -281,7 +297,7 @@ pub(super) fn explained(problem: Problem, kind: &str, ctx: &Context, at: Option<
 }
 
 /// What makes a cell need less, the gentlest first.
-pub fn help(kind: &str, params: &Params) -> Vec<String> {
+pub fn help(kind: &str, params: &Params, on_device: bool) -> Vec<String> {
     let mut help = Vec::new();
     let says = |key: &str, value: &str| params.get(key).and_then(Value::as_str) == Some(value);
     if says("checkpointing", "none") {
@@ -293,6 +309,9 @@ pub fn help(kind: &str, params: &Params) -> Vec<String> {
         help.push(format!("`micro_batch_tokens = {}`: the same batch in smaller parts", budget / 2));
     }
     if ["sft", "dpo"].contains(&kind) {
+        if on_device && params.get("offload").and_then(Value::as_bool) != Some(true) {
+            help.push("`offload = true` leaves the inputs of layers to the host's memory: the same bits".to_string());
+        }
         if !params.contains_key("lora") {
             help.push("`lora = { rank = 16, alpha = 32 }` trains an adapter in place of every weight".to_string());
         } else if let Some(rank) = params["lora"].get("rank").and_then(Value::as_u64).filter(|rank| *rank > 8) {
@@ -314,6 +333,7 @@ pub fn help(kind: &str, params: &Params) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::memory::Part;
     use serde_json::json;
 
     fn params(value: Value) -> Params {
@@ -369,11 +389,19 @@ mod tests {
     #[test]
     fn each_advice_makes_the_need_smaller() {
         let given = sft(json!({"checkpointing": "none", "lora": {"rank": 64, "alpha": 8.0, "targets": ["q_proj"]}}));
-        let need = |params: &Params| needs("sft", params, &shape(), None, false).unwrap().surely.host;
-        let advice = help("sft", &given);
-        assert_eq!(advice.len(), 6, "{advice:?}");
+        let need = |params: &Params, on_device: bool| {
+            // With two layers the one that is worked at and the next are all of them.
+            let mut shape = shape();
+            shape.config.num_hidden_layers = 4;
+            let need = needs("sft", params, &shape, None, on_device).unwrap().surely;
+            if on_device { need.device } else { need.host }
+        };
+        assert_eq!(help("sft", &given, false).len(), 6);
+        let advice = help("sft", &given, true);
+        assert_eq!(advice.len(), 7, "{advice:?}");
         for (key, value) in [
             ("checkpointing", json!("layers")),
+            ("offload", json!(true)),
             ("micro_batch_tokens", json!(2048)),
             ("lora", json!({"rank": 32, "alpha": 8.0, "targets": ["q_proj"]})),
             ("optimizer", json!({"kind": "adamw-8bit"})),
@@ -381,8 +409,57 @@ mod tests {
         ] {
             let mut taken = given.clone();
             taken.insert(key.into(), value);
-            assert!(need(&taken) < need(&given), "{key}");
+            // The storage of weights is the host's, the inputs of layers are in the way on a device.
+            assert!(key == "offload" || need(&taken, false) < need(&given, false), "{key}");
+            assert!(key == "dtype" || need(&taken, true) < need(&given, true), "{key}");
             assert!(advice.iter().any(|line| line.contains(key)), "{key}: {advice:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_kept_as_memory_allows_is_needed_for_the_last_layer_only() {
+        let need = |more: Value, on_device| needs("sft", &sft(more), &shape(), None, on_device).unwrap();
+        let of = |checkpointing: &str, on_device| need(json!({"checkpointing": checkpointing}), on_device);
+        assert_eq!(of("fit", false), of("layers", false));
+        let (least, fit, most) = (of("layers", true), of("fit", true), of("none", true));
+        assert!(least.most.device <= fit.most.device && fit.most.device < most.most.device);
+        assert!(fit.takes_more && !least.takes_more && !most.takes_more);
+    }
+
+    #[test]
+    fn beside_a_device_the_host_holds_weights_and_what_waits_there() {
+        let need = |more: Value| needs("sft", &sft(more), &shape(), None, true).unwrap().most;
+        let (plain, offloaded) = (need(json!({})), need(json!({"offload": true})));
+        for part in [Part::Gradients, Part::Layer, Part::Head, Part::Activations] {
+            assert!(plain.of(part).0 == 0 && plain.of(part).1 > 0, "{part}");
+        }
+        // The inputs of two layers; one of them is on the device too, one that was there is not.
+        let inputs = 2 * 4096 * 64 * 2;
+        assert_eq!(offloaded.of(Part::Activations).0, inputs);
+        assert_eq!(offloaded.host, plain.host + inputs);
+        // Doubling what is trained leaves gradients and optimizer to the device.
+        let wide = need(json!({"lora": {"rank": 8, "alpha": 8.0, "targets": ["q_proj"]}}));
+        assert_eq!(wide.of(Part::Trained).0, 2 * plain.of(Part::Trained).0);
+        assert_eq!(wide.host - plain.host, plain.of(Part::Trained).0);
+    }
+
+    #[test]
+    fn completions_on_a_device_need_pages_for_one_and_a_workspace_for_all() {
+        let params = |more: Value| {
+            let mut all = params(json!({
+                "max_tokens": 100, "batch": 64, "n": 1, "dtype": "bf16", "temperature": 0.0, "repetition_penalty": 1.0,
+            }));
+            all.extend(self::params(more));
+            all
+        };
+        let need = |more: Value| needs("generate", &params(more), &shape(), None, true).unwrap();
+        let cache = |needs: &Needs| needs.most.of(Part::Cache).1;
+        let (many, one) = (need(json!({})), need(json!({"batch": 1})));
+        assert!(many.takes_more);
+        assert_eq!(cache(&many), cache(&one));
+        assert!(one.most.device < many.most.device && cache(&many) > many.surely.of(Part::Cache).1);
+        for option in [json!({"temperature": 1.0}), json!({"repetition_penalty": 1.1})] {
+            assert!(need(option.clone()).most.device > many.most.device, "{option}");
         }
     }
 

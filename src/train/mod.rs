@@ -31,13 +31,14 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Bytes of state for a tensor of so many values.
-    pub fn state_bytes(self, values: usize) -> usize {
+    /// Bytes of each state of a tensor of so many values.
+    pub fn state_sizes(self, values: usize) -> Vec<usize> {
         match self {
             Kind::AdamW8bit if values >= adamw8bit::SMALLEST => {
-                2 * (values + size_of::<f32>() * values.div_ceil(adamw8bit::BLOCK))
+                let maxima = size_of::<f32>() * values.div_ceil(adamw8bit::BLOCK);
+                vec![values, maxima, values, maxima]
             }
-            Kind::AdamW | Kind::AdamW8bit => 2 * size_of::<f32>() * values,
+            Kind::AdamW | Kind::AdamW8bit => vec![size_of::<f32>() * values; 2],
         }
     }
 }

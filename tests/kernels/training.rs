@@ -6,6 +6,7 @@ use crate::support::{BeforeLaunch, PORTABLE, before_launches, gpu, on_device, wi
 use pipe::cuda::Gpu;
 use pipe::files::Files;
 use pipe::model::device::DeviceGradients;
+use pipe::model::memory::Extent;
 use pipe::model::{Device, Gradients, Model, Placed, PlacedGradients, Recompute, fit};
 use pipe::random::Stream;
 use pipe::stage;
@@ -206,7 +207,7 @@ fn layers_keep_their_insides_as_far_as_memory_goes_and_no_bit_tells_how_many() {
         model
     };
     let law = run(&Placed::new(model(true, Dtype::Bf16), &Device::Cuda(gpu())).unwrap(), &rows);
-    let enough = fit::device_bytes(&fitting(), rows.ids.len(), rows.rows.len(), 2);
+    let enough = fit::device_bytes(&fitting(), Extent::of(&rows.batch()), 2);
     let peaks = [0, enough - 1, enough, usize::MAX / 2].map(|free| {
         let gpu = gpu();
         let placed = Placed::new(fitting(), &Device::Cuda(gpu.clone())).unwrap();

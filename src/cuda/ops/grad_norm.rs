@@ -7,7 +7,7 @@ use crate::problem::Problem;
 use bytemuck::{Pod, Zeroable};
 
 /// Elements of a piece: what one block of such a kernel works on. As in `kernels/pieces.cuh`.
-const PIECE: usize = 2048;
+pub const PIECE: usize = 2048;
 /// Threads of such a block.
 pub(super) const THREADS: usize = 256;
 
