@@ -13,7 +13,7 @@ use server::Server;
 use std::time::Duration;
 
 /// A variable that the test runner sets and that looks like a key: long, without blanks.
-const KEY_VARIABLE: &str = "CARGO_MANIFEST_DIR";
+const KEY_VARIABLE: &str = "CARGO_MANIFEST_PATH";
 
 fn endpoint(server: &Server, more: Value) -> Endpoint {
     let mut all = json!({
