@@ -69,7 +69,7 @@ pub struct Global {
     /// Where to compute; `auto` is the CPU as long as the CUDA backend has not been proved on a GPU
     #[arg(long, global = true, value_enum, default_value_t = Device::Auto, help_heading = "Everywhere")]
     device: Device,
-    /// Stages that run at once [default: 2, or 1 on a single core]
+    /// Stages that run at once [default: 2; 1 on a single core and with `--device cuda`]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..), help_heading = "Everywhere")]
     jobs: Option<u16>,
     /// Write one JSON object, or for `run` one event per line

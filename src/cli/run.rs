@@ -326,9 +326,11 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
     })
 }
 
+/// On a device one at a time: decoding takes all the memory that it finds there.
 fn jobs(global: &Global) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    global.jobs.map_or(cores.min(2), usize::from)
+    let most = if global.on_device() { 1 } else { 2 };
+    global.jobs.map_or(cores.min(most), usize::from)
 }
 
 /// `33 ran, 12 fresh, 3m 12s, peak 812 MiB`

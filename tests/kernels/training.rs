@@ -2,12 +2,15 @@
 //! trace, gradients that are not numbers, and every weight.
 
 use crate::model::{apart, bench, both, config, model, rows, run, training};
-use crate::support::{BeforeLaunch, PORTABLE, before_launches, gpu, on_device, with_free_bytes};
+use crate::support::{
+    Asked, BeforeLaunch, PORTABLE, Watched, Watcher, before_launches, gpu, on_device, with_free_bytes,
+};
 use pipe::cuda::Gpu;
 use pipe::files::Files;
 use pipe::model::device::DeviceGradients;
 use pipe::model::memory::Extent;
 use pipe::model::{Device, Gradients, Model, Placed, PlacedGradients, Recompute, fit};
+use pipe::problem::Problem;
 use pipe::random::Stream;
 use pipe::stage;
 use pipe::tensor::Dtype;
@@ -15,7 +18,7 @@ use pipe::train::{Checkpoint, Kind, Options, PlacedOptimizer};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Every weight of a model trained; norms and biases away from 1 and 0.
 fn everything(tied: bool) -> Model {
@@ -163,6 +166,63 @@ fn a_gradient_that_is_not_a_number_stops_before_the_update_and_the_state_before_
     hurt.run(stage::sft::run, params).unwrap();
     assert_eq!(hurt.warnings.lock().unwrap()[..], ["resumed after step 2"]);
     assert!(files(&whole.path("out")) == files(&hurt.path("out")));
+}
+
+/// A device that answers every call with a problem from the `after`-th launch of a kernel on.
+struct Fails {
+    kernel: &'static str,
+    after: usize,
+    code: &'static str,
+    seen: AtomicUsize,
+}
+
+impl Fails {
+    fn at(kernel: &'static str, after: usize, code: &'static str) -> Gpu {
+        Gpu::new(Box::new(Watched(PORTABLE, Fails { kernel, after, code, seen: AtomicUsize::new(0) })))
+    }
+}
+
+impl Watcher for Fails {
+    fn asked(&self, asked: &Asked) -> Result<(), Problem> {
+        if matches!(asked, Asked::Launch(kernel) if *kernel == self.kernel) {
+            self.seen.fetch_add(1, Ordering::Relaxed);
+        }
+        match self.seen.load(Ordering::Relaxed) >= self.after {
+            true => Err(Problem::new(self.code, "the device says no")),
+            false => Ok(()),
+        }
+    }
+}
+
+#[test]
+fn a_gpu_that_is_lost_keeps_what_was_saved_and_another_one_ends_with_the_same_bytes() {
+    if on_device() {
+        return;
+    }
+    let params = five_steps("adamw", true);
+    let whole = bench(Device::Cuda(gpu()), &counting(4));
+    whole.run(stage::sft::run, params.clone()).unwrap();
+
+    let mut hurt = bench(Device::Cuda(Fails::at("grad_norm_join", 3, "cuda::lost")), &counting(4));
+    let problem = hurt.run(stage::sft::run, params.clone()).unwrap_err();
+    assert_eq!(problem.code, "cuda::lost");
+    assert!(hurt.path("work/resume/step-00000002.checkpoint").exists());
+    hurt.device = Device::Cuda(gpu());
+    hurt.run(stage::sft::run, params).unwrap();
+    assert_eq!(hurt.warnings.lock().unwrap()[..], ["resumed after step 2"]);
+    assert!(files(&whole.path("out")) == files(&hurt.path("out")));
+}
+
+#[test]
+fn a_launch_that_is_refused_names_the_kernel_and_its_shape() {
+    if on_device() {
+        return;
+    }
+    let hurt = bench(Device::Cuda(Fails::at("swiglu_forward", 1, "cuda::launch")), &counting(4));
+    let problem = hurt.run(stage::sft::run, five_steps("adamw", true)).unwrap_err();
+    assert_eq!(problem.code, "cuda::launch");
+    let said = problem.to_string();
+    assert!(said.contains("kernel `swiglu_forward`, grid ") && said.contains("block "), "{said}");
 }
 
 #[test]
