@@ -83,7 +83,7 @@ pub fn report(
          calculation, and what limits them; warps: as many, of those that it could hold. Then instructions in the code,\n\
          each counted once however often it runs.\n",
     );
-    let head = format!("{:<34}{:<8}{:>4}{:>6}{:>8}{:>8}{:>7}  ", "", "", "reg", "spill", "threads", "shared", "blocks");
+    let head = format!("{:<36}{:<8}{:>4}{:>6}{:>8}{:>8}{:>7}  ", "", "", "reg", "spill", "threads", "shared", "blocks");
     let _ = write!(text, "\n{head}{:<14}{:>7}{:>7}", "limited by", "warps", "all");
     for mnemonic in COUNTED {
         let _ = write!(text, "{mnemonic:>8}");
@@ -114,7 +114,7 @@ pub fn report(
         }
         for (kernel, of_archs) in lines {
             for (i, line) in of_archs.iter().enumerate() {
-                let _ = writeln!(text, "{:<34}{line}", if i == 0 { kernel.as_str() } else { "" });
+                let _ = writeln!(text, "{:<36}{line}", if i == 0 { kernel.as_str() } else { "" });
             }
         }
     }
