@@ -1,4 +1,4 @@
-//! What each instruction of `kernels/dev.cuh` does, written down a second time: from the PTX manual, in Rust, knowing
+//! What each instruction of `kernels/dev.cuh` and `kernels/hopper.cuh` does, written down a second time: from the PTX manual, in Rust, knowing
 //! nothing of the emulator.
 
 use half::bf16;
@@ -6,7 +6,7 @@ use pipe::cuda::{Dim, Gpu};
 use pipe::problem::Problem;
 use pipe::random::Stream;
 
-/// A kernel of this folder that takes (out, in), and its law. The words are bits, of floats mostly.
+/// A kernel of this folder that takes (out, in) and maps of `in`, and its law. The words are bits, of floats mostly.
 pub struct Instruction {
     /// The functions it is about.
     pub name: &'static str,
@@ -14,10 +14,18 @@ pub struct Instruction {
     grid: usize,
     block: usize,
     shared: usize,
+    maps: &'static [Map],
     input: fn() -> Vec<u32>,
     /// From the input, what the output has to be.
     law: fn(&[u32]) -> Vec<u32>,
     bound: Bound,
+}
+
+/// A tensor of bf16 in the input, from element `first` on, and the box of a tensor copy: the contiguous extent last.
+struct Map {
+    first: usize,
+    extents: &'static [usize],
+    tile: &'static [usize],
 }
 
 /// How far from its law a result may be, and a device from the emulator.
@@ -51,13 +59,17 @@ impl Instruction {
         (self.law)(&self.input())
     }
 
-    pub fn run(&self, gpu: &Gpu) -> Result<Vec<u32>, Problem> {
-        let input = gpu.upload(&self.input())?;
-        let output = gpu.zeros::<u32>(self.law().len())?;
+    /// The output, as long as the law.
+    pub fn run(&self, gpu: &Gpu, words: usize) -> Result<Vec<u32>, Problem> {
+        let input = gpu.upload::<bf16>(bytemuck::cast_slice(&self.input()))?;
+        let output = gpu.zeros::<u32>(words)?;
         let block = Dim(self.block as u32, 1, 1);
-        let launch = gpu.launch(self.kernel, self.grid, block).shared(self.shared).buffer(&output).buffer(&input);
-        // SAFETY: the kernels of this folder take out and in; `in` has what the kernel's comment says, and `out` has
-        // the length of the law.
+        let mut launch = gpu.launch(self.kernel, self.grid, block).shared(self.shared).buffer(&output).buffer(&input);
+        for Map { first, extents, tile } in self.maps {
+            launch = launch.map(gpu.tensor_map_from(&input, *first, extents, tile)?);
+        }
+        // SAFETY: the kernels of this folder take out, in and these maps; `in` has what the kernel's comment says, and
+        // `out` has the length of the law.
         unsafe { launch.run()? };
         output.download()
     }
@@ -129,6 +141,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 16,
         block: 256,
         shared: 0,
+        maps: &[],
         input: || any_bits(16 * 256, "conversions"),
         law: conversions,
         bound: Bound::Exact,
@@ -139,6 +152,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 16,
         block: 256,
         shared: 0,
+        maps: &[],
         input: || [special(), uniform(16 * 256 - special().len(), -150.0, 130.0, "exp2")].concat(),
         law: |input| each(input, |x| flushed(if is_denormal(x) { 1.0 } else { x.exp2() })),
         bound: Bound::Ulps(2),
@@ -149,6 +163,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 16,
         block: 256,
         shared: 0,
+        maps: &[],
         input: || [special(), uniform(16 * 256 - special().len(), -87.0, 88.0, "exp")].concat(),
         law: |input| each(input, f64::exp),
         bound: Bound::Ulps(2),
@@ -159,6 +174,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 16,
         block: 256,
         shared: 0,
+        maps: &[],
         input: || uniform(16 * 256, 1e-3, 4e4, "log"),
         law: |input| each(input, f64::ln),
         bound: Bound::Ulps(2),
@@ -169,6 +185,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 16,
         block: 256,
         shared: 0,
+        maps: &[],
         input: || uniform(3 * 16 * 256, -100.0, 100.0, "arithmetic"),
         law: arithmetic,
         bound: Bound::Exact,
@@ -179,6 +196,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 1,
         block: 64,
         shared: 1024,
+        maps: &[],
         input: || normal_bf16(32 * 64, "vectors"),
         law: vectors,
         bound: Bound::Exact,
@@ -189,6 +207,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 1,
         block: 64,
         shared: 3072,
+        maps: &[],
         input: || any_bits(12 * 64, "copies"),
         law: copies,
         bound: Bound::Exact,
@@ -199,6 +218,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 1,
         block: 32,
         shared: 1536,
+        maps: &[],
         input: || any_bits(32 * 4, "ldmatrix"),
         law: matrices,
         bound: Bound::Exact,
@@ -209,6 +229,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 32,
         block: 64,
         shared: 0,
+        maps: &[],
         // Sums stay below 2^24: exact in any order, so that a wrong place cannot hide.
         input: || fragments(32 * 2, |random, i| (random.u64(i) % 33) as f32 - 16.0),
         law: products,
@@ -220,6 +241,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 32,
         block: 64,
         shared: 0,
+        maps: &[],
         input: || fragments(32 * 2, |random, i| random.normal(i) as f32),
         law: products,
         // The order of the sum is the device's own, and it may cut off where f32 rounds: at most a unit in the last
@@ -232,6 +254,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 1,
         block: 256,
         shared: 32,
+        maps: &[],
         input: || [normal(256, "together"), any_bits(256, "words")].concat(),
         law: together,
         bound: Bound::Exact,
@@ -242,6 +265,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 1,
         block: 128,
         shared: 1024,
+        maps: &[],
         input: || any_bits(128, "barriers"),
         law: |input| {
             let left = (0..64).map(|t| input[127 - t]).chain(input[64..].iter().copied());
@@ -255,6 +279,7 @@ pub const COMMON: &[Instruction] = &[
         grid: 2,
         block: 256,
         shared: 0,
+        maps: &[],
         input: || any_bits(512, "atomics").into_iter().map(|word| word & 0x3f7).collect(),
         law: |input| {
             let mut words = vec![0; 8];
@@ -265,10 +290,169 @@ pub const COMMON: &[Instruction] = &[
     },
 ];
 
-/// Those of `kernels/hopper.cuh`, which only devices of compute capability 9.0 have. Their kernels go to `hopper.cu`
-/// here, and its line in `manifest.toml` is `archs = ["sm_90a"]`; the table that is printed names the functions which
-/// no row here does.
-pub const HOPPER: &[Instruction] = &[];
+/// Those of `kernels/hopper.cuh`, which only devices of compute capability 9.0 have.
+pub const HOPPER: &[Instruction] = &[
+    Instruction {
+        name: "tensor_load_2d, fence_proxy_async",
+        kernel: "conform_box_2d",
+        grid: BOXES_2D.len(),
+        block: 128,
+        shared: 21 * 128 + 8,
+        maps: &[Map { first: 128, extents: &[50, 104], tile: &[20, 64] }],
+        input: || around(BOXES_2D.as_flattened(), 50 * 104 / 2, "boxes 2d"),
+        law: |input| boxes(input, &BOXES_2D.map(|[c0, c1]| [c0, c1, 0]), [1, 50, 104], [1, 20]),
+        bound: Bound::Exact,
+    },
+    Instruction {
+        name: "tensor_load_3d, fence_proxy_async",
+        kernel: "conform_box_3d",
+        grid: BOXES_3D.len(),
+        block: 128,
+        shared: 19 * 128 + 8,
+        maps: &[Map { first: 128, extents: &[5, 12, 72], tile: &[3, 6, 64] }],
+        input: || around(BOXES_3D.as_flattened(), 5 * 12 * 72 / 2, "boxes 3d"),
+        law: |input| boxes(input, &BOXES_3D, [5, 12, 72], [3, 6]),
+        bound: Bound::Exact,
+    },
+    Instruction {
+        name: "wgmma_descriptor, k_major, mn_major",
+        kernel: "conform_descriptors",
+        grid: 1,
+        block: 128,
+        shared: 0,
+        maps: &[],
+        // Multiples of 16 below 227 KiB.
+        input: || any_bits(3 * 128, "descriptors").into_iter().map(|word| word % (227 * 64) * 16).collect(),
+        law: descriptors,
+        bound: Bound::Exact,
+    },
+    warpgroup::<64>("wgmma, wgmma_registers of 64, whole numbers", "conform_wgmma_64", true),
+    warpgroup::<128>("wgmma, wgmma_registers of 128, whole numbers", "conform_wgmma_128", true),
+    warpgroup::<256>("wgmma, wgmma_registers of 256, whole numbers", "conform_wgmma_256", true),
+    warpgroup::<64>("wgmma, wgmma_registers of 64, normal numbers", "conform_wgmma_64", false),
+    warpgroup::<128>("wgmma, wgmma_registers of 128, normal numbers", "conform_wgmma_128", false),
+    warpgroup::<256>("wgmma, wgmma_registers of 256, normal numbers", "conform_wgmma_256", false),
+    Instruction {
+        name: "mbarrier_*, a ring of tensor copies",
+        kernel: "conform_ring",
+        grid: 1,
+        block: 160,
+        shared: 3 * 2048 + 48,
+        maps: &[
+            Map { first: 0, extents: &[14 * 8, 64], tile: &[8, 64] },
+            Map { first: 14 * 512, extents: &[14 * 8, 64], tile: &[8, 64] },
+        ],
+        // A counter: what comes twice, late or not at all shows.
+        input: || (1..=14 * 512).collect(),
+        law: |input| {
+            let (x, y) = input.split_at(14 * 256);
+            let times = x.chunks(256).zip(y.chunks(256));
+            times.flat_map(|(x, y)| [swizzled(x), swizzled(y)].concat()).collect()
+        },
+        bound: Bound::Exact,
+    },
+    Instruction {
+        name: "mbarrier_*, a ring among threads",
+        kernel: "conform_phases",
+        grid: 1,
+        block: 128,
+        shared: 512 + 32,
+        maps: &[],
+        input: || (1..=15 * 64).collect(),
+        law: |input| input.chunks(64).flat_map(|time| time.iter().rev().copied()).collect(),
+        bound: Bound::Exact,
+    },
+    Instruction {
+        name: "registers_give, registers_take, wgmma_operand",
+        kernel: "conform_registers",
+        grid: 1,
+        block: 384,
+        shared: 0,
+        maps: &[],
+        input: || any_bits(384 * 192, "registers"),
+        law: |input| {
+            let held = |(thread, words): (usize, &[u32])| {
+                let count = if thread < 128 { 16 } else { 192 };
+                words[..count].iter().rev().copied().collect::<Vec<_>>()
+            };
+            input.chunks(192).enumerate().flat_map(held).collect()
+        },
+        bound: Bound::Exact,
+    },
+];
+
+/// Where boxes of 20 rows of 64 begin, column first, in a tensor of 50 rows of 104: inside, up to two edges, across
+/// each edge and two corners, outside of each edge and of a corner.
+const BOXES_2D: [[i32; 2]; 14] = [
+    [0, 0],
+    [3, 7],
+    [40, 30],
+    [-5, 4],
+    [70, 9],
+    [16, -7],
+    [8, 41],
+    [-9, -3],
+    [99, 44],
+    [104, 0],
+    [-64, 10],
+    [0, 50],
+    [0, -20],
+    [200, -100],
+];
+
+/// The same of 3 planes of 6 rows of 64, in a tensor of 5 planes of 12 rows of 72.
+const BOXES_3D: [[i32; 3]; 17] = [
+    [0, 0, 0],
+    [5, 3, 1],
+    [8, 6, 2],
+    [-7, 2, 1],
+    [20, 2, 1],
+    [2, -2, 0],
+    [2, 9, 1],
+    [2, 2, -1],
+    [2, 2, 4],
+    [-3, -1, -2],
+    [40, 10, 4],
+    [72, 0, 0],
+    [-64, 0, 0],
+    [0, 12, 0],
+    [0, -6, 0],
+    [0, 0, 5],
+    [0, 0, -3],
+];
+
+/// A row of products by a warpgroup, N columns, 64 summed: as `products_body` of instructions_hopper.cu has them.
+const fn warpgroup<const N: usize>(name: &'static str, kernel: &'static str, whole: bool) -> Instruction {
+    Instruction {
+        name,
+        kernel,
+        grid: 12,
+        block: 128,
+        shared: 8192 + 144 * N,
+        maps: &[],
+        // Sums stay below 2^24: exact in any order.
+        input: if whole {
+            || warpgroup_operands(N, |random, i| (random.u64(i) % 33) as f32 - 16.0)
+        } else {
+            || warpgroup_operands(N, |random, i| random.normal(i) as f32)
+        },
+        law: |input| {
+            let sum = |start: f64, terms: &mut dyn Iterator<Item = f64>| terms.fold(start, |sum, term| sum + term);
+            warpgroup_sums(N, input, sum).map(|sum| (sum as f32).to_bits()).collect()
+        },
+        // As of mma_bf16_16816: 16 products and the start, four times, and once more in the emulator.
+        bound: if whole {
+            Bound::Exact
+        } else {
+            Bound::Relative(136.0 / (1 << 23) as f64, |input| {
+                let sum = |start: f64, terms: &mut dyn Iterator<Item = f64>| {
+                    terms.fold(start.abs(), |sum, term| sum + term.abs())
+                };
+                warpgroup_sums(N, input, sum).collect()
+            })
+        },
+    }
+}
 
 // ---- Inputs ----
 
@@ -311,6 +495,25 @@ fn fragments(products: usize, number: fn(&Stream, u64) -> f32) -> Vec<u32> {
     };
     let word = |i: usize| if i % 10 < 6 { pair(i) } else { value(2 * i).to_bits() };
     (0..10 * 32 * products).map(word).collect()
+}
+
+/// Coordinates of boxes in 64 words, then `words` words and 64 more: what lies around a tensor is not zero.
+fn around(coordinates: &[i32], words: usize, name: &str) -> Vec<u32> {
+    let mut all = any_bits(64 + words + 64, name);
+    all.iter_mut().zip(coordinates).for_each(|(word, coordinate)| *word = *coordinate as u32);
+    all
+}
+
+/// Twelve times A [64, 64], B [64, n], both bf16, and d [64, n], f32.
+fn warpgroup_operands(n: usize, number: fn(&Stream, u64) -> f32) -> Vec<u32> {
+    let random = Stream::named(23, &["warpgroup", &n.to_string()]);
+    let halves = 32 * (64 + n);
+    let half = |i: usize| u32::from(bf16::from_f32(number(&random, i as u64)).to_bits());
+    let word = |i: usize| match i % (halves + 64 * n) < halves {
+        true => half(2 * i) | half(2 * i + 1) << 16,
+        false => number(&random, 2 * i as u64).to_bits(),
+    };
+    (0..12 * (halves + 64 * n)).map(word).collect()
 }
 
 // ---- Laws ----
@@ -500,4 +703,90 @@ fn together(input: &[u32]) -> Vec<u32> {
         out.push(ballot);
     }
     out
+}
+
+/// Rows of 128 bytes as the 128-byte swizzle leaves them: chunk c of 16 bytes of row r is chunk c ^ (r mod 8).
+fn swizzled(rows: &[u32]) -> Vec<u32> {
+    let mut out = vec![0; rows.len()];
+    for (i, chunk) in rows.chunks(4).enumerate() {
+        let (row, place) = (i / 8, (i % 8) ^ (i / 8 % 8));
+        out[32 * row + 4 * place..][..4].copy_from_slice(chunk);
+    }
+    out
+}
+
+/// Boxes of [planes, rows] rows of 64 at (c0, c1, c2) of a tensor that begins at word 64, zeros beyond its edges; after
+/// each the 32 words that were behind it.
+fn boxes(input: &[u32], at: &[[i32; 3]], extents: [i32; 3], tile: [i32; 2]) -> Vec<u32> {
+    let element = |place: [i32; 3]| {
+        let inside = place.iter().zip(extents).all(|(i, extent)| (0..extent).contains(i));
+        let i = ((place[0] * extents[1] + place[1]) * extents[2] + place[2]) as usize;
+        if inside { input[64 + i / 2] >> (16 * (i % 2)) & 0xffff } else { 0 }
+    };
+    let mut out = Vec::new();
+    for [c0, c1, c2] in at {
+        let rows = (0..tile[0]).flat_map(|plane| (0..tile[1]).map(move |row| (c2 + plane, c1 + row)));
+        let words = rows.flat_map(|(plane, row)| (0..32).map(move |i| [plane, row, c0 + 2 * i]));
+        let word =
+            |[plane, row, column]: [i32; 3]| element([plane, row, column]) | element([plane, row, column + 1]) << 16;
+        out.extend(swizzled(&words.map(word).collect::<Vec<_>>()));
+        out.extend([u32::MAX; 32]);
+    }
+    out
+}
+
+/// "Matrix Descriptor Format", without a base offset, of the 128-byte swizzle.
+fn descriptors(input: &[u32]) -> Vec<u32> {
+    let descriptor = |address: u32, leading: u32, stride: u32| {
+        let field = |bytes: u32| u64::from(bytes % (1 << 18)) / 16;
+        let bits = field(address) + (field(leading) << 16) + (field(stride) << 32) + (1 << 62);
+        [bits as u32, (bits >> 32) as u32]
+    };
+    let of = |words: &[u32]| {
+        let [address, leading, stride] = [words[0], words[1], words[2]];
+        // Eight rows of 128 bytes from one group to the next.
+        [descriptor(address, leading, stride), descriptor(address, 16, 1024), descriptor(address, leading, 1024)]
+    };
+    input.chunks_exact(3).flat_map(of).flatten().collect()
+}
+
+/// Of each thread's elements of d, in the order of `conform_wgmma_*`, what `sum` makes of the start and the 64 terms.
+fn warpgroup_sums(
+    n: usize,
+    input: &[u32],
+    sum: impl Fn(f64, &mut dyn Iterator<Item = f64>) -> f64,
+) -> impl Iterator<Item = f64> {
+    input.chunks_exact(64 * 32 + 32 * n + 64 * n).enumerate().flat_map(move |(block, operands)| {
+        let (a_words, rest) = operands.split_at(64 * 32);
+        let (b_words, starts) = rest.split_at(32 * n);
+        let half = |words: &[u32], i: usize| f64::from(f32::from_bits(words[i / 2] >> (16 * (i % 2)) << 16));
+        // Rows of A, columns of B.
+        let (mut a, mut b) = (vec![[0.0; 64]; 64], vec![[0.0; 64]; n]);
+        for i in 0..64 * 64 {
+            match block % 6 {
+                0 | 1 => a[i / 64][i % 64] = half(a_words, i),
+                2 | 3 => a[i % 64][i / 64] = half(a_words, i),
+                _ => {
+                    let (thread, step) = (i / 32, i % 32 / 8);
+                    let (row, column) = place_in_a(thread % 32, i % 8);
+                    a[thread / 32 * 16 + row][16 * step + column] = half(a_words, i);
+                }
+            }
+        }
+        for i in 0..64 * n {
+            match block % 2 {
+                0 => b[i / 64][i % 64] = half(b_words, i),
+                _ => b[i / 4096 * 64 + i % 64][i / 64 % 64] = half(b_words, i),
+            }
+        }
+        let mut out = Vec::with_capacity(64 * n);
+        for (i, start) in starts.iter().enumerate() {
+            let (thread, i) = (i / (n / 2), i % (n / 2));
+            let (row, column) = place_in_d(thread % 32, i % 4);
+            let (a, b) = (&a[thread / 32 * 16 + row], &b[i / 4 * 8 + column]);
+            let start = if block >= 6 { f64::from(f32::from_bits(*start)) } else { 0.0 };
+            out.push(sum(start, &mut a.iter().zip(b).map(|(a, b)| a * b)));
+        }
+        out
+    })
 }

@@ -29,4 +29,21 @@ pub const UNITS: &[Unit] = &[
             Blob { arch: "compute_80", packed: include_bytes!("prebuilt/instructions.compute_80.ptx.zst") },
         ],
     },
+    Unit {
+        name: "instructions_hopper",
+        kernels: &[
+            "conform_box_2d",
+            "conform_box_3d",
+            "conform_descriptors",
+            "conform_phases",
+            "conform_registers",
+            "conform_ring",
+            "conform_wgmma_128",
+            "conform_wgmma_256",
+            "conform_wgmma_64",
+        ],
+        blobs: &[
+            Blob { arch: "sm_90a", packed: include_bytes!("prebuilt/instructions_hopper.sm_90a.cubin.zst") },
+        ],
+    },
 ];
