@@ -321,7 +321,11 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
             false => print(&results::page(&shown))?,
         }
         let peak = screen.peak_bytes.load(Ordering::Relaxed).max(peak_memory_bytes().unwrap_or(0));
-        say(global, &summary(&report, peak));
+        let mut said = summary(&report, peak);
+        if let Some(Device::Cuda(gpu)) = stages.device.get() {
+            said += &format!(", peak on the device {}", report::bytes(gpu.usage().peak as u64));
+        }
+        say(global, &said);
         report.exit().map_or(Ok(()), |exit| Err(Stop::Code(exit)))
     })
 }
