@@ -7,6 +7,7 @@ pub mod files;
 pub mod grade;
 pub mod hub;
 pub mod manifest;
+pub mod measure;
 pub mod model;
 pub mod plan;
 pub mod problem;

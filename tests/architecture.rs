@@ -12,6 +12,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("digest", &[]),
     ("random", &["digest"]),
     ("grade", &[]),
+    ("measure", &[]),
     ("manifest", &["problem"]),
     ("plan", &["manifest", "digest", "problem"]),
     ("store", &["digest", "files", "problem"]),
@@ -20,7 +21,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("remote", &["digest", "problem", "random"]),
     ("tensor", &["random"]),
     ("cuda", &["problem"]),
-    ("model", &["cuda", "files", "problem", "random", "tensor"]),
+    ("model", &["cuda", "files", "measure", "problem", "random", "tensor"]),
     ("train", &["cuda", "digest", "files", "model", "problem", "random", "tensor"]),
     (
         "stage",
@@ -29,7 +30,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "train",
         ],
     ),
-    ("exec", &["digest", "files", "manifest", "plan", "problem", "store"]),
+    ("exec", &["digest", "files", "manifest", "measure", "plan", "problem", "store"]),
 ];
 
 fn root() -> PathBuf {

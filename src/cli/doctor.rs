@@ -9,9 +9,10 @@ use crate::report;
 use pipe::cuda;
 use pipe::data::inspect::{inspect, overlap};
 use pipe::data::{self, Eos, Format, Limits, Record, Tokenizer};
-use pipe::exec::{self, Engine, Survey};
+use pipe::exec::{Engine, Survey};
 use pipe::files::Files;
 use pipe::hub::Settings;
+use pipe::measure;
 use pipe::plan::{Cell, CellId};
 use pipe::problem::{Exit, Problem};
 use pipe::store::Store;
@@ -137,7 +138,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
 }
 
 fn machine(global: &Global, findings: &mut Findings) {
-    let facts = exec::machine();
+    let facts = measure::machine();
     let fact = |name: &str| facts.get(name).map_or("unknown", String::as_str);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let isa = Isa::best();
@@ -148,7 +149,7 @@ fn machine(global: &Global, findings: &mut Findings) {
         }
         _ => findings.add("processor", State::Ok, text),
     }
-    match exec::host_memory() {
+    match measure::host_memory() {
         Some(memory) => {
             let (total, free) = (report::bytes(memory.total), report::bytes(memory.available));
             findings.add("memory", State::Ok, format!("memory: {total}, {free} free now"));
@@ -262,7 +263,7 @@ fn cache(global: &Global, findings: &mut Findings) -> Result<(), Problem> {
             format!("cache: {} of a run that was killed; the next run takes over", report::count(locks.left, "lock"));
         findings.add("cache", State::Ok, text);
     }
-    match exec::disk_free(&global.cache) {
+    match measure::disk_free(&global.cache) {
         Some(free) if free < 1 << 30 => {
             let text = format!("disk: {} free at {folder}", report::bytes(free));
             findings.advise("disk", State::Warn, text, &["`pipe gc` drops what nothing refers to"]);
@@ -394,7 +395,7 @@ fn disk(global: &Global, engine: &Engine, look: &Look, findings: &mut Findings) 
     let rest =
         if unknown > 0 { format!(" and what {} need", report::count(unknown, "other cell")) } else { String::new() };
     let text = format!("disk: models, adapters and states of this manifest take about {}{rest}", report::bytes(needed));
-    match exec::disk_free(&global.cache) {
+    match measure::disk_free(&global.cache) {
         Some(free) if needed > free => {
             let help = ["`pipe gc` drops what nothing refers to", "`--cache DIR` on a larger disk"];
             findings.advise("disk", State::Fail, format!("{text}, and {} are free", report::bytes(free)), &help);

@@ -3,8 +3,9 @@
 use super::Global;
 use crate::report;
 use pipe::cuda;
-use pipe::exec::{Engine, HostMemory, Status, Survey, host_memory};
+use pipe::exec::{Engine, Status, Survey};
 use pipe::files::Files;
+use pipe::measure::{HostMemory, host_memory};
 use pipe::model::lora::is_adapter;
 use pipe::model::memory::{Line, Need, kernels_fit};
 use pipe::model::{Config, LoraSpec};

@@ -11,6 +11,7 @@ use super::{Done, Global, OfManifest, Stop, plan, print, results, say};
 use crate::report;
 use pipe::exec::{self, Engine, Event, Observer, Options, Outcome, Report, Runner, Survey, Task};
 use pipe::manifest::{self, Text};
+use pipe::measure;
 use pipe::plan::{Cell, CellId, Plan};
 use pipe::problem::{Exit, Problem};
 use pipe::remote::Remote;
@@ -98,7 +99,7 @@ impl Runner for Stages<'_> {
                 Err(problem) => Some(Err(problem)),
             },
         };
-        let machine = Machine { host: exec::host_memory(), device: memory };
+        let machine = Machine { host: measure::host_memory(), device: memory };
         let (misfits, warnings) = look.memory_problems(&machine, jobs(self.global));
         problems.extend(misfits);
         warnings.iter().for_each(|warning| self.live.always(&format!("warning: {warning}")));

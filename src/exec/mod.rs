@@ -5,13 +5,11 @@
 //! learns from nobody: a [`Runner`] is handed parameters, input files and an empty folder.
 
 mod events;
-mod measure;
 mod run;
 mod sources;
 mod status;
 
 pub use events::{Event, Observer, Silent, describe};
-pub use measure::{HostMemory, disk_free, host_memory, machine};
 pub use run::{Options, Outcome, Report};
 pub use sources::{Paths, Resolved, Sources};
 pub use status::{Reason, Status, Survey, causes, closure};

@@ -2,9 +2,10 @@
 
 use super::events::{Event, Log, Observer};
 use super::status::{Past, Reason, Status, Survey, closure, inputs};
-use super::{Engine, Progress, Runner, Task, TaskInput, measure};
+use super::{Engine, Progress, Runner, Task, TaskInput};
 use crate::digest::Digest;
 use crate::files::Files;
+use crate::measure;
 use crate::plan::Fingerprint;
 use crate::plan::{Cell, CellId};
 use crate::problem::{Exit, Problem};

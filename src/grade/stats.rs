@@ -36,20 +36,6 @@ pub fn pass_at_k(n: u64, correct: u64, k: u64) -> Option<f64> {
     Some(1.0 - none_right)
 }
 
-/// McNemar's exact test: the two-sided p of `first_only` problems that only the first of two solves against
-/// `second_only`, given that each is a fair coin's (binomial; the doubled smaller tail, at most 1).
-pub fn mcnemar(first_only: u64, second_only: u64) -> f64 {
-    let (few, n) = (first_only.min(second_only), first_only + second_only);
-    // The sum in logarithms: 0.5^n is below what f64 holds from n = 1075 on.
-    let mut term = -(n as f64) * std::f64::consts::LN_2;
-    let mut tail = 0.0;
-    for i in 0..=few {
-        tail += term.exp();
-        term += ((n - i) as f64 / (i + 1) as f64).ln();
-    }
-    (2.0 * tail).min(1.0)
-}
-
 /// The paired permutation test, exact: two-sided p of a sum of differences at least as far from 0 as theirs
 /// when the sign of each is a fair coin's. With one sample per problem this is McNemar's test.
 ///
@@ -145,6 +131,20 @@ mod tests {
         assert!((pass_at_k(5, 2, 2).unwrap() - 0.7).abs() <= 1e-15);
         assert_eq!((pass_at_k(4, 1, 4), pass_at_k(4, 0, 4), pass_at_k(4, 1, 5)), (Some(1.0), Some(0.0), None));
         assert_eq!(pass_at_k(4, 2, 0), None);
+    }
+
+    /// McNemar's exact test: the two-sided p of `first_only` problems that only the first of two solves against
+    /// `second_only`, given that each is a fair coin's (binomial; the doubled smaller tail, at most 1).
+    fn mcnemar(first_only: u64, second_only: u64) -> f64 {
+        let (few, n) = (first_only.min(second_only), first_only + second_only);
+        // The sum in logarithms: 0.5^n is below what f64 holds from n = 1075 on.
+        let mut term = -(n as f64) * std::f64::consts::LN_2;
+        let mut tail = 0.0;
+        for i in 0..=few {
+            tail += term.exp();
+            term += ((n - i) as f64 / (i + 1) as f64).ln();
+        }
+        (2.0 * tail).min(1.0)
     }
 
     #[test]

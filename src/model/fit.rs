@@ -4,6 +4,7 @@
 use super::memory::{Extent, Plan, Trained, Work};
 use super::qwen2::{Model, Recompute};
 use crate::cuda::Gpu;
+use crate::measure::host_memory;
 use crate::problem::Problem;
 use crate::tensor::Dtype;
 
@@ -20,15 +21,8 @@ fn working(model: &Model, on_device: bool, extent: Extent, kept: usize) -> usize
 /// On the processor: all of them if half of the memory that is available holds what they need, else none.
 pub(super) fn on_host(model: &Model, extent: Extent) -> Recompute {
     let needed = working(model, false, extent, model.layers.len());
-    if needed <= available_bytes() / 2 { Recompute::None } else { Recompute::All }
-}
-
-/// Memory that could be had without swapping, as Linux estimates it; 0 where nobody says so.
-fn available_bytes() -> usize {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kilobytes = line.and_then(|line| line.split_whitespace().next()?.parse::<usize>().ok());
-    kilobytes.unwrap_or(0) * 1024
+    let available = host_memory().map_or(0, |memory| memory.available);
+    if needed as u64 <= available / 2 { Recompute::None } else { Recompute::All }
 }
 
 /// On a device: the last layers, as many as its free memory holds. The very last one keeps them in any case: it is
@@ -74,10 +68,5 @@ mod tests {
         // Of five below the last one stays: the next to be walked back through.
         assert_eq!(here - cost(&model, true, 2), 4 * 2048 * 32 * 2);
         assert_eq!(cost(&model, false, 2), on_host);
-    }
-
-    #[test]
-    fn this_machine_says_how_much_memory_is_available() {
-        assert!(!std::path::Path::new("/proc/meminfo").exists() || available_bytes() > 1 << 20);
     }
 }
