@@ -25,6 +25,8 @@ pub enum Answer {
     /// `a = b = c`; `None` for a side that is no expression (`\text{Area}`).
     Equation(Vec<Option<Node>>),
     Ratio(Vec<Node>),
+    /// Hour and minute, and whether it is in the afternoon, if that was said.
+    Clock(u32, u32, Option<bool>),
     /// Digits, and the base if it was written.
     Based(String, String),
 }
@@ -68,6 +70,9 @@ fn read(tokens: &[Token], depth: usize) -> Option<Answer> {
         return Some(Answer::Text(words));
     }
     let tokens = without_filler(tokens);
+    if let Some(clock) = clock(tokens) {
+        return Some(clock);
+    }
     // `x \in ...`
     if let [Letters(_) | Command(_), Command(is_in), rest @ ..] = tokens
         && is_in == "in"
@@ -119,6 +124,40 @@ fn read(tokens: &[Token], depth: usize) -> Option<Answer> {
         return parts.into_iter().map(expression).collect::<Option<Vec<_>>>().map(Answer::Ratio);
     }
     based(tokens).or_else(|| value(tokens).map(Answer::Value))
+}
+
+/// `4:30 p.m.`; without the half of the day it is a ratio.
+fn clock(tokens: &[Token]) -> Option<Answer> {
+    let [Num(hour), Sign(':'), Num(minute), half @ ..] = tokens else { return None };
+    let mut letters = String::new();
+    for token in half {
+        match token {
+            Word(word) | Letters(word) => letters.push_str(&word.to_lowercase()),
+            Sign('.' | '{' | '}') => {}
+            _ => return None,
+        }
+    }
+    let afternoon = match letters.as_str() {
+        "am" => false,
+        "pm" => true,
+        _ => return None,
+    };
+    Some(Answer::Clock(hour.parse().ok()?, minute.parse().ok()?, Some(afternoon)))
+}
+
+/// `3 \pmod{7}` as `3` and `7`.
+pub fn congruence(tokens: &[Token]) -> Option<(&[Token], &[Token])> {
+    let at = tokens.iter().rposition(|token| match token {
+        Command(name) => name == "mod",
+        Word(word) | Letters(word) => word == "mod",
+        _ => false,
+    })?;
+    let (mut before, mut modulus) = (&tokens[..at], &tokens[at + 1..]);
+    if let ([head @ .., Sign('(')], [inner @ .., Sign(')')]) = (before, modulus) {
+        (before, modulus) = (head, inner);
+    }
+    let modulus = unwrap(modulus);
+    (!before.is_empty() && !modulus.is_empty()).then_some((before, modulus))
 }
 
 /// Positions outside all brackets. `partner` as from [`matches`].

@@ -12,8 +12,9 @@
 use crate::grade::Verdict::{self, Correct, Undecided, Wrong};
 use crate::grade::answer::{Answer, Region, Value, region};
 use crate::grade::modular::{self, Field, Without};
+use crate::grade::normalise::Token;
 use crate::grade::number::{Complex, E, ONE, PI, Real, ZERO};
-use crate::grade::parse::{Function, Node};
+use crate::grade::parse::{Function, Node, expression};
 use crate::grade::words;
 
 /// A verdict and the rule that reached it.
@@ -45,6 +46,16 @@ pub fn compare(gold: &Answer, given: &Answer) -> Ruling {
             values(&bare(&parts[0].clone().over(parts[1].clone())), given)
         }
         (Answer::Ratio(gold), Answer::Ratio(given)) => ratios(gold, given),
+        (Answer::Clock(hour, minute, half), Answer::Clock(other_hour, other_minute, other_half)) => {
+            let same = (hour, minute, half) == (other_hour, other_minute, other_half);
+            (if same { Correct } else { Wrong }, "time of day")
+        }
+        (Answer::Clock(hour, minute, _), Answer::Ratio(parts))
+        | (Answer::Ratio(parts), Answer::Clock(hour, minute, _)) => {
+            let digits = [hour, minute].map(|n| Node::int(i64::from(*n)));
+            let same = parts.len() == 2 && parts.iter().zip(&digits).all(|(a, b)| nodes(b, a).0 == Correct);
+            (if same { Correct } else { Wrong }, "time of day")
+        }
         (Answer::Based(digits, base), Answer::Based(other, other_base)) => {
             (if digits == other && base == other_base { Correct } else { Wrong }, "base")
         }
@@ -101,6 +112,13 @@ pub fn compare(gold: &Answer, given: &Answer) -> Ruling {
                 words.iter().any(|w| w == "real" || w == "reals") && !words.iter().any(|w| w == "no" || w == "not");
             let verdict = if all { regions(gold, &Region::reals()).0 } else { Undecided };
             (if words.first().is_some_and(|w| w == "set") { Wrong } else { verdict }, "text")
+        }
+        (Answer::Set(gold), Answer::Text(words)) if gold.is_empty() => {
+            const NOTHING: [&str; 12] =
+                ["no", "none", "empty", "null", "set", "real", "solution", "solutions", "the", "there", "is", "are"];
+            let says = words.iter().any(|w| matches!(w.as_str(), "no" | "none" | "empty" | "null"));
+            let only = words.iter().all(|w| NOTHING.contains(&w.as_str()));
+            (if says && only { Correct } else { Undecided }, "text")
         }
         (Answer::Text(_), _) => (Undecided, "text"),
         (_, Answer::Text(_)) => (Undecided, "text"),
@@ -246,7 +264,7 @@ fn equation(gold: &[Option<Node>], given: &Answer) -> Ruling {
                 _ => (false, right),
             };
             // `x = 5` and `y = -2x` said by their right sides, `... = 0` by its left one.
-            let named = matches!(left, Node::Variable(_)) || matches!(left, Node::Product(_));
+            let named = names_a_quantity(left, right);
             if zero && !matches!(left, Node::Variable(_)) {
                 return proportional(whole, &value.node);
             }
@@ -258,6 +276,34 @@ fn equation(gold: &[Option<Node>], given: &Answer) -> Ruling {
         Answer::Text(_) => (Undecided, "equation"),
         _ => (Wrong, "equation"),
     }
+}
+
+/// Whether the left side of an equation names what the right one is: `x`, `AB`, and for a number also `NO/BO`, `|AB|`.
+fn names_a_quantity(left: &Node, right: &Node) -> bool {
+    let name = |node: &Node| matches!(node, Node::Variable(_) | Node::Product(_));
+    match left {
+        Node::Quotient(over, under) => name(over) && name(under) && !right.has_variables(),
+        Node::Apply(Function::Abs, inner) => name(inner) && !right.has_variables(),
+        left => name(left),
+    }
+}
+
+/// Two residues with their moduli; `None` where a modulus is no whole number or a residue is none.
+pub fn congruent(gold: &[Token], m: &[Token], given: &[Token], n: &[Token]) -> Option<Ruling> {
+    let whole = |tokens: &[Token]| match modular::rational(&expression(tokens)?)? {
+        (whole, 1) => Some(whole),
+        _ => None,
+    };
+    let residue = |tokens: &[Token]| match tokens {
+        [Token::Letters(_), Token::Sign('='), rest @ ..] => whole(rest),
+        tokens => whole(tokens),
+    };
+    let (m, n) = (whole(m)?, whole(n)?);
+    if m != n || m == 0 {
+        return Some((Wrong, "modulus"));
+    }
+    let same = (residue(gold)?.checked_sub(residue(given)?)?) % m == 0;
+    Some((if same { Correct } else { Wrong }, "modulus"))
 }
 
 /// Whether `a = 0` and `b = 0` are the same equation: one is a constant times the other.

@@ -228,7 +228,7 @@ fn behind_mark<'a>(text: &'a str, marks: &[&str]) -> Option<&'a str> {
 
 fn marked(text: &str) -> Option<Found> {
     let rest = behind_mark(text, MARKS)?.trim_start_matches([' ', '\n', '\t', ':', '*', '=', '#', '\r', '_']);
-    let answer = formula(rest).unwrap_or_else(|| sentence(rest));
+    let answer = formula(rest).unwrap_or_else(|| said_of(sentence(rest)));
     let answer = answer.trim().trim_end_matches(['*', '.', '_']).trim();
     (!answer.is_empty()).then(|| Found { text: answer.to_string(), rule: "mark" })
 }
@@ -241,6 +241,20 @@ fn formula(text: &str) -> Option<&str> {
         }
     }
     None
+}
+
+/// `The largest $n$ is 34` says 34: behind the only verb, if a number or formula is there.
+fn said_of(sentence: &str) -> &str {
+    let prose = sentence.split(' ').next().is_some_and(|w| w.len() > 2 && w.chars().all(char::is_alphabetic));
+    let lists = [" and ", " or ", ","].iter().any(|separator| sentence.contains(separator));
+    match sentence.split_once(" is ") {
+        Some((_, said)) if prose && !lists && !said.contains(" is ") => {
+            let said = said.trim_start_matches(['*', ' ', ':']);
+            let plain = said.starts_with(['$', '\\', '-']) || said.starts_with(|c: char| c.is_ascii_digit());
+            if plain { formula(said).unwrap_or(said) } else { sentence }
+        }
+        _ => sentence,
+    }
 }
 
 /// Up to the end of the sentence: a line break, or a stop that is no decimal point.
@@ -268,6 +282,17 @@ fn weak(text: &str) -> Option<Found> {
         }
     }
     let words = |line: &str| line.split([' ', ',']).any(|word| word.len() > 3 && word.chars().all(char::is_alphabetic));
+    // Nothing but an expression.
+    let expression = |c: char| c.is_ascii_digit() || c == '\\';
+    let boxes = ["\\boxed", "\\fbox"].iter().any(|name| text.contains(name));
+    if !boxes
+        && text.trim() == last_line
+        && last_line.len() < 200
+        && !words(last_line)
+        && last_line.contains(expression)
+    {
+        return found(last_line, "whole");
+    }
     if last_line.len() < 200 {
         const LEADS: [&str; 6] = ["So ", "Thus ", "Hence ", "Therefore ", "Then ", "We get "];
         let bare = LEADS.iter().find_map(|lead| last_line.strip_prefix(lead)).unwrap_or(last_line);

@@ -17,6 +17,8 @@ pub mod words;
 
 pub use stats::wilson;
 
+use std::borrow::Cow;
+
 /// Longer answers are not read; a response may be of any length.
 const ANSWER_BYTES: usize = 60_000;
 
@@ -73,24 +75,41 @@ pub fn grade(gold: &str, response: &str, kind: Kind) -> Graded {
     Graded { verdict, extracted: Some(found.text), found: found.rule, rule }
 }
 
-/// Compares two answers as they stand, without extraction.
+/// Compares two answers as they stand, without extraction; a gold answer in a box is what the box holds.
 pub fn judge(gold: &str, given: &str) -> decide::Ruling {
+    let gold = unboxed(gold);
+    let gold = gold.as_ref();
     if gold.trim() == given.trim() {
         return (Verdict::Correct, "same text");
     }
     if given.len() > ANSWER_BYTES || gold.len() > ANSWER_BYTES {
         return (Verdict::Undecided, "too long");
     }
-    let (gold_tokens, given_tokens) = (normalise::tokens(gold), normalise::tokens(given));
+    let (gold_tokens, given_tokens) = (normalise::tokens(&unescaped(gold)), normalise::tokens(&unescaped(given)));
     if gold_tokens == given_tokens && !gold_tokens.is_empty() && !gold_tokens.contains(&normalise::Token::Unknown) {
         return (Verdict::Correct, "same tokens");
     }
-    let Some(gold_answer) = answer::answer(&gold_tokens) else { return (Verdict::Undecided, "gold not understood") };
+    let (gold_tokens, given_tokens) = match (answer::congruence(&gold_tokens), answer::congruence(&given_tokens)) {
+        (Some((gold, m)), Some((given, n))) => match decide::congruent(gold, m, given, n) {
+            Some(ruling) => return ruling,
+            None => (gold, given),
+        },
+        // Its modulus may be left out, or said too much.
+        (gold, given) => (gold.map_or(&gold_tokens[..], |g| g.0), given.map_or(&given_tokens[..], |g| g.0)),
+    };
+    let Some(gold_answer) = answer::answer(gold_tokens) else { return (Verdict::Undecided, "gold not understood") };
     // Words are compared as words, whatever the other side could also be read as.
     if let answer::Answer::Text(words) = &gold_answer {
-        return decide::text_against(words, &answer::words_of(&given_tokens));
+        return decide::text_against(words, &answer::words_of(given_tokens));
     }
-    match answer::answer(&given_tokens) {
+    // A word without `\text` looks like variables.
+    if let ([normalise::Token::Letters(word)], [normalise::Token::Word(_)]) = (gold_tokens, given_tokens)
+        && word.len() > 1
+        && answer::words_of(gold_tokens) == answer::words_of(given_tokens)
+    {
+        return (Verdict::Correct, "text");
+    }
+    match answer::answer(given_tokens) {
         Some(given_answer) => decide::compare(&gold_answer, &given_answer),
         None => (Verdict::Undecided, "answer not understood"),
     }
@@ -117,12 +136,35 @@ pub fn check_gold(gold: &str, kind: Kind) -> Result<(), String> {
             Some(_) => Ok(()),
             None => Err("it is not a letter".into()),
         },
-        Kind::Math | Kind::Number => match answer::answer(&normalise::tokens(gold)) {
+        Kind::Math | Kind::Number => match typed(gold) {
             None => Err("it is no number, expression, list, interval, equation or text known here".into()),
             Some(answer::Answer::Text(_)) if kind == Kind::Number => Err("it is text, not a number".into()),
             Some(_) => Ok(()),
         },
     }
+}
+
+fn typed(gold: &str) -> Option<answer::Answer> {
+    let tokens = normalise::tokens(&unescaped(&unboxed(gold)));
+    answer::answer(answer::congruence(&tokens).map_or(&tokens[..], |(residue, _)| residue))
+}
+
+/// What the boxes of a gold answer hold, for who keeps whole solutions.
+fn unboxed(gold: &str) -> Cow<'_, str> {
+    match gold.contains("\\boxed").then(|| extract::boxed(gold)).flatten() {
+        Some(inner) => Cow::Owned(inner),
+        None => Cow::Borrowed(gold),
+    }
+}
+
+/// `\\frac` as `\frac`: LaTeX that was escaped once too often. In matrices `\\` ends a row.
+fn unescaped(text: &str) -> Cow<'_, str> {
+    let twice = text.as_bytes().windows(3).any(|w| w[..2] == *b"\\\\" && w[2].is_ascii_alphabetic());
+    let rows = ["\\begin", "\\matrix", "\\pmatrix", "\\substack"].iter().any(|name| text.contains(name));
+    if twice && (!rows || text.contains("\\\\begin")) {
+        return Cow::Owned(text.replace("\\\\", "\\"));
+    }
+    Cow::Borrowed(text)
 }
 
 fn choice(gold: &str, given: &str) -> decide::Ruling {

@@ -91,8 +91,7 @@ const TEXT: &[&str] = &[
     "textsc",
 ];
 /// Commands that vanish together with one argument.
-const DROPPED: &[&str] =
-    &["phantom", "hphantom", "vphantom", "hspace", "vspace", "color", "tag", "label", "pmod", "mspace"];
+const DROPPED: &[&str] = &["phantom", "hphantom", "vphantom", "hspace", "vspace", "color", "tag", "label", "mspace"];
 
 /// Words that a run of letters in math stands for when written without `\text`.
 const WORDS: &[&str] = &[
@@ -112,6 +111,10 @@ const WORDS: &[&str] = &[
     "the",
     "answer",
 ];
+/// Words behind a number that multiply it, as powers of ten.
+const MAGNITUDES: &[(&str, &str)] = &[("thousand", "3"), ("million", "6"), ("billion", "9"), ("trillion", "12")];
+/// The same as the sign behind a number.
+const PERCENT: &[&str] = &["percent", "pct", "percentage"];
 
 /// Unicode to what the tokeniser knows. Zero-width characters vanish.
 fn latex(text: &str) -> String {
@@ -376,7 +379,7 @@ impl Reader<'_> {
     /// separates only outside brackets and only where the whole has the form of a grouped number.
     fn separator(&self, start: usize, so_far: usize) -> Option<usize> {
         let rest = &self.bytes[self.at..];
-        let explicit = [&b"{,}"[..], b",\\!", b"\\,", b"\\!", b"\\ ", b"{\\,}", b"\\;", b"\\:", b"~"]
+        let explicit = [&b"{,}"[..], b",\\!", b"\\,", b"\\!", b"\\ ", b"{\\,}", b"{, }", b"\\;", b"\\:", b"~"]
             .into_iter()
             .find(|s| rest.starts_with(s));
         let skip = match explicit {
@@ -399,7 +402,18 @@ impl Reader<'_> {
         self.at += word.len();
         let lower = word.to_lowercase();
         let after_number = matches!(self.out.last(), Some(Num(_) | Sign('}')));
-        let known = WORDS.contains(&lower.as_str())
+        if let (Some((_, zeros)), Some(Num(_))) = (MAGNITUDES.iter().find(|(name, _)| *name == lower), self.out.last())
+        {
+            self.out.extend([Sign('*'), Num("10".into()), Sign('^'), Num((*zeros).into())]);
+            return;
+        }
+        if after_number && PERCENT.contains(&lower.as_str()) {
+            self.out.push(Sign('%'));
+            return;
+        }
+        // `NO` is a segment.
+        let shouted = word.len() == 2 && word == word.to_uppercase();
+        let known = (WORDS.contains(&lower.as_str()) && !shouted)
             || crate::grade::words::number(&lower).is_some()
             || (word.len() > 1 && after_number && crate::grade::words::unit(&lower).is_some());
         if !self.texts.is_empty() || known || !word.is_ascii() {
@@ -448,8 +462,9 @@ impl Reader<'_> {
         }
         let name: String =
             self.bytes[self.at + 1..].iter().take_while(|b| b.is_ascii_alphabetic()).map(|b| *b as char).collect();
+        // `\quadx` lost its space.
+        let name = ["qquad", "quad"].iter().find(|quad| name.starts_with(**quad)).map_or(name.as_str(), |quad| quad);
         self.at += 1 + name.len();
-        let name = name.as_str();
         if TEXT.contains(&name) {
             while self.peek(0) == b' ' {
                 self.at += 1;
@@ -581,6 +596,7 @@ impl Reader<'_> {
             "bar" | "overline" | "dot" => self.out.push(Command("overline".into())),
             "dots" | "cdots" | "dotsc" | "dotsb" => self.out.push(Command("ldots".into())),
             "backslash" => self.out.push(Command("setminus".into())),
+            "pmod" | "bmod" => self.out.push(Command("mod".into())),
             "lor" | "vee" => self.out.push(Word("or".into())),
             "land" | "wedge" => self.out.push(Word("and".into())),
             _ => self.out.push(Command(name.to_string())),
@@ -594,7 +610,7 @@ fn trim(mut tokens: Vec<Token>) -> Vec<Token> {
     while matches!(tokens.last(), Some(Sign('.' | ',' | ';' | ':' | '↵'))) {
         tokens.pop();
     }
-    let leading = tokens.iter().take_while(|t| matches!(t, Sign('.' | ',' | ';' | ':' | '↵' | '≈'))).count();
+    let leading = tokens.iter().take_while(|t| matches!(t, Sign('.' | ',' | ';' | ':' | '↵' | '≈' | '='))).count();
     tokens.drain(..leading);
     let opened = tokens.iter().filter(|t| **t == Sign('{')).count();
     let mut closed = tokens.iter().filter(|t| **t == Sign('}')).count();

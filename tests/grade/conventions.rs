@@ -40,6 +40,86 @@ fn equal_numbers_are_equal_in_any_form() {
 }
 
 #[test]
+fn magnitudes_and_percent_may_be_words() {
+    all(&[
+        ("1000000", "1 million", Correct),
+        ("2{,}500{,}000", "2.5\\text{ million}", Correct),
+        ("1000000", "1 billion", Wrong),
+        ("28\\%", "28 percent", Correct),
+        ("28\\%", "0.28", Correct),
+        ("28\\%", "2800 pct", Wrong),
+    ]);
+}
+
+#[test]
+fn times_of_day_are_no_ratios() {
+    all(&[
+        ("4:30\\text{ p.m.}", "4:30 PM", Correct),
+        ("4:30\\text{ p.m.}", "4:30", Correct),
+        ("4:30\\text{ p.m.}", "4:30\\text{ a.m.}", Wrong),
+        ("4:30\\text{ p.m.}", "9:60", Wrong),
+        ("4:05\\text{ am}", "4:05", Correct),
+        ("4:30", "8:60", Correct),
+    ]);
+}
+
+#[test]
+fn residues_are_compared_by_their_modulus() {
+    all(&[
+        ("n \\equiv 3 \\pmod 7", "3\\pmod{7}", Correct),
+        ("n \\equiv 3 \\pmod 7", "10 \\mod 7", Correct),
+        ("3 \\pmod{7}", "3\\pmod{5}", Wrong),
+        ("3 \\pmod{7}", "4\\pmod{7}", Wrong),
+        ("3 \\pmod{7}", "3", Correct),
+        ("3", "3\\pmod{7}", Correct),
+        ("3", "4\\pmod{7}", Wrong),
+        ("3 \\pmod{0}", "3\\pmod{0}", Correct),
+    ]);
+}
+
+#[test]
+fn words_need_no_text_command_and_nothing_has_several_names() {
+    all(&[
+        ("even", "\\text{Even}", Correct),
+        ("even", "\\text{odd}", Wrong),
+        ("\\emptyset", "\\text{no solution}", Correct),
+        ("\\emptyset", "\\text{no, there are two}", Undecided),
+        ("\\frac{NO}{BO}=\\frac{1}{\\sqrt6}", "\\frac{\\sqrt6}{6}", Correct),
+        ("|AB|=1", "1", Correct),
+        ("|AB|=1", "2", Wrong),
+    ]);
+}
+
+#[test]
+fn latex_that_was_escaped_twice_and_boxed_gold_answers_are_read() {
+    all(&[
+        ("\\\\frac{1}{2}", "0.5", Correct),
+        ("\\frac12", "\\\\frac{1}{2}", Correct),
+        ("So $x = \\boxed{17}$.", "17", Correct),
+        ("So $x = \\boxed{17}$.", "18", Wrong),
+        ("\\begin{pmatrix}1\\\\x\\end{pmatrix}", "\\begin{pmatrix}1\\\\ x\\end{pmatrix}", Correct),
+        ("\\begin{pmatrix}1\\\\x\\end{pmatrix}", "\\begin{pmatrix}x\\\\ 1\\end{pmatrix}", Wrong),
+    ]);
+}
+
+#[test]
+fn a_response_may_be_nothing_but_its_answer() {
+    let verdict = |gold: &str, response: &str| grade(gold, response, Kind::Math).verdict;
+    for (gold, response, wanted) in [
+        ("10/9", "\\frac{10}{9}", Correct),
+        ("0.4", ".4", Correct),
+        ("1000", "1 000", Correct),
+        ("34", "Final Answer: The largest $n$ is 34.", Correct),
+        ("5", "The answer is not 5, it is 6", Undecided),
+        ("5", "The answer is 5, which is not 6", Correct),
+        ("4", "Final Answer: The first is 3 and the second is 4", Undecided),
+        ("13", "\\boxed{}", Wrong),
+    ] {
+        assert_eq!(verdict(gold, response), wanted, "gold {gold}, response {response}");
+    }
+}
+
+#[test]
 fn roots_and_functions_are_compared_by_value() {
     all(&[
         ("\\frac{\\sqrt3}{3}", "\\frac1{\\sqrt3}", Correct),
