@@ -102,7 +102,7 @@ fn step_is_planned(lengths: &[usize], tied: bool, spec: Option<&LoraSpec>, kept:
     let (config, state_sizes) = (config(tied), |values| kind.state_sizes(values));
     let (extent, Kept { layers, offload }) = (Extent::of(&rows.batch()), kept);
     let trained = spec.map_or(Trained::Everything, Trained::Adapter);
-    let work = Work::Train { extent, kept: layers, offload, state_sizes: &state_sizes };
+    let work = Work::Train { extent, kept: layers, offload, graphs: false, state_sizes: &state_sizes };
     let plan = Plan { config: &config, dtype: Dtype::Bf16, trained, on_device: true, work };
     let need = plan.need();
     let what = spec.map_or("every weight".to_string(), |spec| spec.targets.join(", "));
