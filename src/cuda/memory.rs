@@ -191,7 +191,7 @@ pub(super) struct Block {
 
 impl Block {
     /// What a graph that uses it has to keep: of a place in a region the whole region.
-    pub(super) fn kept<'b>(self: &'b Arc<Block>) -> &'b Arc<Block> {
+    pub(super) fn kept(self: &Arc<Block>) -> &Arc<Block> {
         self.region.as_ref().map_or(self, |region| region.block())
     }
 }

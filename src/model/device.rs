@@ -11,7 +11,7 @@ use super::device_decode::StepRows;
 use super::device_step::{Inputs, Steps};
 use super::qwen2::{Batch, DOWN, GATE, K, Layer, Linear, LoraSlot, Model, O, Q, Recompute, UP, V};
 use crate::cuda::ops::adamw::Tensor;
-use crate::cuda::ops::lora_matmul::{self, Dims};
+use crate::cuda::ops::lora_matmul::{self, Dims, Rows};
 use crate::cuda::ops::rope::Table;
 use crate::cuda::ops::{attention, bias, cast, embedding, head_logprob, residual, rmsnorm, rope, swiglu};
 use crate::cuda::{Arriving, Buffer, Gpu, Parked};
@@ -391,7 +391,7 @@ impl DeviceModel {
                 let mut low = lora.as_ref().map(|lora| low.part(0, dims.m * lora.rank));
                 let weight = self.matrix(&device.weights[which]);
                 let bias = device.biases[which].as_ref().map(|bias| self.vector(bias));
-                lora_matmul::forward_step(y, low.as_mut(), x, weight, bias, lora, dims, add)
+                lora_matmul::forward(y, low.as_mut(), x, weight, bias, lora, dims, Rows::Steps, add)
             };
             rmsnorm::forward(&mut rows.norm, &mut rows.rstd, &rows.x, self.vector(&device.norm1), eps)?;
             linear(Q, &mut rows.q, &rows.norm, &rows.low, false)?;
@@ -411,7 +411,8 @@ impl DeviceModel {
         let dims = Dims { m: rows.ids.len(), n: config.vocab_size, k: config.hidden_size };
         let lora = self.head_lora(model);
         let mut low = lora.as_ref().map(|lora| rows.low.part(0, dims.m * lora.rank));
-        lora_matmul::forward_step(&mut rows.logits, low.as_mut(), &rows.norm, self.head(), None, lora, dims, false)
+        let (logits, norm, head) = (&mut rows.logits, &rows.norm, self.head());
+        lora_matmul::forward(logits, low.as_mut(), norm, head, None, lora, dims, Rows::Steps, false)
     }
 
     /// The logits of every token of one sequence, `[T, V]`, a tile of tokens at a time.
@@ -459,7 +460,8 @@ impl DeviceModel {
         let (normed, _) = self.norm(&selected, &self.norm, model)?;
         let dims = Dims { m: rows.len(), n: model.config.vocab_size, k: hidden };
         let mut logits = self.gpu.alloc(dims.m * dims.n)?;
-        lora_matmul::forward_step(&mut logits, None, &normed, self.head(), None, self.head_lora(model), dims, false)?;
+        let (head, lora) = (self.head(), self.head_lora(model));
+        lora_matmul::forward(&mut logits, None, &normed, head, None, lora, dims, Rows::Steps, false)?;
         Ok(logits)
     }
 
@@ -573,7 +575,7 @@ impl DeviceModel {
         let mut low = lora.as_ref().map(|lora| self.gpu.alloc(dims.m * lora.rank)).transpose()?;
         let bias = device.biases[which].as_ref().map(|bias| self.vector(bias));
         let weight = self.matrix(&device.weights[which]);
-        lora_matmul::forward(&mut y, low.as_mut(), x, weight, bias, lora, dims, false)?;
+        lora_matmul::forward(&mut y, low.as_mut(), x, weight, bias, lora, dims, Rows::Sequences, false)?;
         Ok((y, low))
     }
 

@@ -44,9 +44,9 @@ pub struct DeviceTape {
 
 enum Way {
     /// Launched kernel by kernel.
-    Launched(Walk),
+    Launched(Box<Walk>),
     /// Captured, and launched as a whole.
-    Captured(Half, Lease),
+    Captured(Box<Half>, Lease),
     /// Launched as a whole.
     Again(Box<Step>, Lease),
 }
@@ -229,13 +229,13 @@ impl DeviceModel {
                 if let Some(half) = self.capture_there(model, batch, region, recompute)? {
                     given.named(half.there.launch())?;
                     let logprobs = half.logprobs.download()?;
-                    return Ok((logprobs, DeviceTape { given, way: Way::Captured(half, lease) }));
+                    return Ok((logprobs, DeviceTape { given, way: Way::Captured(Box::new(half), lease) }));
                 }
                 self.steps.refuse(shape);
             }
         }
         let (logprobs, walk) = self.launch_there(model, batch, recompute)?;
-        Ok((logprobs, DeviceTape { given, way: Way::Launched(walk) }))
+        Ok((logprobs, DeviceTape { given, way: Way::Launched(Box::new(walk)) }))
     }
 
     /// Adds to `grads` the gradient of `sum_r dlogprobs[r] * logprobs[r]`.
@@ -250,27 +250,20 @@ impl DeviceModel {
         let DeviceTape { given, way } = tape;
         let sums = &mut grads.sums[..];
         match way {
-            Way::Launched(walk) => self.launch_back(model, walk, &given, dlogprobs, sums),
-            Way::Captured(half, _lease) => match self.capture_back(model, half, &given, sums)? {
+            Way::Launched(walk) => self.launch_back(model, *walk, &given, dlogprobs, sums),
+            Way::Captured(half, _lease) => match self.capture_back(model, *half, &given, sums)? {
                 Some(step) => self.launch_step(model, step, &given, dlogprobs, sums),
                 None => {
                     self.steps.refuse(&given.shape(model));
                     self.once_more(model, &given, dlogprobs, sums)
                 }
             },
-            Way::Again(step, _lease) if step.adds_to(sums) => {
-                self.launch_step(model, step, &given, dlogprobs, sums)
-            }
+            Way::Again(step, _lease) if step.adds_to(sums) => self.launch_step(model, step, &given, dlogprobs, sums),
             Way::Again(..) => self.once_more(model, &given, dlogprobs, sums),
         }
     }
 
-    fn launch_there(
-        &self,
-        model: &Model,
-        batch: &Batch,
-        recompute: Recompute,
-    ) -> Result<(Vec<f32>, Walk), Problem> {
+    fn launch_there(&self, model: &Model, batch: &Batch, recompute: Recompute) -> Result<(Vec<f32>, Walk), Problem> {
         let extent = Extent::of(batch);
         let mut inputs = Inputs::over(self.gpu().alloc(Inputs::len(extent))?, extent);
         inputs.write(batch)?;
@@ -449,13 +442,7 @@ impl All {
 
     /// A region of at least so many bytes, if it leaves room for such a step beside it and a sixteenth of the device for
     /// graphs and whoever else has a little of it. One that is too small goes, and all that was captured in it.
-    fn region(
-        &mut self,
-        gpu: &Gpu,
-        bytes: usize,
-        free: usize,
-        total: usize,
-    ) -> Result<Option<Arc<Region>>, Problem> {
+    fn region(&mut self, gpu: &Gpu, bytes: usize, free: usize, total: usize) -> Result<Option<Arc<Region>>, Problem> {
         let there = self.region.as_ref().map_or(0, |region| region.bytes());
         if there >= bytes {
             return Ok(self.region.clone());

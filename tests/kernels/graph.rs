@@ -103,7 +103,8 @@ fn work_that_asks_for_memory_gets_places_in_a_region_and_zeros_are_part_of_it() 
     }
     assert_eq!(sum.download().unwrap(), numbers(&[7.0, 14.0]));
 
-    let too_many = gpu.capture_in(&region, || (0..3).map(|_| gpu.alloc::<u8>(2)).collect::<Result<Vec<_>, _>>().map(drop));
+    let too_many =
+        gpu.capture_in(&region, || (0..3).map(|_| gpu.alloc::<u8>(2)).collect::<Result<Vec<_>, _>>().map(drop));
     let problem = too_many.err().unwrap();
     assert!(problem.code == "cuda::capture" && problem.message.contains("512"), "{problem}");
     // The graph keeps the memory that it works in.
@@ -122,7 +123,7 @@ fn places_in_a_region_are_nobody_elses_and_all_of_it_is_there_again_in_the_end()
     let mut held: Vec<Buffer<u8>> = Vec::new();
     let (mut given, mut refused) = (0, 0);
     for i in 0..4000 {
-        if random.u64(3 * i) % 2 == 0 && !held.is_empty() {
+        if random.u64(3 * i).is_multiple_of(2) && !held.is_empty() {
             held.swap_remove(random.u64(3 * i + 1) as usize % held.len());
             continue;
         }

@@ -39,6 +39,11 @@ pub fn on_each_kind_of_device(body: impl Fn()) {
     }
 }
 
+/// The kind that [`on`] says.
+pub fn kind() -> Emulated {
+    KIND.get()
+}
+
 /// Runs `body` with that kind of device as what [`gpu`] gives this thread.
 pub fn on<T>(kind: Emulated, body: impl FnOnce() -> T) -> T {
     /// Puts the old one back, also when `body` panics.
