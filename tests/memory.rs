@@ -108,7 +108,7 @@ fn a_planned_step_on_the_processor_is_what_was_allocated() {
             dtype,
             trained: spec.map_or(Trained::Everything, Trained::Adapter),
             on_device: false,
-            work: Work::Train { extent, kept, offload: false, state_sizes: &state_sizes },
+            work: Work::Train { extent, kept, offload: false, graphs: false, state_sizes: &state_sizes },
         };
         let what = format!("{dtype:?}, adapter {}, recomputed {recompute}, {kind:?}", spec.is_some());
         near(plan.need().host, counted, &what);
@@ -126,7 +126,7 @@ fn optimizer_states_and_weights_are_planned_to_the_byte() {
             let optimizer = Optimizer::new(kind, Options::default(), model.params());
             let state_sizes = |values| kind.state_sizes(values);
             let (extent, offload) = (Extent::full(1, 1), false);
-            let work = Work::Train { extent, kept: 0, offload, state_sizes: &state_sizes };
+            let work = Work::Train { extent, kept: 0, offload, graphs: false, state_sizes: &state_sizes };
             let config = config();
             let plan = Plan { config: &config, dtype, trained: Trained::Everything, on_device: false, work };
             let planned = plan.need();

@@ -1,6 +1,7 @@
 //! What is measured on a GPU, and against what. Each operation is as training or decoding calls it.
 
 use half::bf16;
+use pipe::cuda::ops::lora_matmul::Rows;
 use pipe::cuda::ops::{adamw, attention, head_logprob, lora_matmul, residual, rmsnorm, rope, swiglu};
 use pipe::cuda::{Buffer, Gpu};
 use pipe::model::{
@@ -60,8 +61,9 @@ pub struct Sizes {
     /// Rows, hidden size, intermediate size.
     pub rows: (usize, usize, usize),
     pub parameters: usize,
-    /// Configuration, tokens, rank.
+    /// Configuration, tokens, rank; and of a step whose launches cost more than its kernels.
     pub step: (&'static str, usize, usize),
+    pub short_step: (&'static str, usize, usize),
     /// Configuration, sequences, tokens before, steps.
     pub decode: (&'static str, usize, usize, usize),
 }
@@ -74,8 +76,12 @@ const QWEN_1_5B: &str = r#"{ "model_type": "qwen2", "hidden_size": 1536, "num_hi
     "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151936, "max_position_embeddings": 32768,
     "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": true, "hidden_act": "silu" }"#;
 
+const QWEN_0_5B: &str = r#"{ "model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936, "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": true, "hidden_act": "silu" }"#;
+
 impl Sizes {
-    /// Those of Qwen2.5-7B; decoding those of 1.5B.
+    /// Those of Qwen2.5-7B; decoding those of 1.5B, and the short step of 0.5B.
     pub fn of_a_gpu() -> Sizes {
         Sizes {
             matmul: 8192,
@@ -86,6 +92,7 @@ impl Sizes {
             rows: (20_000, 3584, 18_944),
             parameters: 100_000_000,
             step: (QWEN_7B, 20_000, 256),
+            short_step: (QWEN_0_5B, 256, 16),
             decode: (QWEN_1_5B, 64, 1024, 32),
         }
     }
@@ -122,7 +129,10 @@ pub fn plans(sizes: &Sizes) -> Vec<Plan> {
     let (rows, hidden, wide) = sizes.rows;
     plans.extend([norm(rows, hidden), norm_backward(rows, hidden), gate(rows, wide), gate_backward(rows, wide)]);
     plans.extend([rotation(rows, sizes.attention.0), update(sizes.parameters)]);
-    plans.extend([decode(sizes.decode), step(sizes.step)]);
+    plans.extend([decode(sizes.decode), step("SFT step", Against::Matmul, sizes.step, true)]);
+    // These two are there for each other.
+    let short = |op, graphs| step(op, Against::Peer, sizes.short_step, graphs);
+    plans.extend([short("short SFT step", true), short("short SFT step, no graphs", false)]);
     plans
 }
 
@@ -136,7 +146,7 @@ fn product(n: usize) -> Plan {
         make: Box::new(move |gpu| {
             let (x, w, mut y) = (noise(gpu, n * n, 1.0)?, noise(gpu, n * n, 0.02)?, gpu.alloc(n * n)?);
             let dims = lora_matmul::Dims { m: n, n, k: n };
-            Ok(timed(gpu, move || lora_matmul::forward(&mut y, None, &x, &w, None, None, dims, false)))
+            Ok(timed(gpu, move || lora_matmul::forward(&mut y, None, &x, &w, None, None, dims, Rows::Sequences, false)))
         }),
     }
 }
@@ -254,7 +264,7 @@ fn linear(m: usize, n: usize, k: usize, rank: usize) -> Plan {
             let dims = lora_matmul::Dims { m, n, k };
             Ok(timed(gpu, move || {
                 let lora = lora_matmul::Lora { a: &a, b: &b, rank, scale: 2.0 };
-                lora_matmul::forward(&mut y, Some(&mut low), &x, &w, None, Some(lora), dims, false)
+                lora_matmul::forward(&mut y, Some(&mut low), &x, &w, None, Some(lora), dims, Rows::Sequences, false)
             }))
         }),
     }
@@ -407,20 +417,21 @@ fn linear_parameters(config: &Config) -> f64 {
 }
 
 /// One sequence, all of it learned, adapters on every linear and the head, recomputing layers. At least two products
-/// forward and two backward for each weight, and attention.
-fn step((shape, tokens, rank): (&'static str, usize, usize)) -> Plan {
+/// forward and two backward for each weight, and attention. With `graphs` the step is captured in the second run, if
+/// there is the memory.
+fn step(op: &'static str, against: Against, (shape, tokens, rank): (&'static str, usize, usize), graphs: bool) -> Plan {
     let config = Config::parse(shape).expect("a shape");
     let dims = attention::Dims { heads: config.num_attention_heads, kv_heads: 1, head_dim: config.head_dim };
     let attention = 3.5 * config.num_hidden_layers as f64 * attention_flops(dims, tokens);
     Plan {
-        op: "SFT step",
+        op,
         shape: format!("hidden {}, {tokens} tokens, r {rank}", config.hidden_size),
         amount: Amount::Flops(4.0 * linear_parameters(&config) * tokens as f64 + attention),
-        against: Against::Matmul,
+        against,
         target: 0.5,
         make: Box::new(move |gpu| {
             let mut model = Model::random(config.clone(), 0, Dtype::Bf16);
-            model.recompute = Recompute::All;
+            (model.recompute, model.graphs) = (Recompute::All, graphs);
             let targets = lora::TARGETS.map(String::from).to_vec();
             model.add_lora(&LoraSpec { rank, alpha: 2.0 * rank as f64, targets }, 0)?;
             let mut placed = Placed::new(model, &Device::Cuda(gpu.clone()))?;

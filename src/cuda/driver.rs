@@ -127,6 +127,8 @@ struct Nvidia {
     kernels: Kernels,
     loaded: Mutex<Loaded>,
     events: Mutex<Events>,
+    /// Whether the driver waits for every launch: `CUDA_LAUNCH_BLOCKING=1`.
+    waits: bool,
 }
 
 /// Events are made when there is none to use again.
@@ -147,8 +149,14 @@ struct Loaded {
     /// By unit.
     modules: HashMap<String, sys::CUmodule>,
     functions: HashMap<&'static str, Function>,
-    /// The kernel that was queued last, for messages about a failure that shows only later.
-    last: Option<&'static str>,
+    /// What was queued last, for messages about a failure that shows only later.
+    last: Option<Last>,
+}
+
+#[derive(Clone, Copy)]
+enum Last {
+    Kernel(&'static str),
+    Graph,
 }
 
 #[derive(Clone, Copy)]
@@ -183,7 +191,8 @@ impl Nvidia {
         })?;
         let (stream, copies) = (std::ptr::null_mut(), std::ptr::null_mut());
         let (loaded, events) = (Mutex::default(), Mutex::default());
-        let mut nvidia = Nvidia { name, capability, device, context, stream, copies, kernels, loaded, events };
+        let waits = std::env::var_os("CUDA_LAUNCH_BLOCKING").is_some_and(|value| value == "1");
+        let mut nvidia = Nvidia { name, capability, device, context, stream, copies, kernels, loaded, events, waits };
         nvidia.enter()?;
         // Not the default stream, which waits for others of the process.
         let queue = |nvidia: &Nvidia| {
@@ -234,7 +243,8 @@ impl Nvidia {
             Problem::new("cuda::driver", format!("the CUDA driver failed while {doing}: {reason}"))
         };
         match self.loaded.try_lock().ok().and_then(|loaded| loaded.last) {
-            Some(last) => problem.note(format!("queued last: kernel `{last}`")),
+            Some(Last::Kernel(kernel)) => problem.note(format!("queued last: kernel `{kernel}`")),
+            Some(Last::Graph) => problem.note("queued last: a graph of captured launches"),
             None => problem,
         }
     }
@@ -435,7 +445,7 @@ impl Driver for Nvidia {
             }
             problem => problem,
         })?;
-        self.loaded().last = Some(kernel);
+        self.loaded().last = Some(Last::Kernel(kernel));
         Ok(())
     }
 
@@ -518,6 +528,10 @@ impl Driver for Nvidia {
         self.events().free.push(mark.0 as sys::CUevent);
     }
 
+    fn captures(&self) -> bool {
+        !self.waits
+    }
+
     /// Only what this thread does counts: others may allocate meanwhile.
     fn begin_capture(&self) -> Result<(), Problem> {
         self.enter()?;
@@ -545,7 +559,9 @@ impl Driver for Nvidia {
         self.enter()?;
         // SAFETY: the caller's promise; the handle is one that `end_capture` gave.
         unsafe { result::graph::launch(std::ptr::with_exposed_provenance_mut(graph as usize), self.stream) }
-            .map_err(|error| self.failed("launching a graph", error))
+            .map_err(|error| self.failed("launching a graph", error))?;
+        self.loaded().last = Some(Last::Graph);
+        Ok(())
     }
 
     fn free_graph(&self, graph: u64) {

@@ -5,7 +5,7 @@
 //! want something of the same device wait: there is one queue, and what they queued would be captured too.
 
 use super::memory::{Block, Inner};
-use super::{Driver, Gpu};
+use super::{Driver, Gpu, Region};
 use crate::problem::Problem;
 use std::cell::RefCell;
 use std::ops::Deref;
@@ -39,6 +39,8 @@ impl<'g> Deref for Turn<'g> {
 /// What this thread is capturing.
 struct Capture {
     device: *const Inner,
+    /// Where buffers are asked for meanwhile, if anywhere.
+    region: Option<Arc<Region>>,
     blocks: Vec<Arc<Block>>,
 }
 
@@ -65,6 +67,14 @@ impl Gpu {
             .with_borrow(|capture| capture.as_ref().is_some_and(|capture| capture.device == Arc::as_ptr(&self.inner)))
     }
 
+    /// The region that this thread captures launches in, if it does.
+    pub(super) fn captures_in(&self) -> Option<Arc<Region>> {
+        CAPTURE.with_borrow(|capture| {
+            let here = capture.as_ref().filter(|capture| capture.device == Arc::as_ptr(&self.inner));
+            here.and_then(|capture| capture.region.clone())
+        })
+    }
+
     /// `Err` while this thread captures: a graph would not do again what it then asks for.
     pub(super) fn not_capturing(&self, wanted: &str) -> Result<(), Problem> {
         if !self.captures() {
@@ -77,8 +87,9 @@ impl Gpu {
     /// Keeps a buffer's memory for the graph that is being captured, if one is.
     pub(super) fn keep(&self, block: &Arc<Block>) {
         if self.captures() {
-            CAPTURE
-                .with_borrow_mut(|capture| capture.iter_mut().for_each(|capture| capture.blocks.push(block.clone())));
+            CAPTURE.with_borrow_mut(|capture| {
+                capture.iter_mut().for_each(|capture| capture.blocks.push(block.kept().clone()));
+            });
         }
     }
 
@@ -86,11 +97,29 @@ impl Gpu {
     /// shared memory: loading one is nothing that can be captured. `Err` (`cuda::capture`) if `work` asks for
     /// memory, or copies.
     pub fn capture(&self, work: impl FnOnce() -> Result<(), Problem>) -> Result<Graph, Problem> {
+        self.captured(None, work)
+    }
+
+    /// The same of work that asks for memory: it gets places in `region`, which are its own until it lets go of them.
+    /// `Err` (`cuda::capture`) also if they do not suffice.
+    pub fn capture_in(
+        &self,
+        region: &Arc<Region>,
+        work: impl FnOnce() -> Result<(), Problem>,
+    ) -> Result<Graph, Problem> {
+        self.captured(Some(region.clone()), work)
+    }
+
+    fn captured(
+        &self,
+        region: Option<Arc<Region>>,
+        work: impl FnOnce() -> Result<(), Problem>,
+    ) -> Result<Graph, Problem> {
         self.not_capturing("a graph")?;
         let _alone = self.inner.turns.write().unwrap_or_else(PoisonError::into_inner);
         let driver = self.inner.driver.as_ref();
         driver.begin_capture()?;
-        CAPTURE.set(Some(Capture { device: Arc::as_ptr(&self.inner), blocks: Vec::new() }));
+        CAPTURE.set(Some(Capture { device: Arc::as_ptr(&self.inner), region, blocks: Vec::new() }));
         // Whatever `work` does, the queue has to be told that it ends.
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
         let capture = CAPTURE.take();

@@ -71,6 +71,12 @@ impl Launch<'_> {
         self.address(buffer.address())
     }
 
+    /// A pointer to element `index`.
+    pub fn at<T: Pod>(self, buffer: &Buffer<T>, index: usize) -> Self {
+        self.gpu.keep(buffer.block());
+        self.address(buffer.address_of(index))
+    }
+
     /// A pointer that may be null.
     pub fn optional<T: Pod>(self, buffer: Option<&Buffer<T>>) -> Self {
         match buffer {

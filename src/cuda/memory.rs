@@ -7,6 +7,7 @@
 use super::Driver;
 use super::beside::Staging;
 use super::graph::{Turn, Turns};
+use super::region::Region;
 use crate::problem::Problem;
 use bytemuck::Pod;
 use std::collections::BTreeMap;
@@ -99,11 +100,14 @@ impl Gpu {
     }
 
     /// Room for `len` elements whose values are not defined. `Err` (`cuda::out_of_memory`) tells how much was
-    /// asked for and how much is taken.
+    /// asked for and how much is taken. While launches are captured it comes from the region they are captured in.
     pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<T>, Problem> {
+        if let Some(region) = self.captures_in() {
+            return region.alloc(len);
+        }
+        self.not_capturing("room for a buffer")?;
         let bytes = len * size_of::<T>();
         let bytes = if self.inner.exact { bytes.max(1) } else { block_bytes(bytes) };
-        self.not_capturing("room for a buffer")?;
         // Before the pool is locked: who captures may want the pool, and everyone waits for who captures.
         let driver = self.driver();
         let mut pool = self.pool();
@@ -117,13 +121,14 @@ impl Gpu {
         };
         pool.usage.now += bytes;
         pool.usage.peak = pool.usage.peak.max(pool.usage.now);
-        Ok(Buffer { block: Arc::new(Block { gpu: self.clone(), address, bytes }), address, len, of: PhantomData })
+        let block = Block { gpu: self.clone(), address, bytes, region: None };
+        Ok(Buffer { block: Arc::new(block), address, len, of: PhantomData })
     }
 
     /// A buffer of zeros.
     pub fn zeros<T: Pod>(&self, len: usize) -> Result<Buffer<T>, Problem> {
-        let buffer = self.alloc(len)?;
-        self.driver().zero(buffer.address, len * size_of::<T>())?;
+        let mut buffer = self.alloc(len)?;
+        buffer.clear()?;
         Ok(buffer)
     }
 
@@ -176,11 +181,19 @@ impl Drop for Inner {
     }
 }
 
-/// Memory that goes back to the pool when nobody has it any more.
+/// Memory that goes back to the pool, or to the region it is a place of, when nobody has it any more.
 pub(super) struct Block {
     gpu: Gpu,
     address: u64,
     bytes: usize,
+    region: Option<Arc<Region>>,
+}
+
+impl Block {
+    /// What a graph that uses it has to keep: of a place in a region the whole region.
+    pub(super) fn kept(self: &Arc<Block>) -> &Arc<Block> {
+        self.region.as_ref().map_or(self, |region| region.block())
+    }
 }
 
 /// `len` elements on a device.
@@ -192,6 +205,12 @@ pub struct Buffer<T: Pod> {
 }
 
 impl<T: Pod> Buffer<T> {
+    /// `len` elements at a place of a region.
+    pub(super) fn in_region(region: &Arc<Region>, address: u64, bytes: usize, len: usize) -> Buffer<T> {
+        let block = Block { gpu: region.block().gpu.clone(), address, bytes, region: Some(region.clone()) };
+        Buffer { block: Arc::new(block), address, len, of: PhantomData }
+    }
+
     pub fn gpu(&self) -> &Gpu {
         &self.block.gpu
     }
@@ -208,6 +227,11 @@ impl<T: Pod> Buffer<T> {
         let address = self.address + from as u64;
         assert!(address.is_multiple_of(align_of::<U>() as u64), "elements at byte {from} are not aligned");
         Buffer { block: self.block.clone(), address, len, of: PhantomData }
+    }
+
+    /// All of it once more.
+    pub fn share(&self) -> Buffer<T> {
+        self.part(0, self.len)
     }
 
     pub fn len(&self) -> usize {
@@ -252,15 +276,18 @@ impl<T: Pod> Buffer<T> {
         staging.upload(&*driver, self.address, bytemuck::cast_slice(values))
     }
 
-    /// Zeros.
+    /// Zeros. While launches are captured that is one of them.
     pub fn clear(&mut self) -> Result<(), Problem> {
-        self.gpu().not_capturing("zeros in a buffer")?;
+        self.gpu().keep(&self.block);
         self.gpu().driver().zero(self.address, self.len * size_of::<T>())
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
+        if let Some(region) = &self.region {
+            return region.take_back(self.address, self.bytes);
+        }
         // Before the pool is locked, as in `alloc`.
         let driver = self.gpu.inner.exact.then(|| self.gpu.driver());
         let mut pool = self.gpu.pool();

@@ -9,6 +9,7 @@
 //! | `memory.rs` | [`Gpu`] and [`Buffer`]: allocation from a pool, the peak, copies |
 //! | `beside.rs` | copies nobody waits for: small uploads through a ring, buffers parked in host memory |
 //! | `graph.rs` | launches captured once and carried out many times |
+//! | `region.rs` | the memory that captured steps work in, one after another |
 //! | `launch.rs` | one launch: name, grid, shared memory, arguments |
 //! | `tensor_map.rs` | what kernels for compute capability 9.0 are told of a matrix |
 //! | `driver.rs` | NVIDIA's driver; [`open`] says why there is none, [`survey`] what there is |
@@ -26,6 +27,7 @@ pub mod nvrtc;
 pub mod ops;
 pub mod prebuilt;
 mod prebuilt_table;
+mod region;
 mod tensor_map;
 pub mod units;
 
@@ -35,6 +37,7 @@ pub use graph::{Graph, Turn};
 pub use launch::{Dim, Launch};
 pub use memory::{Buffer, Gpu, Usage, block_bytes};
 pub use prebuilt::Capability;
+pub use region::Region;
 pub use tensor_map::{TensorMap, TensorView, copies_rows_of};
 
 use crate::problem::Problem;
@@ -127,8 +130,13 @@ pub trait Driver: Send + Sync {
     /// Takes back a mark nobody asks for any more. Waits that are queued stay.
     fn forget(&self, mark: Mark);
 
-    /// From here on launches of this thread are noted down instead of carried out. Nothing else may be asked for
-    /// before [`Driver::end_capture`].
+    /// Whether capturing is of use. Not where every launch is to be waited for, so that one that fails is named.
+    fn captures(&self) -> bool {
+        true
+    }
+
+    /// From here on launches and zeros of this thread are noted down instead of carried out. Nothing else may be asked
+    /// for before [`Driver::end_capture`], but tensor maps.
     fn begin_capture(&self) -> Result<(), Problem>;
 
     /// What was noted down, ready to be launched.

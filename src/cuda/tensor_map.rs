@@ -66,6 +66,7 @@ impl Gpu {
         );
         assert!(copies_rows_of(cols), "rows of {cols} elements do not begin at multiples of 16 bytes");
         assert!(tile.last() == Some(&BOX_COLS) && tile.iter().all(|n| (1..=BOX_ROWS).contains(n)), "{tile:?}");
+        self.keep(buffer.block());
         let inner_first = |sizes: &[usize]| -> Vec<u64> { sizes.iter().rev().map(|n| *n as u64).collect() };
         let extents = inner_first(extents);
         let mut pitches = vec![2 * extents[0]];

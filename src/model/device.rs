@@ -6,12 +6,12 @@
 //!
 //! Shapes: T tokens of all sequences, R rows, H hidden, V vocabulary.
 
+use super::Parameter;
 use super::device_decode::StepRows;
-use super::memory::Extent;
+use super::device_step::{Inputs, Steps};
 use super::qwen2::{Batch, DOWN, GATE, K, Layer, Linear, LoraSlot, Model, O, Q, Recompute, UP, V};
-use super::{Parameter, fit};
 use crate::cuda::ops::adamw::Tensor;
-use crate::cuda::ops::lora_matmul::{self, Dims};
+use crate::cuda::ops::lora_matmul::{self, Dims, Rows};
 use crate::cuda::ops::rope::Table;
 use crate::cuda::ops::{attention, bias, cast, embedding, head_logprob, residual, rmsnorm, rope, swiglu};
 use crate::cuda::{Arriving, Buffer, Gpu, Parked};
@@ -33,6 +33,8 @@ pub struct DeviceModel {
     trained: Vec<TrainedTensor>,
     /// Angles of the longest sequence so far: they are many, and the same for every batch.
     table: Mutex<Option<Table>>,
+    /// Training steps that are captured.
+    pub(super) steps: Steps,
 }
 
 struct DeviceLayer {
@@ -61,11 +63,9 @@ pub struct DeviceGradients {
     pub sums: Vec<Buffer<f32>>,
 }
 
-/// What the way back needs of the way there.
-pub struct DeviceTape {
-    ids: Vec<u32>,
-    rows: Buffer<u32>,
-    targets: Buffer<u32>,
+/// What the way there leaves on the device for the way back.
+pub(super) struct Walk {
+    pub inputs: Inputs,
     sequences: DeviceSequences,
     /// From the first trained layer on.
     layers: Vec<DeviceLayerTape>,
@@ -180,6 +180,7 @@ impl DeviceModel {
             head: head.transpose()?,
             trained,
             table: Mutex::new(None),
+            steps: Steps::default(),
         })
     }
 
@@ -219,16 +220,20 @@ impl DeviceModel {
         Ok(DeviceGradients { sums: sums.collect::<Result<_, _>>()? })
     }
 
-    /// Log-probs of the batch's targets, and what [`DeviceModel::backward`] needs.
-    pub fn forward(&self, model: &Model, batch: &Batch) -> Result<(Vec<f32>, DeviceTape), Problem> {
+    /// The launches of the way there: log-probs of the targets, and what [`DeviceModel::way_back`] needs.
+    pub(super) fn way_there(
+        &self,
+        model: &Model,
+        inputs: Inputs,
+        longest: usize,
+        table: Table,
+        recompute: Recompute,
+    ) -> Result<(Buffer<f32>, Walk), Problem> {
         let first = model.first_trained_layer();
-        let sequences = self.sequences(model, batch)?;
-        let recompute = match model.recompute {
-            Recompute::Fit => fit::on_device(model, &self.gpu, Extent::of(batch))?,
-            decided => decided,
-        };
+        let (cu_seqlens, positions) = (inputs.cu_seqlens.share(), inputs.positions.share());
+        let sequences = DeviceSequences { cu_seqlens, longest, positions, table };
         let mut layers = Vec::new();
-        let mut x = self.embed(model, batch.ids)?;
+        let mut x = self.embed(model, &inputs.ids)?;
         for (i, layer) in model.layers.iter().enumerate() {
             let device = &self.layers[i];
             if i < first {
@@ -248,24 +253,19 @@ impl DeviceModel {
             layers.push(DeviceLayerTape { input, saved: (!recompute.of(i)).then_some(saved) });
             x = y;
         }
-        let rows = self.gpu.upload(&batch.rows.iter().map(|&row| row as u32).collect::<Vec<_>>())?;
-        let targets = self.gpu.upload(batch.targets)?;
-        let mut selected = self.gpu.alloc(batch.rows.len() * model.config.hidden_size)?;
-        residual::gather_rows(&mut selected, &x, &rows, model.config.hidden_size)?;
+        let mut selected = self.gpu.alloc(inputs.rows.len() * model.config.hidden_size)?;
+        residual::gather_rows(&mut selected, &x, &inputs.rows, model.config.hidden_size)?;
         drop(x);
         let (normed, rstd) = self.norm(&selected, &self.norm, model)?;
-        let lora = self.head_lora(model);
-        let head = head_logprob::forward(&normed, self.head(), lora, &targets, model.config.hidden_size, false, 0)?;
-        let logprobs = head.logprob.download()?;
-        let lse = head.lse;
-        let ids = batch.ids.to_vec();
-        Ok((logprobs, DeviceTape { ids, rows, targets, sequences, layers, selected, normed, rstd, lse }))
+        let (lora, hidden) = (self.head_lora(model), model.config.hidden_size);
+        let head = head_logprob::forward(&normed, self.head(), lora, &inputs.targets, hidden, false, 0)?;
+        Ok((head.logprob, Walk { inputs, sequences, layers, selected, normed, rstd, lse: head.lse }))
     }
 
     /// Log-probs of the batch's targets, keeping nothing.
     pub fn logprobs(&self, model: &Model, batch: &Batch) -> Result<Vec<f32>, Problem> {
         let sequences = self.sequences(model, batch)?;
-        let mut x = self.embed(model, batch.ids)?;
+        let mut x = self.embed(model, &self.gpu.upload(batch.ids)?)?;
         for (i, layer) in model.layers.iter().enumerate() {
             x = self.layer_forward(model, layer, &self.layers[i], &x, &sequences)?.0;
         }
@@ -280,23 +280,26 @@ impl DeviceModel {
             .download()
     }
 
-    /// Adds to `grads` the gradient of `sum_r dlogprobs[r] * logprobs[r]`.
-    pub fn backward(
-        &self,
-        model: &Model,
-        tape: DeviceTape,
-        dlogprobs: &[f32],
-        grads: &mut DeviceGradients,
-    ) -> Result<(), Problem> {
+    pub(super) fn check_gradients(&self, model: &Model, grads: &DeviceGradients) {
         assert_eq!(grads.sums.len(), self.trained.len(), "gradients of other parameters");
         assert!(model.adapter_on, "the adapter was off");
-        let DeviceTape { ids, rows, targets, sequences, mut layers, selected, normed, rstd, lse } = tape;
+    }
+
+    /// The launches of the way back: adds to `sums` the gradient of the log-probs' sum with the slopes that the inputs
+    /// hold. Returns the gradient of what was embedded, if that is trained: which rows of the table it belongs to is no
+    /// matter of shapes, so the rest is [`DeviceModel::embed_backward`]'s.
+    pub(super) fn way_back(
+        &self,
+        model: &Model,
+        walk: Walk,
+        sums: &mut [Buffer<f32>],
+    ) -> Result<Option<Buffer<bf16>>, Problem> {
+        let Walk { inputs, sequences, mut layers, selected, normed, rstd, lse } = walk;
+        let Inputs { rows, targets, slopes, .. } = &inputs;
         let hidden = model.config.hidden_size;
         let first = model.first_trained_layer();
-        let sums = &mut grads.sums[..];
         start_next(&mut layers)?;
 
-        let dlogprobs = self.gpu.upload(dlogprobs)?;
         let mut dnormed = self.gpu.alloc(normed.len())?;
         let wanted = match model.head.lora {
             Some(_) => head_logprob::Gradients { lora: pair(sums, model.head.lora), weight: None },
@@ -307,14 +310,14 @@ impl DeviceModel {
             }
         };
         let lora = self.head_lora(model);
-        head_logprob::backward(&mut dnormed, wanted, &dlogprobs, &normed, self.head(), lora, &targets, &lse, hidden)?;
+        head_logprob::backward(&mut dnormed, wanted, slopes, &normed, self.head(), lora, targets, &lse, hidden)?;
         if first >= self.layers.len() && self.norm.place().is_none() {
-            return Ok(());
+            return Ok(None);
         }
         let mut dselected = self.gpu.alloc(selected.len())?;
         self.norm_backward(&mut dselected, &self.norm, &dnormed, &selected, &rstd, false, sums)?;
-        let mut dx = self.gpu.zeros(ids.len() * hidden)?;
-        residual::scatter_rows(&mut dx, &dselected, &rows, hidden)?;
+        let mut dx = self.gpu.zeros(inputs.ids.len() * hidden)?;
+        residual::scatter_rows(&mut dx, &dselected, rows, hidden)?;
         for i in (first..self.layers.len()).rev() {
             let DeviceLayerTape { input, saved } = layers.pop().expect("one tape per layer");
             let input = input.here()?;
@@ -327,10 +330,17 @@ impl DeviceModel {
             let below = i > first || self.embed.place().is_some();
             self.layer_backward(model, layer, device, &mut dx, below, &input, saved, &sequences, sums)?;
         }
-        if let Some(at) = self.embed.place() {
-            embedding::backward(&mut sums[at], &dx, &ids)?;
-        }
-        Ok(())
+        Ok(self.embed.place().map(|_| dx))
+    }
+
+    /// Adds the gradient of what was embedded to that of the table.
+    pub(super) fn embed_backward(
+        &self,
+        dx: &Buffer<bf16>,
+        ids: &[u32],
+        sums: &mut [Buffer<f32>],
+    ) -> Result<(), Problem> {
+        self.embed.place().map_or(Ok(()), |at| embedding::backward(&mut sums[at], dx, ids))
     }
 
     /// Runs packed prompts, handing every layer's keys and values to `keep`. Returns the logits after each,
@@ -351,7 +361,7 @@ impl DeviceModel {
             positions: self.gpu.upload(&positions)?,
             table: table.share(),
         };
-        let mut x = self.embed(model, &prompts.concat())?;
+        let mut x = self.embed(model, &self.gpu.upload(&prompts.concat())?)?;
         for (i, layer) in model.layers.iter().enumerate() {
             let (y, saved) = self.layer_forward(model, layer, &self.layers[i], &x, &sequences)?;
             keep(i, &saved.k, &saved.v)?;
@@ -381,7 +391,7 @@ impl DeviceModel {
                 let mut low = lora.as_ref().map(|lora| low.part(0, dims.m * lora.rank));
                 let weight = self.matrix(&device.weights[which]);
                 let bias = device.biases[which].as_ref().map(|bias| self.vector(bias));
-                lora_matmul::forward_step(y, low.as_mut(), x, weight, bias, lora, dims, add)
+                lora_matmul::forward(y, low.as_mut(), x, weight, bias, lora, dims, Rows::Steps, add)
             };
             rmsnorm::forward(&mut rows.norm, &mut rows.rstd, &rows.x, self.vector(&device.norm1), eps)?;
             linear(Q, &mut rows.q, &rows.norm, &rows.low, false)?;
@@ -401,7 +411,8 @@ impl DeviceModel {
         let dims = Dims { m: rows.ids.len(), n: config.vocab_size, k: config.hidden_size };
         let lora = self.head_lora(model);
         let mut low = lora.as_ref().map(|lora| rows.low.part(0, dims.m * lora.rank));
-        lora_matmul::forward_step(&mut rows.logits, low.as_mut(), &rows.norm, self.head(), None, lora, dims, false)
+        let (logits, norm, head) = (&mut rows.logits, &rows.norm, self.head());
+        lora_matmul::forward(logits, low.as_mut(), norm, head, None, lora, dims, Rows::Steps, false)
     }
 
     /// The logits of every token of one sequence, `[T, V]`, a tile of tokens at a time.
@@ -432,7 +443,7 @@ impl DeviceModel {
     /// The residual stream of one sequence behind the last layer; `seen` is shown it as embedded and after each.
     fn stream(&self, model: &Model, ids: &[u32], seen: &mut Seen) -> Result<Buffer<bf16>, Problem> {
         let sequences = self.sequences(model, &Batch { ids, lengths: &[ids.len()], rows: &[], targets: &[] })?;
-        let mut x = self.embed(model, ids)?;
+        let mut x = self.embed(model, &self.gpu.upload(ids)?)?;
         seen(&x)?;
         for (layer, device) in model.layers.iter().zip(&self.layers) {
             x = self.layer_forward(model, layer, device, &x, &sequences)?.0;
@@ -449,7 +460,8 @@ impl DeviceModel {
         let (normed, _) = self.norm(&selected, &self.norm, model)?;
         let dims = Dims { m: rows.len(), n: model.config.vocab_size, k: hidden };
         let mut logits = self.gpu.alloc(dims.m * dims.n)?;
-        lora_matmul::forward_step(&mut logits, None, &normed, self.head(), None, self.head_lora(model), dims, false)?;
+        let (head, lora) = (self.head(), self.head_lora(model));
+        lora_matmul::forward(&mut logits, None, &normed, head, None, lora, dims, Rows::Steps, false)?;
         Ok(logits)
     }
 
@@ -472,19 +484,21 @@ impl DeviceModel {
     }
 
     /// The angles of at least so many positions.
-    fn table(&self, model: &Model, positions: usize) -> Result<Table, Problem> {
+    pub(super) fn table(&self, model: &Model, positions: usize) -> Result<Table, Problem> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(there) = table.as_ref().filter(|there| there.positions() >= positions) {
             return Ok(there.share());
         }
+        // What is captured keeps the angles it was captured with.
+        self.steps.forget();
         let (head_dim, theta) = (model.config.head_dim, model.config.rope_theta);
         Ok(table.insert(Table::upload(&self.gpu, positions, head_dim, theta)?).share())
     }
 
     /// `[T, H]`
-    fn embed(&self, model: &Model, ids: &[u32]) -> Result<Buffer<bf16>, Problem> {
+    fn embed(&self, model: &Model, ids: &Buffer<u32>) -> Result<Buffer<bf16>, Problem> {
         let mut x = self.gpu.alloc(ids.len() * model.config.hidden_size)?;
-        embedding::forward(&mut x, self.matrix(&self.embed), &self.gpu.upload(ids)?)?;
+        embedding::forward(&mut x, self.matrix(&self.embed), ids)?;
         Ok(x)
     }
 
@@ -561,7 +575,7 @@ impl DeviceModel {
         let mut low = lora.as_ref().map(|lora| self.gpu.alloc(dims.m * lora.rank)).transpose()?;
         let bias = device.biases[which].as_ref().map(|bias| self.vector(bias));
         let weight = self.matrix(&device.weights[which]);
-        lora_matmul::forward(&mut y, low.as_mut(), x, weight, bias, lora, dims, false)?;
+        lora_matmul::forward(&mut y, low.as_mut(), x, weight, bias, lora, dims, Rows::Sequences, false)?;
         Ok((y, low))
     }
 

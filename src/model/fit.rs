@@ -8,14 +8,18 @@ use crate::measure::host_memory;
 use crate::problem::Problem;
 use crate::tensor::Dtype;
 
-/// Memory that a micro-batch takes while the last `kept` layers keep their insides, beside weights, gradients and
-/// optimizer.
-fn working(model: &Model, on_device: bool, extent: Extent, kept: usize) -> usize {
+/// What a plan says of a micro-batch while the last `kept` layers keep their insides.
+fn planned<R>(model: &Model, on_device: bool, extent: Extent, kept: usize, of: impl FnOnce(Plan) -> R) -> R {
     let state_sizes = |_| Vec::new();
-    let work = Work::Train { extent, kept, offload: model.offload, state_sizes: &state_sizes };
+    let work = Work::Train { extent, kept, offload: model.offload, graphs: false, state_sizes: &state_sizes };
     let (config, trained) = (&model.config, Trained::from(model));
     // In whatever type weights are: they are not among it.
-    Plan { config, dtype: Dtype::F32, trained, on_device, work }.working() as usize
+    of(Plan { config, dtype: Dtype::F32, trained, on_device, work })
+}
+
+/// Memory that a micro-batch takes beside weights, gradients and optimizer.
+fn working(model: &Model, on_device: bool, extent: Extent, kept: usize) -> usize {
+    planned(model, on_device, extent, kept, |plan| plan.working() as usize)
 }
 
 /// On the processor: all of them if half of the memory that is available holds what they need, else none.
@@ -35,14 +39,19 @@ pub(super) fn on_device(model: &Model, gpu: &Gpu, extent: Extent) -> Result<Reco
     Ok(Recompute::First(model.layers.len() - kept))
 }
 
+/// Trained layers that keep their insides.
+pub(super) fn kept(model: &Model, recompute: Recompute) -> usize {
+    (model.first_trained_layer()..model.layers.len()).filter(|layer| !recompute.of(*layer)).count()
+}
+
 /// Layers that keep their insides on a device however little memory there is.
 pub const LEAST_ON_DEVICE: usize = 1;
 
-/// Device memory that must be free for a micro-batch while `kept` layers keep their insides. An eighth too much, for
-/// what pools and the driver cut off: at worst a layer is computed again that need not be.
+/// Device memory that must be free for a micro-batch while `kept` layers keep their insides, or that a captured one
+/// works in. An eighth too much, for what pools and the driver cut off: at worst a layer is computed again that need not
+/// be.
 pub fn device_bytes(model: &Model, extent: Extent, kept: usize) -> usize {
-    let bytes = working(model, true, extent, kept);
-    bytes + bytes / 8
+    planned(model, true, extent, kept, |plan| plan.region())
 }
 
 #[cfg(test)]

@@ -21,14 +21,18 @@
 //! | head | R (2 H + 3) e, a tile of logits | the same, parts of sums | none |
 //! | keys and values | L 2 K e of every token, in pages of 64 | pages of 16 tokens | none |
 //! | small uploads | none | none | a ring of 4 MiB |
+//! | captured steps | none | a region for the largest of them | none |
 //!
 //! `saved` = T (3 H + 2 Q + 2 K + 3 I + 7 r) e + T (2 + h) 4. On a device decoding also has a workspace for the most
 //! completions at once (under `one layer's work` and `head`), and it takes as many pages as there is memory for:
 //! [`Decode::ends`] says for how many completions at their longest they are to be counted. It cannot do with fewer
 //! than for one.
 //!
+//! The region of captured steps ([`Plan::region`]) is no need: it is taken where there is room for it beside the rest,
+//! and given back where not. So it is counted for who asks for it.
+//!
 //! What is not counted: the program itself, scratch of products (a few MiB a thread), the tokens of the data, what a
-//! driver takes for its context and for graphs (decoding leaves a sixteenth of a device to that), and blocks of other
+//! driver takes for its context and for graphs (a sixteenth of a device is left to that), and blocks of other
 //! sizes that a pool keeps (on a device they go back when they are wanted; those of `offload` stay with the host).
 //! Kernels for wgmma have no buffers of their own.
 
@@ -36,6 +40,7 @@ use super::config::Config;
 use super::device_decode::Shape;
 use super::engine::{KNOWN, MOST_LIVE, pages_of, prompts_together};
 use super::host_decode;
+use super::device_step::Inputs;
 use super::lora::{self, LoraSpec};
 use super::qwen2::{Batch, Model};
 use crate::cuda;
@@ -56,10 +61,11 @@ pub enum Part {
     Cache,
     Reading,
     Uploads,
+    Graphs,
 }
 
 /// All parts, in the order of tables.
-pub const PARTS: [Part; 10] = [
+pub const PARTS: [Part; 11] = [
     Part::Weights,
     Part::Trained,
     Part::Gradients,
@@ -70,6 +76,7 @@ pub const PARTS: [Part; 10] = [
     Part::Cache,
     Part::Reading,
     Part::Uploads,
+    Part::Graphs,
 ];
 
 impl fmt::Display for Part {
@@ -85,6 +92,7 @@ impl fmt::Display for Part {
             Part::Cache => "keys and values",
             Part::Reading => "a tensor on its way",
             Part::Uploads => "small uploads",
+            Part::Graphs => "captured steps",
         })
     }
 }
@@ -144,6 +152,8 @@ pub enum Work<'a> {
         kept: usize,
         /// Whether inputs of layers leave a device for the host.
         offload: bool,
+        /// Whether the region of captured steps is counted.
+        graphs: bool,
         /// Bytes of each state that the optimizer has for a tensor of so many values.
         state_sizes: &'a dyn Fn(usize) -> Vec<usize>,
     },
@@ -321,6 +331,13 @@ impl Plan<'_> {
         u64::try_from(sums.max().unwrap_or(0)).unwrap_or(u64::MAX)
     }
 
+    /// The region that a captured step works in on a device: an eighth more than its buffers take together, for what
+    /// is lost between them.
+    pub fn region(&self) -> usize {
+        let bytes = usize::try_from(self.working()).unwrap_or(usize::MAX);
+        bytes.saturating_add(bytes / 8)
+    }
+
     /// Everything that is there at the moment that takes most of `place`.
     fn largest(&self, place: Place) -> Parts {
         let all = self.moments(place).into_iter().map(|parts| [self.standing(place), parts].concat());
@@ -352,7 +369,9 @@ impl Plan<'_> {
                 let parked = if offload { self.trained_layers() } else { 0 };
                 parts.push((Part::Activations, parked * self.residual(DEVICE, extent.tokens as u128)));
             }
-            Work::Train { .. } => {
+            Work::Train { graphs, .. } => {
+                let region = if graphs && place.device { DEVICE.buffer(self.region() as u128, 1) } else { 0 };
+                parts.push((Part::Graphs, region));
                 parts.push((Part::Gradients, all));
                 parts.push((Part::Optimizer, self.states(place)));
                 parts.push((Part::Optimizer, if place.device { self.optimizer_tables() } else { 0 }));
@@ -581,7 +600,11 @@ impl Plan<'_> {
     /// log-sum-exps.
     fn kept_rows(&self, place: Place, rows: u128) -> u128 {
         let which = if place.device { 2 * place.floats(rows) } else { rows * 12 };
-        which + 2 * self.residual(place, rows) + 2 * place.floats(rows)
+        which + self.normed_rows(place, rows)
+    }
+
+    fn normed_rows(&self, place: Place, rows: u128) -> u128 {
+        2 * self.residual(place, rows) + 2 * place.floats(rows)
     }
 
     /// Scratch of `head_logprob`'s forward pass.
@@ -633,7 +656,11 @@ impl Plan<'_> {
         }
         let (t, r, n) = (extent.tokens as u128, extent.rows as u128, self.trained_layers());
         let (x, saved) = (self.residual(place, t), self.saved(place, t));
-        let sequences = self.sequences(place, extent);
+        // On a device all that a step is given lies in one buffer.
+        let sequences = match place.device {
+            true => place.floats(Inputs::len(extent) as u128) + self.angles(place, extent.longest),
+            false => self.sequences(place, extent),
+        };
         let recomputed = n.saturating_sub(kept as u128);
         let offload = offload && place.device;
         // Of so many layers from the first on: insides, and inputs that have not left or are on their way back.
@@ -641,7 +668,10 @@ impl Plan<'_> {
             let inputs = if offload { layers.min(arriving) } else { layers };
             sequences + inputs * x + layers.saturating_sub(recomputed) * saved
         };
-        let (rows, slopes) = (self.kept_rows(place, r), place.floats(r));
+        let (rows, slopes) = match place.device {
+            true => (self.normed_rows(place, r), 0),
+            false => (self.kept_rows(place, r), place.floats(r)),
+        };
         let last = n.saturating_sub(1);
 
         // The host keeps a copy of the input and works on the stream in place.

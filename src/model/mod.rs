@@ -7,6 +7,7 @@
 //! | `lora.rs` | adapters and PEFT folders |
 //! | `qwen2.rs` | the model: forward, backward, what is trained |
 //! | `device.rs`, `device_decode.rs` | the same on a CUDA device |
+//! | `device_step.rs` | training steps there, those of one shape captured |
 //! | `placed.rs` | a model where it computes |
 //! | `fit.rs` | how many layers may keep their insides |
 //! | `load.rs` | a chain of folders to a model, and back to folders |
@@ -20,6 +21,7 @@ pub mod config;
 pub mod device;
 mod device_decode;
 pub mod engine;
+pub mod device_step;
 pub mod fit;
 mod host_decode;
 pub mod load;

@@ -1,6 +1,7 @@
 //! A model where it computes: on the processor, or on a CUDA device. The only place that tells them apart.
 
-use super::device::{DeviceGradients, DeviceModel, DeviceTape};
+use super::device::{DeviceGradients, DeviceModel};
+use super::device_step::DeviceTape;
 use super::qwen2::{Batch, Model, Tape};
 use super::{Gradients, Parameter};
 use crate::cuda::Gpu;

@@ -192,6 +192,9 @@ pub struct Model {
     pub recompute: Recompute,
     /// On a device: the inputs of layers wait in the host's memory for the way back; changes no bit either.
     pub offload: bool,
+    /// On a device: training steps whose shape comes again are captured and launched as a whole, where there is the
+    /// memory; changes no bit either.
+    pub graphs: bool,
     /// `[V, H]`; also the head when that is tied.
     pub(super) embed: Matrix,
     pub(super) layers: Vec<Layer>,
@@ -318,6 +321,7 @@ impl Model {
             config,
             recompute: Recompute::default(),
             offload: false,
+            graphs: true,
             embed,
             layers,
             norm,

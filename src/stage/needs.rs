@@ -106,7 +106,7 @@ pub fn needs(kind: &str, params: &Params, shape: &Shape, data: Option<Data>, on_
             };
             let offload = params.get("offload").and_then(Value::as_bool) == Some(true);
             let of = |extent| {
-                let work = Work::Train { extent, kept, offload, state_sizes: &state_sizes };
+                let work = Work::Train { extent, kept, offload, graphs: false, state_sizes: &state_sizes };
                 Plan { config: &config, dtype, trained, on_device, work }.need()
             };
             let (surely, most) = batches(kind, params, data)?;
@@ -117,7 +117,9 @@ pub fn needs(kind: &str, params: &Params, shape: &Shape, data: Option<Data>, on_
             let (weights, states) = (4 * plan.trained_values(), plan.sum_of(&state_bytes));
             // The two newest states are kept while it trains.
             let disk = weights.saturating_mul(1 + checkpoints(params, steps)).saturating_add(2 * (weights + states));
-            let takes_more = on_device && params.get("checkpointing").and_then(Value::as_str) == Some("fit");
+            // For insides of layers, or to capture steps.
+            let fits = params.get("checkpointing").and_then(Value::as_str) == Some("fit");
+            let takes_more = on_device && (fits || !offload);
             Some(Needs { surely: of(surely), most: of(most), takes_more, steps, disk })
         }
         "probe" => {
@@ -420,7 +422,9 @@ mod tests {
         assert_eq!(of("fit", false), of("layers", false));
         let (least, fit, most) = (of("layers", true), of("fit", true), of("none", true));
         assert!(least.most.device <= fit.most.device && fit.most.device < most.most.device);
-        assert!(fit.takes_more && !least.takes_more && !most.takes_more);
+        let offloaded = |checkpointing: &str| need(json!({"checkpointing": checkpointing, "offload": true}), true);
+        assert!(fit.takes_more && least.takes_more && offloaded("fit").takes_more);
+        assert!(!offloaded("layers").takes_more && !of("fit", false).takes_more, "neither is captured");
     }
 
     #[test]

@@ -25,6 +25,7 @@ fn small() -> Sizes {
         rows: (5, 64, 96),
         parameters: 5000,
         step: (TINY, 24, 8),
+        short_step: (TINY, 7, 8),
         decode: (TINY, 2, 20, 2),
     }
 }
@@ -39,7 +40,7 @@ fn every_operation_of_the_bench_runs() {
         assert!(seconds > 0.0 || plan.op == "decoding step", "{}: {seconds}", plan.op);
     }
     let ops: std::collections::BTreeSet<&str> = plans.iter().map(|plan| plan.op).collect();
-    assert_eq!(ops.len(), 16, "{ops:?}");
+    assert_eq!(ops.len(), 18, "{ops:?}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::support::{
 use emulator::Schedule;
 use half::bf16;
 use pipe::cuda::Gpu;
-use pipe::cuda::ops::lora_matmul::{self, Dims, Gradients, Lora};
+use pipe::cuda::ops::lora_matmul::{self, Dims, Gradients, Lora, Rows};
 use pipe::problem::Problem;
 
 /// What a run leaves in its buffers, each a list of bytes.
@@ -94,9 +94,9 @@ impl Layer {
         let mut low = gpu.alloc(m * self.rank)?;
         let lora = Lora { a: &a, b: &b, rank: self.rank, scale: SCALE };
         let bias = add.then_some(&bias);
-        lora_matmul::forward(&mut y, Some(&mut low), &x, &w, bias, Some(lora), self.dims, add)?;
+        lora_matmul::forward(&mut y, Some(&mut low), &x, &w, bias, Some(lora), self.dims, Rows::Sequences, add)?;
         let mut unkept = if add { gpu.upload(&self.y)? } else { gpu.alloc(m * n)? };
-        lora_matmul::forward(&mut unkept, None, &x, &w, bias, Some(lora), self.dims, add)?;
+        lora_matmul::forward(&mut unkept, None, &x, &w, bias, Some(lora), self.dims, Rows::Sequences, add)?;
         assert!(bytes(&y)? == bytes(&unkept)?, "y does not depend on whether low is kept");
         Ok(vec![bytes(&y)?, bytes(&low)?])
     }
@@ -268,7 +268,7 @@ fn the_plain_product() {
             let none = gpu.alloc::<bf16>(0)?;
             let lora = of_rank_0.then_some(Lora { a: &none, b: &none, rank: 0, scale: SCALE });
             let (mut y, mut dx) = (gpu.alloc(m * n)?, gpu.alloc(m * k)?);
-            lora_matmul::forward(&mut y, None, &x, &w, None, lora, layer.dims, false)?;
+            lora_matmul::forward(&mut y, None, &x, &w, None, lora, layer.dims, Rows::Sequences, false)?;
             lora_matmul::backward(Some((&mut dx, false)), None, &dy, &x, None, &w, lora, layer.dims)?;
             Ok(vec![bytes(&y)?, bytes(&dx)?])
         };
@@ -393,7 +393,7 @@ fn planted_faults_are_found() {
     let plain = |layer: &Layer, gpu: &Gpu| -> Bits {
         let (x, w) = (gpu.upload(&layer.x)?, gpu.upload(&layer.w)?);
         let mut y = gpu.alloc(layer.y.len())?;
-        lora_matmul::forward(&mut y, None, &x, &w, None, None, layer.dims, false)?;
+        lora_matmul::forward(&mut y, None, &x, &w, None, None, layer.dims, Rows::Sequences, false)?;
         Ok(vec![bytes(&y)?])
     };
     let low = decode.low();

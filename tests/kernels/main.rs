@@ -25,6 +25,7 @@ mod residual;
 mod rmsnorm;
 mod rope;
 mod sampling;
+mod steps;
 mod support;
 mod swiglu;
 mod training;

@@ -29,6 +29,7 @@ const TERMS: &[Part] = &[
     Part::Layer,
     Part::Head,
     Part::Cache,
+    Part::Graphs,
 ];
 
 fn config(tied: bool) -> Config {
@@ -102,7 +103,7 @@ fn step_is_planned(lengths: &[usize], tied: bool, spec: Option<&LoraSpec>, kept:
     let (config, state_sizes) = (config(tied), |values| kind.state_sizes(values));
     let (extent, Kept { layers, offload }) = (Extent::of(&rows.batch()), kept);
     let trained = spec.map_or(Trained::Everything, Trained::Adapter);
-    let work = Work::Train { extent, kept: layers, offload, state_sizes: &state_sizes };
+    let work = Work::Train { extent, kept: layers, offload, graphs: false, state_sizes: &state_sizes };
     let plan = Plan { config: &config, dtype: Dtype::Bf16, trained, on_device: true, work };
     let need = plan.need();
     let what = spec.map_or("every weight".to_string(), |spec| spec.targets.join(", "));
@@ -157,6 +158,52 @@ fn a_planned_step_of_every_weight_is_what_the_buffers_take() {
         (&[37], false, LEAVING, train::Kind::AdamW8bit),
     ] {
         step_is_planned(lengths, tied, None, kept, kind);
+    }
+}
+
+/// Steps of one shape, of which the second and the third are captured, and one of another that is not, beside them.
+#[test]
+fn planned_steps_with_the_region_of_captured_ones_are_what_the_buffers_take() {
+    for (lengths, targets, kept) in [
+        (&[60, 40, 20][..], &lora::TARGETS[..], NONE),
+        (&[60, 40, 20], &lora::TARGETS[..7], ALL),
+        (&[37], &["q_proj", "v_proj"], LAST),
+        (&[60, 60], &["lm_head"], NONE),
+    ] {
+        let (spec, gpu) = (spec(targets), Gpu::new(Box::new(PORTABLE)));
+        let mut model = Model::random(config(true), 3, Dtype::Bf16);
+        model.add_lora(&spec, 4).unwrap();
+        model.recompute = Recompute::First(3 - kept.layers);
+        let mut placed = Placed::new(model, &Device::Cuda(gpu.clone())).unwrap();
+        let mut optimizer = PlacedOptimizer::new(train::Kind::AdamW, Options::default(), &placed).unwrap();
+        let mut grads = placed.zero_gradients().unwrap();
+        let mut step = |rows: &Rows| {
+            let forward = placed.forward(&rows.batch()).unwrap();
+            placed.backward(forward.tape, &vec![-1.0; rows.rows.len()], &mut grads).unwrap();
+            let norm = optimizer.norm(&grads).unwrap();
+            optimizer.clip(&mut grads, norm, 1.0).unwrap();
+            optimizer.step(&mut placed, &grads, 1e-4).unwrap();
+            gpu.usage()
+        };
+        let rows = rows(lengths);
+        let plain = step(&rows);
+        let captured = [step(&rows), step(&rows)];
+        assert!(captured[0].now > plain.now && captured[0].now == captured[1].now, "captured, and then launched again");
+        // Another shape that takes as much, or nearly.
+        let mut other = rows;
+        other.lengths.rotate_left(1);
+        if other.lengths == lengths {
+            other.rows.pop();
+            other.targets.pop();
+        }
+        step(&other);
+        let (config, state_sizes) = (config(true), |values| train::Kind::AdamW.state_sizes(values));
+        let extent = Extent::of(&other.batch());
+        let work = Work::Train { extent, kept: kept.layers, offload: false, graphs: true, state_sizes: &state_sizes };
+        let plan =
+            Plan { config: &config, dtype: Dtype::Bf16, trained: Trained::Adapter(&spec), on_device: true, work };
+        near(&plan.need(), &gpu, &format!("{lengths:?}, {targets:?}, {kept:?}"));
+        assert_eq!(plan.need().of(Part::Graphs), (0, pipe::cuda::block_bytes(plan.region()) as u64));
     }
 }
 

@@ -39,6 +39,11 @@ pub fn on_each_kind_of_device(body: impl Fn()) {
     }
 }
 
+/// The kind that [`on`] says.
+pub fn kind() -> Emulated {
+    KIND.get()
+}
+
 /// Runs `body` with that kind of device as what [`gpu`] gives this thread.
 pub fn on<T>(kind: Emulated, body: impl FnOnce() -> T) -> T {
     /// Puts the old one back, also when `body` panics.
@@ -228,10 +233,7 @@ impl Driver for Emulated {
     }
 
     fn zero(&self, at: u64, bytes: usize) -> Result<(), Problem> {
-        queues(|queues| queues.launch([at].into_iter()));
-        // SAFETY: as above.
-        unsafe { std::ptr::write_bytes(at as *mut u8, 0, bytes) };
-        Ok(())
+        Captured::Zeros { at, bytes }.note_or_run()
     }
 
     fn tensor_map(&self, view: &TensorView) -> Result<TensorMap, Problem> {
@@ -246,20 +248,15 @@ impl Driver for Emulated {
         shared_bytes: u32,
         arguments: &mut [*mut c_void],
     ) -> Result<(), Problem> {
-        let captured = CAPTURED.with_borrow_mut(|captured| match captured {
-            Some(launches) => {
-                let arguments = first_words(arguments);
-                launches.push(Launched { kernel, grid, block, shared_bytes, arguments });
-                true
+        // SAFETY: an argument has at least eight bytes, and a map is one.
+        let value = |argument: &*mut c_void| unsafe {
+            match argument.cast::<u64>().read_unaligned() {
+                emulator::MAP => argument.cast::<TensorMap>().read_unaligned(),
+                word => TensorMap(std::array::from_fn(|i| if i == 0 { word } else { 0 })),
             }
-            None => false,
-        });
-        if captured {
-            // Their maps are longer than what is noted down here.
-            assert!(!kernel.ends_with("_hopper"), "`{kernel}` was captured");
-            return Ok(());
-        }
-        carry_out(kernel, grid, block, shared_bytes, arguments)
+        };
+        let arguments = arguments.iter().map(value).collect();
+        Captured::Launch { kernel, grid, block, shared_bytes, arguments }.note_or_run()
     }
 
     fn synchronize(&self) -> Result<(), Problem> {
@@ -342,7 +339,7 @@ impl Driver for Emulated {
     unsafe fn launch_graph(&self, graph: u64) -> Result<(), Problem> {
         let launches = GRAPHS.lock().unwrap().0.get(&graph).cloned();
         let launches = launches.ok_or_else(|| Problem::new("cuda::driver", "there is no such graph"))?;
-        launches.iter().try_for_each(Launched::run)
+        launches.iter().try_for_each(Captured::run)
     }
 
     fn free_graph(&self, graph: u64) {
@@ -350,29 +347,48 @@ impl Driver for Emulated {
     }
 }
 
-/// A launch, with its arguments' values.
+/// What may be captured. A launch has its arguments' values: maps, or words at their beginning.
 #[derive(Clone)]
-struct Launched {
-    kernel: &'static str,
-    grid: Dim,
-    block: Dim,
-    shared_bytes: u32,
-    arguments: Vec<u64>,
+enum Captured {
+    Launch { kernel: &'static str, grid: Dim, block: Dim, shared_bytes: u32, arguments: Vec<TensorMap> },
+    Zeros { at: u64, bytes: usize },
 }
 
 thread_local! {
     /// What this thread has captured so far, if it captures.
-    static CAPTURED: RefCell<Option<Vec<Launched>>> = const { RefCell::new(None) };
+    static CAPTURED: RefCell<Option<Vec<Captured>>> = const { RefCell::new(None) };
 }
 
 /// All graphs, and how many there were.
-static GRAPHS: Mutex<(BTreeMap<u64, Vec<Launched>>, u64)> = Mutex::new((BTreeMap::new(), 0));
+static GRAPHS: Mutex<(BTreeMap<u64, Vec<Captured>>, u64)> = Mutex::new((BTreeMap::new(), 0));
 
-impl Launched {
+impl Captured {
+    /// Notes it down if this thread captures, else carries it out.
+    fn note_or_run(self) -> Result<(), Problem> {
+        CAPTURED.with_borrow_mut(|captured| match captured {
+            Some(captured) => {
+                captured.push(self);
+                Ok(())
+            }
+            None => self.run(),
+        })
+    }
+
     fn run(&self) -> Result<(), Problem> {
-        let mut values = self.arguments.clone();
-        let mut arguments: Vec<*mut c_void> = values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
-        carry_out(self.kernel, self.grid, self.block, self.shared_bytes, &mut arguments)
+        match self {
+            Captured::Launch { kernel, grid, block, shared_bytes, arguments } => {
+                let mut values = arguments.clone();
+                let mut arguments: Vec<*mut c_void> =
+                    values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+                carry_out(kernel, *grid, *block, *shared_bytes, &mut arguments)
+            }
+            Captured::Zeros { at, bytes } => {
+                queues(|queues| queues.launch([*at].into_iter()));
+                // SAFETY: the pool hands out addresses of at least so many bytes, and graphs keep theirs.
+                unsafe { std::ptr::write_bytes(*at as *mut u8, 0, *bytes) };
+                Ok(())
+            }
+        }
     }
 }
 

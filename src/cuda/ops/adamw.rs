@@ -21,6 +21,26 @@ pub struct Options {
     pub weight_decay: f64,
 }
 
+impl Options {
+    /// By what the first moment of update number `step_index` is divided, and the root of the second.
+    fn corrections(&self, step_index: u64) -> (f64, f64) {
+        assert!(step_index > 0, "steps count from 1");
+        (1.0 - self.beta1.powf(step_index as f64), (1.0 - self.beta2.powf(step_index as f64)).sqrt())
+    }
+
+    /// The first scalars of both kernels: how much of the moments stays, and how much comes of the gradient.
+    fn decays<'g>(&self, launch: Launch<'g>) -> Launch<'g> {
+        [self.beta1, self.beta2, 1.0 - self.beta1, 1.0 - self.beta2]
+            .into_iter()
+            .fold(launch, |launch, part| launch.float(part as f32))
+    }
+
+    /// The last one: what weight decay leaves of a parameter.
+    fn shrinks(&self, rate: f64) -> f32 {
+        (1.0 - rate * self.weight_decay) as f32
+    }
+}
+
 /// A tensor to update. All its buffers have the same length.
 #[derive(Clone, Copy)]
 pub struct Tensor<'a> {
@@ -217,21 +237,13 @@ impl AdamW {
         options: &Options,
         step_index: u64,
     ) -> Result<(), Problem> {
-        assert!(step_index > 0, "steps count from 1");
-        let Options { beta1, beta2, epsilon, weight_decay } = *options;
-        let correction1 = 1.0 - beta1.powf(step_index as f64);
-        let correction2 = 1.0 - beta2.powf(step_index as f64);
-        let launch = self
-            .states
-            .launch(gpu, "adamw_step", tensors)?
-            .float(beta1 as f32)
-            .float(beta2 as f32)
-            .float((1.0 - beta1) as f32)
-            .float((1.0 - beta2) as f32)
+        let (correction1, correction2) = options.corrections(step_index);
+        let launch = options
+            .decays(self.states.launch(gpu, "adamw_step", tensors)?)
             .float((rate / correction1) as f32)
-            .float(correction2.sqrt() as f32)
-            .float(epsilon as f32)
-            .float((1.0 - rate * weight_decay) as f32);
+            .float(correction2 as f32)
+            .float(options.epsilon as f32)
+            .float(options.shrinks(rate));
         // SAFETY: tables and scalars of `adamw_step` in order; each row of the table has buffers of its length, and
         // pieces name rows there are.
         unsafe { launch.run() }
@@ -284,23 +296,18 @@ impl AdamW8bit {
         options: &Options,
         step_index: u64,
     ) -> Result<(), Problem> {
-        assert!(step_index > 0, "steps count from 1");
-        let Options { beta1, beta2, epsilon, weight_decay } = *options;
-        let correction1 = 1.0 - beta1.powf(step_index as f64);
-        let correction2 = (1.0 - beta2.powf(step_index as f64)).sqrt();
+        let (correction1, correction2) = options.corrections(step_index);
         let launch = self
             .states
             .launch(gpu, "adamw8_step", tensors)?
             .shared((self.signed.len() + self.unsigned.len()) * size_of::<f32>())
             .buffer(&self.signed)
-            .buffer(&self.unsigned)
-            .float(beta1 as f32)
-            .float(beta2 as f32)
-            .float((1.0 - beta1) as f32)
-            .float((1.0 - beta2) as f32)
+            .buffer(&self.unsigned);
+        let launch = options
+            .decays(launch)
             .float((rate * correction2 / correction1) as f32)
-            .float((correction2 * epsilon) as f32)
-            .float((1.0 - rate * weight_decay) as f32);
+            .float((correction2 * options.epsilon) as f32)
+            .float(options.shrinks(rate));
         // SAFETY: tables, maps and scalars of `adamw8_step` in order; each row of the table has buffers of its
         // length, maxima per 256 elements where there are any, and pieces name rows there are.
         unsafe { launch.run() }

@@ -242,82 +242,43 @@ pub fn backward(
     // many.
     unsafe { launch.run()? };
 
-    let of_keys = dims.pick_wgmma(gpu, "attention_key_gradients_64_hopper", "attention_key_gradients_128_hopper");
-    let of_queries =
-        dims.pick_wgmma(gpu, "attention_query_gradients_64_hopper", "attention_query_gradients_128_hopper");
-    if let Some((of_keys, of_queries)) = of_keys.zip(of_queries) {
-        let tiles = longest.div_ceil(hopper::OWN);
-        let visited = hopper::QUERIES_VISITED;
-        let launch = gpu
-            .launch(of_keys, (dims.kv_heads * sequences, tiles), hopper::THREADS)
-            .shared(hopper::key_gradients_bytes(dims.head_dim))
-            .buffer(dk)
-            .buffer(dv)
-            .map(dims.map(gpu, d_o, dims.heads, visited)?)
-            .map(dims.map(gpu, q, dims.heads, visited)?)
-            .map(dims.map(gpu, k, dims.kv_heads, hopper::OWN)?)
-            .map(dims.map(gpu, v, dims.kv_heads, hopper::OWN)?)
-            .buffer(lse)
-            .buffer(&delta)
-            .buffer(cu_seqlens)
-            .dims(dims);
-        // SAFETY: the arguments of `attention_key_gradients_*_hopper` in their order; maps are of whole buffers, the
-        // rest is as below.
-        unsafe { launch.run()? };
-
-        let visited = hopper::KEYS_VISITED;
-        let launch = gpu
-            .launch(of_queries, (dims.heads * sequences, tiles), hopper::THREADS)
-            .shared(hopper::query_gradients_bytes(dims.head_dim))
-            .buffer(dq)
-            .map(dims.map(gpu, d_o, dims.heads, hopper::OWN)?)
-            .map(dims.map(gpu, q, dims.heads, hopper::OWN)?)
-            .map(dims.map(gpu, k, dims.kv_heads, visited)?)
-            .map(dims.map(gpu, v, dims.kv_heads, visited)?)
-            .buffer(lse)
-            .buffer(&delta)
-            .buffer(cu_seqlens)
-            .dims(dims);
-        // SAFETY: the arguments of `attention_query_gradients_*_hopper` in their order; sizes as above.
-        return unsafe { launch.run() };
+    let by_warpgroups = dims
+        .pick_wgmma(gpu, "attention_key_gradients_64_hopper", "attention_key_gradients_128_hopper")
+        .zip(dims.pick_wgmma(gpu, "attention_query_gradients_64_hopper", "attention_query_gradients_128_hopper"));
+    // What both kernels read, after what each writes: by warpgroups through maps by which so many queries and keys come
+    // at once.
+    let read = |launch: Launch<'_>, queries: usize, keys: usize| -> Result<(), Problem> {
+        let launch = match by_warpgroups {
+            Some(_) => launch
+                .map(dims.map(gpu, d_o, dims.heads, queries)?)
+                .map(dims.map(gpu, q, dims.heads, queries)?)
+                .map(dims.map(gpu, k, dims.kv_heads, keys)?)
+                .map(dims.map(gpu, v, dims.kv_heads, keys)?),
+            None => launch.buffer(d_o).buffer(q).buffer(k).buffer(v),
+        };
+        let launch = launch.buffer(lse).buffer(&delta).buffer(cu_seqlens).dims(dims);
+        // SAFETY: the arguments of `attention_key_gradients_*` or `attention_query_gradients_*` in their order, behind
+        // the gradients that `launch` has; maps are of whole buffers. Sizes are as in `forward`, those of a gradient
+        // are those of what it belongs to, lse and delta have T * H elements.
+        unsafe { launch.run() }
+    };
+    let of_keys = |kernel, tiles, threads| gpu.launch(kernel, (dims.kv_heads * sequences, tiles), threads);
+    let of_queries = |kernel, tiles, threads| gpu.launch(kernel, (dims.heads * sequences, tiles), threads);
+    if let Some((keys, queries)) = by_warpgroups {
+        let (tiles, threads) = (longest.div_ceil(hopper::OWN), hopper::THREADS);
+        let launch = of_keys(keys, tiles, threads).shared(hopper::key_gradients_bytes(dims.head_dim));
+        read(launch.buffer(dk).buffer(dv), hopper::QUERIES_VISITED, hopper::OWN)?;
+        let launch = of_queries(queries, tiles, threads).shared(hopper::query_gradients_bytes(dims.head_dim));
+        return read(launch.buffer(dq), hopper::OWN, hopper::KEYS_VISITED);
     }
-
-    let tiles = longest.div_ceil(OWN);
-    let kernel =
-        dims.pick("attention_key_gradients_small", "attention_key_gradients_64", "attention_key_gradients_128");
-    let launch = gpu
-        .launch(kernel, (dims.kv_heads * sequences, tiles), THREADS)
-        .shared(key_gradients_bytes(dims))
-        .buffer(dk)
-        .buffer(dv)
-        .buffer(d_o)
-        .buffer(q)
-        .buffer(k)
-        .buffer(v)
-        .buffer(lse)
-        .buffer(&delta)
-        .buffer(cu_seqlens)
-        .dims(dims);
-    // SAFETY: the arguments of `attention_key_gradients_*` in their order; sizes as in `forward`, those of a gradient
-    // are those of what it belongs to, lse and delta have T * H elements.
-    unsafe { launch.run()? };
-
-    let kernel =
+    let keys = dims.pick("attention_key_gradients_small", "attention_key_gradients_64", "attention_key_gradients_128");
+    let queries =
         dims.pick("attention_query_gradients_small", "attention_query_gradients_64", "attention_query_gradients_128");
-    let launch = gpu
-        .launch(kernel, (dims.heads * sequences, tiles), THREADS)
-        .shared(query_gradients_bytes(dims))
-        .buffer(dq)
-        .buffer(d_o)
-        .buffer(q)
-        .buffer(k)
-        .buffer(v)
-        .buffer(lse)
-        .buffer(&delta)
-        .buffer(cu_seqlens)
-        .dims(dims);
-    // SAFETY: the arguments of `attention_query_gradients_*` in their order; sizes as above.
-    unsafe { launch.run() }
+    let tiles = longest.div_ceil(OWN);
+    let launch = of_keys(keys, tiles, THREADS).shared(key_gradients_bytes(dims));
+    read(launch.buffer(dk).buffer(dv), BACKWARD_VISIT, OWN)?;
+    let launch = of_queries(queries, tiles, THREADS).shared(query_gradients_bytes(dims));
+    read(launch.buffer(dq), OWN, BACKWARD_VISIT)
 }
 
 /// The numbers of sequences and of tokens.

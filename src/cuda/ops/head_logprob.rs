@@ -230,7 +230,7 @@ impl<'a> Head<'a> {
             .launch("head_low", (rows.len().div_ceil(TILE), rank.div_ceil(TILE)), THREADS)
             .shared(PIPELINE_BYTES)
             .buffer(&low)
-            .address(self.h.address_of(rows.start * self.hidden))
+            .at(self.h, rows.start * self.hidden)
             .buffer(a)
             .int(rows.len())
             .int(self.hidden)
@@ -254,11 +254,11 @@ impl<'a> Head<'a> {
     ) -> Result<Launch<'g>, Problem> {
         let (row, entry) = (rows.start * self.hidden, entries.start * self.hidden);
         if !self.by_warpgroups() {
-            return Ok(launch
-                .address(self.h.address_of(row))
-                .address(self.w.address_of(entry))
-                .optional(low)
-                .address(self.lora.map_or(0, |lora| lora.b.address_of(entries.start * lora.rank))));
+            let launch = launch.at(self.h, row).at(self.w, entry).optional(low);
+            return Ok(match self.lora {
+                Some(lora) => launch.at(lora.b, entries.start * lora.rank),
+                None => launch.address(0),
+            });
         }
         let map = |matrix: &Buffer<bf16>, first, count, columns, tile| -> Result<TensorMap, Problem> {
             self.gpu().tensor_map_from(matrix, first, &[count, columns], &[tile, 64])
@@ -311,9 +311,9 @@ impl<'a> Head<'a> {
             };
             let launch = self
                 .inputs(launch.buffer(&slopes), rows.clone(), first..first + entries, low.as_ref())?
-                .address(self.targets.address_of(rows.start))
-                .address(dlogprob.address_of(rows.start))
-                .address(lse.address_of(rows.start))
+                .at(self.targets, rows.start)
+                .at(dlogprob, rows.start)
+                .at(lse, rows.start)
                 .int(count)
                 .int(entries)
                 .int(first)
@@ -415,7 +415,7 @@ impl<'g> Sum<'g> {
             .shared(PIPELINE_BYTES)
             .address(to)
             .buffer(left.buffer)
-            .address(m.buffer.address_of(m.first))
+            .at(m.buffer, m.first)
             .int(self.rows)
             .int(left.inner)
             .int(self.columns)

@@ -4,7 +4,7 @@
 //! Every element of low, y, dlow and dx is one chain over the summed index, whichever kernel computes it. So the choice
 //! between the kernels of the first file is about speed alone: a row has the same bits by itself and in any batch. Those
 //! of the second, for compute capability 9.0, have the same law and may differ from the others in last bits: who calls
-//! says which ([`forward`], [`forward_step`]), never the number of rows.
+//! says which ([`Rows`]), never the number of rows.
 
 use crate::cuda::{Buffer, Dim, Gpu, copies_rows_of};
 use crate::problem::Problem;
@@ -99,14 +99,22 @@ pub fn gradient_parts(m: usize) -> usize {
     m.div_ceil(part_rows(m))
 }
 
+/// What rows are, which says by which kernels y is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// Tokens of whole sequences. Where the device has wgmma and the sizes suit it, that is used for any m, so that a row
+    /// has the same bits in every batch.
+    Sequences,
+    /// A token each, of so many completions as happen to be in the making: small tiles, the same kernels whatever the
+    /// device.
+    Steps,
+}
+
 /// y [m, n] = (or += with `add`) x W^T + scale low B^T + bias, with low [m, rank] = x A^T in bf16, which the backward
 /// pass wants; with `low` absent it is thrown away. x [m, k], W [n, k], bias [n].
 ///
 /// The adapter's product and the base's are summed in the same f32 accumulators; y is rounded once.
-///
-/// Where the device has wgmma and the sizes suit it, that is used for any m, so that a row has the same bits in
-/// every batch.
-#[expect(clippy::too_many_arguments, reason = "two results, the operands of a layer, and its sizes")]
+#[expect(clippy::too_many_arguments, reason = "two results, the operands of a layer, sizes and what rows are")]
 pub fn forward(
     y: &mut Buffer<bf16>,
     low: Option<&mut Buffer<bf16>>,
@@ -115,39 +123,7 @@ pub fn forward(
     bias: Option<&Buffer<f32>>,
     lora: Option<Lora<'_>>,
     dims: Dims,
-    add: bool,
-) -> Result<(), Problem> {
-    let suits = copies_rows_of(dims.k) && lora.is_none_or(|lora| lora.rank == 0 || copies_rows_of(lora.rank));
-    let wgmma = y.gpu().has_wgmma() && suits;
-    forward_by(wgmma, y, low, x, w, bias, lora, dims, add)
-}
-
-/// [`forward`] for rows that are a token each, of so many completions as happen to be in the making: small tiles,
-/// the same kernels whatever the device.
-#[expect(clippy::too_many_arguments, reason = "as above")]
-pub fn forward_step(
-    y: &mut Buffer<bf16>,
-    low: Option<&mut Buffer<bf16>>,
-    x: &Buffer<bf16>,
-    w: &Buffer<bf16>,
-    bias: Option<&Buffer<f32>>,
-    lora: Option<Lora<'_>>,
-    dims: Dims,
-    add: bool,
-) -> Result<(), Problem> {
-    forward_by(false, y, low, x, w, bias, lora, dims, add)
-}
-
-#[expect(clippy::too_many_arguments, reason = "as above")]
-fn forward_by(
-    wgmma: bool,
-    y: &mut Buffer<bf16>,
-    low: Option<&mut Buffer<bf16>>,
-    x: &Buffer<bf16>,
-    w: &Buffer<bf16>,
-    bias: Option<&Buffer<f32>>,
-    lora: Option<Lora<'_>>,
-    dims: Dims,
+    rows: Rows,
     add: bool,
 ) -> Result<(), Problem> {
     let Dims { m, n, k } = dims;
@@ -171,7 +147,8 @@ fn forward_by(
         }
     };
 
-    if wgmma {
+    let suits = copies_rows_of(k) && lora.is_none_or(|lora| copies_rows_of(lora.rank));
+    if rows == Rows::Sequences && y.gpu().has_wgmma() && suits {
         return forward_hopper(y, x, w, bias, lora.zip(low), dims, add);
     }
     let tile = if m <= DECODE_ROWS {

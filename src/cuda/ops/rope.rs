@@ -31,7 +31,7 @@ impl Table {
 
     /// The same table, in the same memory.
     pub fn share(&self) -> Table {
-        Table { cos: self.cos.part(0, self.cos.len()), sin: self.sin.part(0, self.sin.len()), head_dim: self.head_dim }
+        Table { cos: self.cos.share(), sin: self.sin.share(), head_dim: self.head_dim }
     }
 
     /// How many positions it covers.

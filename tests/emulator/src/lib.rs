@@ -134,13 +134,14 @@ pub fn free(address: u64) {
     unsafe { emulator_release(address) }
 }
 
+/// What a tensor map begins with, as in runtime/interface.hpp: no address and no number that is a kernel's argument.
+pub const MAP: u64 = 0x7061_6d20_726f_736e;
+
 /// A tensor map as the emulated kernels read it: extents in elements of two bytes and the box, innermost first; bytes
 /// from one row and one plane to the next. Two extents or three.
 pub fn tensor_map(address: u64, extents: &[u64], pitches: &[u64], tile: &[u32]) -> [u64; 16] {
-    /// As in runtime/interface.hpp.
-    const KIND: u64 = 0x7061_6d20_726f_736e;
     let mut map = [0; 16];
-    map[..3].copy_from_slice(&[KIND, address, extents.len() as u64]);
+    map[..3].copy_from_slice(&[MAP, address, extents.len() as u64]);
     for i in 0..3 {
         map[3 + i] = extents.get(i).copied().unwrap_or(1);
         map[8 + i] = tile.get(i).map_or(1, |n| u64::from(*n));

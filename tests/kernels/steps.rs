@@ -1,0 +1,422 @@
+//! Training steps whose shape comes again: captured, launched as a whole, and the same bytes all the same.
+
+use crate::bench::Bench;
+use crate::model::{Rows, bench, config, model, rows, run, training};
+use crate::support::{
+    Asked, Emulated, Limited, PORTABLE, Watched, Watcher, before_launches, gpu, kind, on_device,
+    on_each_kind_of_device, with_free_bytes,
+};
+use pipe::cuda::Gpu;
+use pipe::files::Files;
+use pipe::model::memory::Extent;
+use pipe::model::{Device, Gradients, Model, Placed, PlacedGradients, Recompute, fit};
+use pipe::problem::Problem;
+use pipe::random::Stream;
+use pipe::stage;
+use pipe::tensor::Dtype;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// What the host asked a device for. From the `after`-th graph on that is refused as lost.
+#[derive(Default)]
+struct Asks {
+    launches: AtomicUsize,
+    graphs: AtomicUsize,
+    copies: AtomicUsize,
+    memory: AtomicUsize,
+    lost_after: AtomicUsize,
+}
+
+struct Counting(Arc<Asks>);
+
+impl Watcher for Counting {
+    fn asked(&self, asked: &Asked) -> Result<(), Problem> {
+        let Asks { launches, graphs, copies, memory, lost_after } = &*self.0;
+        let lost = lost_after.load(Ordering::Relaxed);
+        match asked {
+            Asked::Launch(_) => launches.fetch_add(1, Ordering::Relaxed),
+            Asked::Graph => graphs.fetch_add(1, Ordering::Relaxed),
+            Asked::Upload(_) | Asked::Download(_) => copies.fetch_add(1, Ordering::Relaxed),
+            Asked::Memory(_) => memory.fetch_add(1, Ordering::Relaxed),
+        };
+        match lost > 0 && graphs.load(Ordering::Relaxed) >= lost {
+            true => Err(Problem::new("cuda::lost", "the emulator was lost")),
+            false => Ok(()),
+        }
+    }
+}
+
+/// A device with a pool, counted.
+fn counted(kind: Emulated) -> (Gpu, Arc<Asks>) {
+    let asks = Arc::<Asks>::default();
+    (Gpu::new(Box::new(Watched(kind, Counting(asks.clone())))), asks)
+}
+
+impl Asks {
+    /// Launches, graphs, copies and requests for memory since the last time.
+    fn take(&self) -> [usize; 4] {
+        [&self.launches, &self.graphs, &self.copies, &self.memory].map(|count| count.swap(0, Ordering::Relaxed))
+    }
+}
+
+fn placed(gpu: &Gpu, change: impl FnOnce(&mut Model)) -> Placed {
+    let mut model = model(false, Dtype::Bf16);
+    change(&mut model);
+    Placed::new(model, &Device::Cuda(gpu.clone())).unwrap()
+}
+
+/// One way there and back, added to `grads`.
+fn step(placed: &Placed, rows: &Rows, grads: &mut PlacedGradients) -> Vec<f32> {
+    let forward = placed.forward(&rows.batch()).unwrap();
+    let slopes = slopes(&forward.logprobs);
+    placed.backward(forward.tape, &slopes, grads).unwrap();
+    forward.logprobs
+}
+
+/// Different for each step and each row.
+fn slopes(logprobs: &[f32]) -> Vec<f32> {
+    logprobs.iter().map(|logprob| -0.1 * logprob).collect()
+}
+
+/// The sequences of [`rows`] with other tokens, each time.
+fn other_tokens(which: u64) -> Rows {
+    let random = Stream::named(which, &["other"]);
+    let ids: Vec<u32> = (0..42).map(|i| (random.u64(i) % 203) as u32).collect();
+    let rows = rows();
+    Rows { targets: rows.rows.iter().map(|row| ids[row + 1]).collect(), ids, ..rows }
+}
+
+/// As many learned rows, other ones.
+fn other_rows(which: u64) -> Rows {
+    let mut rows = other_tokens(which);
+    rows.rows[0] -= 1 + which as usize % 10;
+    rows
+}
+
+fn bits(grads: &PlacedGradients) -> Gradients {
+    grads.host().unwrap().into_owned()
+}
+
+/// Every weight, norms and biases away from 1 and 0.
+fn everything(tied: bool) -> Model {
+    let mut model = Model::random(config(tied), 3, Dtype::Bf16);
+    model.train_all().unwrap();
+    model
+}
+
+#[test]
+fn from_the_third_time_on_a_step_is_two_graphs_two_uploads_and_one_download() {
+    if on_device() {
+        return;
+    }
+    let (gpu, asks) = counted(PORTABLE);
+    let placed = placed(&gpu, |_| ());
+    let mut grads = placed.zero_gradients().unwrap();
+    asks.take();
+    step(&placed, &other_rows(0), &mut grads);
+    let [launches, graphs, ..] = asks.take();
+    assert!(launches > 100 && graphs == 0, "{launches} launches");
+    step(&placed, &other_rows(1), &mut grads);
+    assert_eq!(asks.take()[..2], [launches, 2], "captured, each kernel is told of once more");
+    for which in 2..5 {
+        step(&placed, &other_rows(which), &mut grads);
+        assert_eq!(asks.take(), [0, 2, 3, 0], "no launch, and no memory");
+    }
+    println!("{launches} launches of the host become 2");
+}
+
+#[test]
+fn captured_steps_add_the_same_bits_whatever_is_trained_and_kept() {
+    on_each_kind_of_device(|| {
+        let adapted = |recompute| {
+            let mut model = model(false, Dtype::Bf16);
+            model.recompute = recompute;
+            model
+        };
+        for make in [
+            &(|| adapted(Recompute::All)) as &dyn Fn() -> Model,
+            &|| adapted(Recompute::None),
+            &|| adapted(Recompute::First(1)),
+            &|| adapted(Recompute::Fit),
+            &|| everything(false),
+            &|| everything(true),
+        ] {
+            let steps = |graphs: bool| {
+                let (gpu, asks) = counted(kind());
+                let mut model = make();
+                model.graphs = graphs;
+                let placed = Placed::new(model, &Device::Cuda(gpu)).unwrap();
+                let mut grads = placed.zero_gradients().unwrap();
+                let logprobs: Vec<_> = (0..4).map(|which| step(&placed, &other_rows(which), &mut grads)).collect();
+                (logprobs, bits(&grads), asks.take()[1])
+            };
+            let (law, ours) = (steps(false), steps(true));
+            assert!(law.0 == ours.0 && law.1 == ours.1);
+            assert_eq!((law.2, ours.2), (0, 6));
+        }
+    });
+}
+
+/// Records of three lengths.
+fn examples() -> Vec<Value> {
+    let record = |i: usize| {
+        let (prompt, answer) = (format!("{i} + 1 ").repeat(i), format!("{}", i + 1));
+        json!({"id": format!("{i}"), "prompt": prompt, "answer": answer, "chosen": answer, "rejected": "9 9"})
+    };
+    (1..4).map(record).collect()
+}
+
+fn epochs(kind: &pipe::manifest::spec::Kind, more: Value) -> Value {
+    let mut params = training(
+        kind,
+        json!({
+            "epochs": 4.0, "batch_size": 1, "resume_every_s": 0, "save_every_steps": 5, "keep_gradients": [11],
+        }),
+    );
+    let params_of = params.as_object_mut().unwrap();
+    params_of.remove("max_steps");
+    params_of.extend(more.as_object().unwrap().clone());
+    params
+}
+
+fn files(bench: &Bench) -> BTreeMap<String, Vec<u8>> {
+    let files = Files::from_dir(&bench.path("out")).unwrap();
+    files.iter().map(|(name, path)| (name.to_string(), std::fs::read(path).unwrap())).collect()
+}
+
+type Run = fn(&stage::Context) -> Result<(), Problem>;
+
+#[test]
+fn epochs_over_the_same_examples_end_with_the_same_bytes_and_fewer_launches() {
+    if on_device() {
+        return;
+    }
+    for (run, params) in [
+        (stage::sft::run as Run, epochs(&stage::sft::KIND, json!({}))),
+        (stage::dpo::run, epochs(&stage::dpo::KIND, json!({"beta": 0.2}))),
+        (
+            stage::sft::run,
+            epochs(&stage::sft::KIND, json!({"checkpointing": "fit", "batch_size": 2, "micro_batch_size": 1})),
+        ),
+    ] {
+        let ended = |free: usize| {
+            let (gpu, asks) = counted(PORTABLE);
+            let bench = bench(Device::Cuda(gpu), &examples());
+            with_free_bytes(free, || bench.run(run, params.clone())).unwrap();
+            (files(&bench), asks.take())
+        };
+        // Where memory is short nothing is captured.
+        let ((law, plain), (ours, captured)) = (ended(0), ended(16 << 30));
+        assert!(law == ours);
+        assert_eq!(plain[1], 0);
+        // Of each of three examples in four epochs: a step by itself, one that is captured, two more.
+        assert_eq!(captured[1], 3 * 3 * 2);
+        assert!(captured[0] < plain[0] * 2 / 3, "{} launches instead of {}", captured[0], plain[0]);
+    }
+}
+
+#[test]
+fn a_run_that_is_interrupted_among_captured_steps_ends_with_the_same_bytes() {
+    let params = epochs(&stage::sft::KIND, json!({}));
+    let whole = bench(Device::Cuda(gpu()), &examples());
+    whole.run(stage::sft::run, params.clone()).unwrap();
+    let broken = bench(Device::Cuda(gpu()), &examples());
+    for stop_at in [5, 8] {
+        broken.stop_at.store(stop_at, Ordering::Relaxed);
+        broken.stop.store(false, Ordering::Relaxed);
+        assert_eq!(broken.run(stage::sft::run, params.clone()).unwrap_err().code, "exec::interrupted");
+    }
+    broken.stop_at.store(0, Ordering::Relaxed);
+    broken.stop.store(false, Ordering::Relaxed);
+    broken.run(stage::sft::run, params).unwrap();
+    assert!(files(&whole) == files(&broken));
+}
+
+#[test]
+fn a_number_that_is_none_in_a_captured_step_stops_before_the_update() {
+    if on_device() {
+        return;
+    }
+    let params = epochs(&stage::sft::KIND, json!({}));
+    let whole = bench(Device::Cuda(gpu()), &examples());
+    whole.run(stage::sft::run, params.clone()).unwrap();
+
+    let hurt = bench(Device::Cuda(gpu()), &examples());
+    // The eighth is a captured one, in the third epoch.
+    let mut steps = 0;
+    let spoil = Box::new(move |kernel: &str, arguments: &[*mut c_void]| {
+        steps += usize::from(kernel == "head_forward");
+        if kernel == "head_forward" && steps == 8 {
+            // SAFETY: the third argument points to the address of the hidden states, bf16; the emulator's memory is ours.
+            unsafe { arguments[2].cast::<*mut u16>().read_unaligned().write(0x7FC0) }
+        }
+    });
+    let problem = before_launches(spoil, || hurt.run(stage::sft::run, params.clone())).unwrap_err();
+    assert_eq!(problem.code, "train::not_finite");
+    assert!(problem.message.contains("the loss is NaN at step 8"), "{problem}");
+    assert!(hurt.path("work/resume/step-00000007.checkpoint").exists());
+    hurt.run(stage::sft::run, params).unwrap();
+    assert!(files(&whole) == files(&hurt));
+}
+
+#[test]
+fn a_gpu_that_is_lost_in_a_captured_step_keeps_what_was_saved() {
+    if on_device() {
+        return;
+    }
+    let params = epochs(&stage::sft::KIND, json!({}));
+    let whole = bench(Device::Cuda(gpu()), &examples());
+    whole.run(stage::sft::run, params.clone()).unwrap();
+
+    let (gpu, asks) = counted(PORTABLE);
+    // The way back of the second step of the third epoch.
+    asks.lost_after.store(6 + 4, Ordering::Relaxed);
+    let mut hurt = bench(Device::Cuda(gpu), &examples());
+    let problem = hurt.run(stage::sft::run, params.clone()).unwrap_err();
+    assert_eq!(problem.code, "cuda::lost");
+    let said = problem.to_string();
+    assert!(
+        said.contains("a captured step: sequences 1, tokens ") && said.contains("CUDA_LAUNCH_BLOCKING=1"),
+        "{said}"
+    );
+    assert!(hurt.path("work/resume/step-00000007.checkpoint").exists());
+    hurt.device = Device::Cuda(crate::support::gpu());
+    hurt.run(stage::sft::run, params).unwrap();
+    assert!(files(&whole) == files(&hurt));
+}
+
+#[test]
+fn ways_that_overlap_or_have_no_end_and_other_gradients_change_no_bit() {
+    let device = gpu();
+    let placed = placed(&device, |_| ());
+    let plain = self::placed(&gpu(), |model| model.graphs = false);
+    let batches: Vec<Rows> = (0..8).map(other_rows).collect();
+    let mut law = plain.zero_gradients().unwrap();
+    let mut ours = placed.zero_gradients().unwrap();
+    for rows in &batches[..3] {
+        assert_eq!(step(&plain, rows, &mut law), step(&placed, rows, &mut ours));
+    }
+    // Two at once, in both orders; the second finds the region taken.
+    for first_in_first_out in [true, false] {
+        let forward = |placed: &Placed, i: usize| placed.forward(&batches[i].batch()).unwrap();
+        let two = |placed: &Placed, grads: &mut PlacedGradients| {
+            let (a, b) = (forward(placed, 3), forward(placed, 4));
+            let logprobs = [a.logprobs.clone(), b.logprobs.clone()];
+            for ways in if first_in_first_out { [a, b] } else { [b, a] } {
+                let slopes = slopes(&ways.logprobs);
+                placed.backward(ways.tape, &slopes, grads).unwrap();
+            }
+            logprobs
+        };
+        assert_eq!(two(&plain, &mut law), two(&placed, &mut ours));
+        assert!(bits(&law) == bits(&ours));
+    }
+    // Dropped before its way back: captured again when the shape comes.
+    drop(placed.forward(&batches[5].batch()).unwrap());
+    for rows in &batches[5..7] {
+        assert_eq!(step(&plain, rows, &mut law), step(&placed, rows, &mut ours));
+    }
+    assert!(bits(&law) == bits(&ours));
+    // Into others than it was captured for.
+    assert!(run(&plain, &batches[7]) == run(&placed, &batches[7]));
+    assert_eq!(step(&plain, &batches[7], &mut law), step(&placed, &batches[7], &mut ours));
+    assert!(bits(&law) == bits(&ours));
+}
+
+/// One sequence of so many tokens, all learned.
+fn sequence(tokens: usize) -> Rows {
+    let ids: Vec<u32> = (0..tokens as u32).map(|i| i * 37 % 203).collect();
+    let targets = ids[1..].to_vec();
+    Rows { ids, lengths: vec![tokens], rows: (0..tokens - 1).collect(), targets }
+}
+
+#[test]
+fn all_shapes_work_in_one_region_that_is_as_large_as_the_largest_needs() {
+    if on_device() {
+        return;
+    }
+    let (gpu, asks) = counted(PORTABLE);
+    let placed = placed(&gpu, |_| ());
+    let mut grads = placed.zero_gradients().unwrap();
+    let lengths = [20, 60, 33, 41];
+    let bytes = |tokens| fit::device_bytes(&placed, Extent::of(&sequence(tokens).batch()), 0);
+    let mut taken = Vec::new();
+    for _ in 0..4 {
+        for tokens in lengths {
+            step(&placed, &sequence(tokens), &mut grads);
+        }
+        taken.push(gpu.usage().now);
+    }
+    assert_eq!(taken[1] - taken[0], pipe::cuda::block_bytes(bytes(60)), "made once, for the longest there was");
+    assert_eq!(taken[1..], [taken[1]; 3]);
+    assert_eq!(asks.take()[1], 2 * 3 * lengths.len());
+    // A larger one comes twice: the region grows, and what was captured in it is captured again.
+    for tokens in [90, 90, 90, 20, 20] {
+        step(&placed, &sequence(tokens), &mut grads);
+    }
+    let [_, graphs, ..] = asks.take();
+    assert_eq!(graphs, 2 * 4);
+    drop((placed, grads));
+    assert_eq!(gpu.usage().now, 0);
+}
+
+#[test]
+fn the_region_is_given_back_before_a_step_that_needs_its_memory() {
+    if on_device() {
+        return;
+    }
+    let (gpu, asks) = counted(PORTABLE);
+    let placed = placed(&gpu, |_| ());
+    let plain = self::placed(&self::gpu(), |model| model.graphs = false);
+    let (mut law, mut ours) = (plain.zero_gradients().unwrap(), placed.zero_gradients().unwrap());
+    let mut both = |tokens: usize| {
+        let rows = sequence(tokens);
+        assert_eq!(step(&plain, &rows, &mut law), step(&placed, &rows, &mut ours));
+        gpu.usage().now
+    };
+    let before = both(30);
+    assert!(both(30) > before && both(30) > before);
+    assert_eq!(asks.take()[1], 4);
+    // As much as there is in the pool, and no more.
+    assert_eq!(
+        with_free_bytes(0, || both(80)),
+        before + 2 * (pipe::cuda::block_bytes(80 * 128) - pipe::cuda::block_bytes(30 * 128))
+    );
+    both(30);
+    both(30);
+    assert_eq!(asks.take()[1], 0, "and is not made again");
+    assert!(bits(&law) == bits(&ours));
+}
+
+/// The device has the memory for the steps and for nothing else: whether any is captured, none fails.
+#[test]
+fn steps_that_fit_still_fit() {
+    if on_device() {
+        return;
+    }
+    let lengths = [50, 50, 50, 70, 70, 50, 70, 20, 20, 20, 70];
+    let run = |gpu: &Gpu| {
+        let placed = placed(gpu, |_| ());
+        let mut grads = placed.zero_gradients().unwrap();
+        let logprobs: Vec<_> = lengths.map(|tokens| step(&placed, &sequence(tokens), &mut grads)).to_vec();
+        (logprobs, bits(&grads))
+    };
+    let plenty = Gpu::new(Box::new(PORTABLE));
+    let law = run(&plenty);
+    let alone = Gpu::new(Box::new(PORTABLE));
+    let model = placed(&alone, |model| model.graphs = false);
+    let mut grads = model.zero_gradients().unwrap();
+    step(&model, &sequence(70), &mut grads);
+    let (least, step) = (alone.usage().peak, fit::device_bytes(&model, Extent::of(&sequence(70).batch()), 0));
+    let captured = Mutex::new(Vec::new());
+    for more in [step / 8, step, 2 * step, 4 * step] {
+        let gpu = Limited::to(least + more);
+        assert!(run(&gpu) == law, "{more} bytes more than a step takes");
+        captured.lock().unwrap().push(gpu.usage().peak);
+    }
+    let peaks = captured.into_inner().unwrap();
+    assert!(peaks.is_sorted() && peaks[0] < peaks[3], "{peaks:?}");
+}
