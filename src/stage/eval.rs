@@ -261,6 +261,10 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
     let grade = |(i, sample): (usize, &Sample)| {
         let question = question(i);
         match spec.grader {
+            // To s1 silence is a choice, but this is not even silence.
+            _ if sample.missing.is_some() => {
+                Graded { verdict: Verdict::Wrong, extracted: None, found: "none", rule: "no reply" }
+            }
             Grader::S1 => grade::s1::grade(&question.gold, &sample.response, question.kind),
             _ => grade::grade(&question.gold, &sample.response, question.kind),
         }
@@ -270,9 +274,10 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
     let mut tally = Tally::new(&spec);
     if let Some(judge) = judge {
         let mut cases = Vec::with_capacity(samples.len());
-        for (i, Sample { response, .. }) in samples.iter().enumerate() {
+        for (i, Sample { response, missing, .. }) in samples.iter().enumerate() {
             let Question { id, kind, text, gold, .. } = &questions[i / spec.n];
-            cases.push(Case { id, sample: i % spec.n, kind: *kind, question: text, gold, response });
+            let (sample, kind, missing) = (i % spec.n, *kind, missing.is_some());
+            cases.push(Case { id, sample, kind, question: text, gold, response, missing });
         }
         let judgements = match spec.grader {
             Grader::S1 => judge.decide_as_s1(&cases, spec.n, &mut graded)?,

@@ -121,6 +121,8 @@ pub struct Case<'c> {
     pub question: &'c str,
     pub gold: &'c str,
     pub response: &'c str,
+    /// There is none, and nothing to be judged.
+    pub missing: bool,
 }
 
 /// What the judge has said, and what that took.
@@ -231,6 +233,9 @@ impl<'a> Judge<'a> {
         self.all_came(every.filter_map(|(case, scored)| Some((case, scored.said.as_ref()?))))?;
         let mut lines = Vec::new();
         for (case, (graded, scored)) in cases.iter().zip(graded.iter_mut().zip(scored.iter().flatten())) {
+            if case.missing {
+                continue;
+            }
             let Some(said) = &scored.said else {
                 *graded = scored.graded.clone();
                 continue;
@@ -276,8 +281,8 @@ impl<'a> Judge<'a> {
     ) -> Result<Option<Vec<Scored>>, Problem> {
         let Some(first) = problem.first() else { return Ok(Some(Vec::new())) };
         let mut samples: Vec<Scored> = problem.iter().map(|_| Scored::default()).collect();
-        // Those that do not end the original program.
-        let mut left: Vec<usize> = (0..problem.len()).collect();
+        // Those that are there and do not end the original program.
+        let mut left: Vec<usize> = (0..problem.len()).filter(|&at| !problem[at].missing).collect();
         loop {
             let (mut complete, mut failed) = (true, None);
             let responses: Vec<&str> = left.iter().map(|&at| problem[at].response).collect();

@@ -130,3 +130,15 @@ fn hostile_answers_are_graded_and_none_is_credited() {
         assert_eq!(lines.iter().map(|line| line["completion"].as_str().unwrap()).collect::<Vec<_>>(), answers);
     }
 }
+
+#[test]
+fn a_missing_answer_is_no_choice_of_a_even_to_s1() {
+    let server = Server::start();
+    server.model(|_| (json!("Answer: B"), "stop"));
+    let study = study(&server, &["B", "A"], "grader = \"s1\"\non_missing = \"wrong\"");
+    server.fault("problem 1", Fault::Status(400, "", "{}"));
+    study.ok(&[]);
+    let line = &study.lines("scores", "transcripts.jsonl")[1];
+    assert_eq!((&line["verdict"], &line["rule"]), (&json!("wrong"), &json!("no reply")));
+    assert_eq!((&scores(&study)["correct"], &scores(&study)["missing"]), (&json!(1), &json!(1)));
+}

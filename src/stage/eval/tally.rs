@@ -75,7 +75,7 @@ impl Tally {
         *self.solved.last_mut().expect("pushed with the first sample") += u64::from(right);
         self.answers.extend(graded.extracted.clone().map(|answer| (answer, right)));
         self.undecided += u64::from(graded.verdict == Verdict::Undecided);
-        self.unparsed += u64::from(graded.extracted.is_none());
+        self.unparsed += u64::from(graded.extracted.is_none() && sample.missing.is_none());
         self.truncated += u64::from(sample.finish == "length");
         self.counted += u64::from(sample.tokens.is_some());
         self.tokens += sample.tokens.unwrap_or(0);
