@@ -121,10 +121,35 @@ impl<'a> Look<'a> {
 
     pub fn needs(&self, id: CellId, on_device: bool) -> Result<Needs, CellId> {
         let cell = self.cell(id);
+        let judge = self.judge_needs(id, on_device).transpose()?;
+        match judge {
+            Some(judge) if self.input(id, "model").is_empty() => return Ok(judge),
+            _ => {}
+        }
         let shape = self.shape(id)?;
         let slot = if cell.kind.name == "eval" { "task" } else { "data" };
         let data = self.input(id, slot).last().and_then(|data| self.data(*data));
-        needs::needs(cell.kind.name, &cell.params, &shape, data, on_device).ok_or(id)
+        let needs = needs::needs(cell.kind.name, &cell.params, &shape, data, on_device).ok_or(id)?;
+        // The judge is loaded when the model that answers is gone.
+        let all = |needs: &Needs| needs.most.host + needs.most.device;
+        Ok(judge.filter(|judge| all(judge) > all(&needs)).unwrap_or(needs))
+    }
+
+    /// What the judge of an evaluation needs, if it is a model of this machine.
+    fn judge_needs(&self, id: CellId, on_device: bool) -> Option<Result<Needs, CellId>> {
+        /// Bytes of its own prompt, generously.
+        const PROMPT: usize = 4096;
+        if self.input(id, "judge.model").is_empty() {
+            return None;
+        }
+        let mut params = self.cell(id).params.get("judge")?.as_object()?.clone();
+        params.insert("n".into(), 1.into());
+        // It is shown the question and an attempt, whose characters take four bytes at most.
+        let shown = params.get("max_chars").and_then(Value::as_u64).unwrap_or(0) as usize;
+        let longer = |data: Data| Data { longest: data.longest + 4 * shown + PROMPT, ..data };
+        let data = self.input(id, "task").last().and_then(|data| self.data(*data)).map(longer);
+        let shape = self.shape_in(id, "judge.model");
+        Some(shape.and_then(|shape| needs::needs("generate", &params, &shape, data, on_device).ok_or(id)))
     }
 
     /// The cells of a slot.
@@ -144,7 +169,11 @@ impl<'a> Look<'a> {
 
     /// The model that a cell is given. `Err`: the cell that has to be made before that can be known.
     pub fn shape(&self, id: CellId) -> Result<Shape, CellId> {
-        let chain = self.input(id, "model");
+        self.shape_in(id, "model")
+    }
+
+    fn shape_in(&self, id: CellId, slot: &str) -> Result<Shape, CellId> {
+        let chain = self.input(id, slot);
         let (base, rest) = chain.split_first().ok_or(id)?;
         let config = self.config(*base).ok_or(*base)?;
         let adapters = rest.iter().map(|id| self.adapter(*id).ok_or(*id)).collect::<Result<_, _>>()?;

@@ -44,13 +44,13 @@ const MOST_DIGITS: usize = 4300;
 /// counted from 1, or -1; for choices a letter.
 pub type Judge<'j> = dyn FnMut(Question) -> String + 'j;
 
-/// What a judge is asked.
+/// What a judge is asked about a sample.
 #[derive(Debug, Clone, Copy)]
 pub enum Question<'q> {
     /// Which of these the attempt is; the first is the gold answer.
-    Options { options: &'q [String], attempt: &'q str },
+    Options { sample: usize, options: &'q [String], attempt: &'q str },
     /// Which letter the attempt picks.
-    Letter { attempt: &'q str },
+    Letter { sample: usize, attempt: &'q str },
 }
 
 /// What several samples of one problem come to.
@@ -102,10 +102,9 @@ pub fn score(
     for (sample, response) in responses.iter().enumerate() {
         let answer = extract(response).map_err(|crash| (sample, crash))?;
         let answer = match kind {
-            Kind::Choice => letter(answer, judge.as_deref_mut()),
-            Kind::Math | Kind::Number => {
-                settle(answer, &gold, &scored.extracted, judge.as_deref_mut()).map_err(|crash| (sample, crash))?
-            }
+            Kind::Choice => letter(answer, sample, judge.as_deref_mut()),
+            Kind::Math | Kind::Number => settle(answer, sample, &gold, &scored.extracted, judge.as_deref_mut())
+                .map_err(|crash| (sample, crash))?,
         };
         scored.matches.push(answer == gold);
         scored.extracted.push(answer);
@@ -123,7 +122,13 @@ fn gold_of(gold: &str, kind: Kind) -> String {
 }
 
 /// An answer to a mathematics problem made comparable.
-fn settle(answer: String, gold: &str, earlier: &[String], judge: Option<&mut Judge>) -> Result<String, Crash> {
+fn settle(
+    answer: String,
+    sample: usize,
+    gold: &str,
+    earlier: &[String],
+    judge: Option<&mut Judge>,
+) -> Result<String, Crash> {
     if is_digits(&answer) && is_digits(gold) {
         return number(&answer);
     }
@@ -134,7 +139,7 @@ fn settle(answer: String, gold: &str, earlier: &[String], judge: Option<&mut Jud
             options.push(answer.clone());
         }
     }
-    let reply = judge(Question::Options { options: &options, attempt: &answer });
+    let reply = judge(Question::Options { sample, options: &options, attempt: &answer });
     // An index beyond the options, and a reply that is none, be it for a blank, leave the answer as it is.
     let index = reply.bytes().all(|byte| byte.is_ascii_digit()).then(|| reply.parse::<usize>().ok()).flatten();
     let chosen = index.and_then(|index| index.checked_sub(1)).and_then(|index| options.into_iter().nth(index));
@@ -142,14 +147,14 @@ fn settle(answer: String, gold: &str, earlier: &[String], judge: Option<&mut Jud
 }
 
 /// One of A to D, whatever the response says.
-fn letter(answer: String, judge: Option<&mut Judge>) -> String {
+fn letter(answer: String, sample: usize, judge: Option<&mut Judge>) -> String {
     let upper = |text: String| if matches!(text.as_str(), "a" | "b" | "c" | "d") { text.to_uppercase() } else { text };
     let known = |text: &str| matches!(text, "A" | "B" | "C" | "D");
     let mut answer = upper(answer);
     if !known(&answer)
         && let Some(judge) = judge
     {
-        answer = judge(Question::Letter { attempt: &answer });
+        answer = judge(Question::Letter { sample, attempt: &answer });
     }
     if known(&answer) { answer } else { "A".into() }
 }
@@ -291,7 +296,7 @@ mod tests {
         let mut asked = Vec::new();
         let mut replies = ["1", "9", "maybe", "-1"].into_iter();
         let mut judge = |question: Question| {
-            if let Question::Options { options, attempt } = question {
+            if let Question::Options { options, attempt, .. } = question {
                 asked.push((options.to_vec(), attempt.to_string()));
             }
             replies.next().unwrap().to_string()

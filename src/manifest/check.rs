@@ -443,14 +443,18 @@ impl<'a> Check<'a> {
 
     /// A key that means nothing beside what the stage has.
     fn goes_with(&mut self, entry: &Entry, needs: &str, has: &str) {
-        let message = format!("{} goes with `{needs}`, and the stage has `{has}`", self.subject());
+        let place = match self.steps.len() {
+            1 => "the stage".to_string(),
+            n => quoted(&self.steps[..n - 1]),
+        };
+        let message = format!("{} goes with `{needs}`, and {place} has `{has}`", self.subject());
         self.bad(problem("manifest::key_without_effect", message).help("take it out"), &entry.at);
     }
 
     /// Told once, at the later of the two.
     fn both(&mut self, keys: &[Key], name: &str, other: &str, entry: &Entry, table: &Table) {
         let Some(first) = table.get(other).filter(|_| !is_first(keys, name, other)) else { return };
-        let message = format!("{} has both `{other}` and `{name}`", self.owner);
+        let message = format!("{} has both `{other}` and `{name}`", self.table());
         let twice = problem("manifest::one_of_two", message).help("keep one of the two");
         let file = &self.files[first.at.file].path;
         let twice = twice.at_span(file, first.at.span.clone(), "");
@@ -458,8 +462,9 @@ impl<'a> Check<'a> {
     }
 
     fn neither(&mut self, keys: &[Key], key: &Key, other: &str, at: &Origin) {
-        let mut missing = problem("manifest::missing_key", format!("{} needs `{}` or `{other}`", self.owner, key.name))
-            .note(format!("`{}`: {}", key.name, key.doc));
+        let mut missing =
+            problem("manifest::missing_key", format!("{} needs `{}` or `{other}`", self.table(), key.name))
+                .note(format!("`{}`: {}", key.name, key.doc));
         if let Some(other) = keys.iter().find(|key| key.name == other) {
             missing = missing.note(format!("`{}`: {}", other.name, other.doc));
         }
@@ -524,11 +529,7 @@ impl<'a> Check<'a> {
     }
 
     fn missing(&mut self, key: &Key, at: &Origin) {
-        let owner = match self.steps.len() {
-            1 => self.owner.clone(),
-            n => format!("{} of {}", quoted(&self.steps[..n - 1]), self.owner),
-        };
-        let missing = problem("manifest::missing_key", format!("{owner} needs the key `{}`", key.name))
+        let missing = problem("manifest::missing_key", format!("{} needs the key `{}`", self.table(), key.name))
             .note(format!("`{}`: {}", key.name, key.doc));
         self.bad(missing, at);
     }
@@ -574,6 +575,14 @@ impl<'a> Check<'a> {
 
     fn dotted(&self) -> String {
         dotted(&self.steps)
+    }
+
+    /// The table that the key at hand stands in.
+    fn table(&self) -> String {
+        match self.steps.len() {
+            0 | 1 => self.owner.clone(),
+            n => format!("{} of {}", quoted(&self.steps[..n - 1]), self.owner),
+        }
     }
 
     fn subject(&self) -> String {

@@ -6,7 +6,7 @@
 use super::check::{Check, Endpoints, Layer, Mode};
 use super::endpoint;
 use super::parse::{Loader, RawProfile, RawStage};
-use super::spec::{Kind, Params, Presence};
+use super::spec::{Key, Kind, Params, Presence, Type};
 use super::value::{Entry, Node, Origin, Reader, Table, Value};
 use super::{Found, Manifest, RESERVED, SET_FILE, Stage, problem, sort, template, words};
 use crate::problem::Problem;
@@ -346,17 +346,7 @@ impl Layers<'_> {
                 laid.table.entries.retain(|entry| RESERVED.iter().any(|(name, _)| *name == entry.key));
             }
         }
-        for key in laid.kind.map_or(&[] as &[_], |kind| kind.keys) {
-            // One of two comes in: the other goes, and what means something only beside that.
-            if let Presence::Either(other) = key.presence
-                && piece.get(key.name).is_some()
-                && piece.get(other).is_none()
-            {
-                laid.table.remove(other);
-                let keys = laid.kind.map_or(&[] as &[_], |kind| kind.keys);
-                keys.iter().filter(|key| key.with == Some(other)).for_each(|key| drop(laid.table.remove(key.name)));
-            }
-        }
+        make_room(laid.kind.map_or(&[], |kind| kind.keys), &mut laid.table, piece);
         laid.table.overlay(piece);
         laid.table.remove("kind");
         let name = &self.loader.stages[at].name;
@@ -628,5 +618,23 @@ fn set_value(text: &str, file: usize, shift: usize, problems: &mut Vec<Problem>)
             }
         }
         Err(_) => bare(),
+    }
+}
+
+/// Where one of two keys comes in, the other goes, and what means something only beside that; in tables too.
+fn make_room(keys: &[Key], laid: &mut Table, piece: &Table) {
+    for key in keys {
+        let Some(comes) = piece.get(key.name) else { continue };
+        if let Presence::Either(other) = key.presence
+            && piece.get(other).is_none()
+        {
+            laid.remove(other);
+            keys.iter().filter(|key| key.with == Some(other)).for_each(|key| drop(laid.remove(key.name)));
+        }
+        if let (Type::Table(keys), Value::Table(piece)) = (&key.ty, &comes.value.value)
+            && let Some(Value::Table(laid)) = laid.get_mut(key.name)
+        {
+            make_room(keys, laid, piece);
+        }
     }
 }

@@ -59,6 +59,11 @@ impl Table {
         self.entries.iter().find(|entry| entry.key == key)
     }
 
+    pub fn get_mut(&mut self, key: &str) -> Option<&mut Value> {
+        let entry = self.entries.iter_mut().find(|entry| entry.key == key)?;
+        Some(&mut entry.value.value)
+    }
+
     pub fn remove(&mut self, key: &str) -> Option<Entry> {
         let at = self.entries.iter().position(|entry| entry.key == key)?;
         Some(self.entries.remove(at))

@@ -131,22 +131,37 @@ pub fn generate(
     on_step: &mut dyn FnMut(usize) -> Result<(), Problem>,
     limits: &Limits,
 ) -> Result<Vec<Completion>, Problem> {
-    let Some(prompt) = prompts.iter().map(|prompt| prompt.ids.len()).max() else {
+    let ask = |Prompt { ids, stream }: &Prompt| {
+        let (ids, sampling) = (ids.clone(), sampling.clone());
+        Ask { ids, stream: *stream, sampling, top_logprobs: 0 }
+    };
+    complete(placed, prompts.iter().map(ask).collect(), decode, on_step, limits)
+}
+
+/// The same of requests with parameters of their own.
+pub fn complete(
+    placed: &Placed,
+    asks: Vec<Ask>,
+    decode: &dyn Fn(&[u32]) -> String,
+    on_step: &mut dyn FnMut(usize) -> Result<(), Problem>,
+    limits: &Limits,
+) -> Result<Vec<Completion>, Problem> {
+    let Some(prompt) = asks.iter().map(|ask| ask.ids.len()).max() else {
         on_step(0)?;
         return Ok(Vec::new());
     };
+    let longest = |ask: &Ask| ask.ids.len().saturating_add(ask.sampling.max_tokens);
     let limits = Limits {
-        live: limits.live.min(prompts.len()),
-        longest: limits.longest.min(prompt.saturating_add(sampling.max_tokens)),
+        live: limits.live.min(asks.len()),
+        longest: limits.longest.min(asks.iter().map(longest).max().unwrap_or(0)),
         prompt: limits.prompt.min(prompt),
         ..limits.clone()
     };
+    let mut completions: Vec<Option<Completion>> = asks.iter().map(|_| None).collect();
     let mut engine = Engine::new(placed, limits, decode)?;
-    for Prompt { ids, stream } in prompts {
-        let (ids, sampling) = (ids.clone(), sampling.clone());
-        engine.submit(Ask { ids, stream: *stream, sampling, top_logprobs: 0 })?;
+    for ask in asks {
+        engine.submit(ask)?;
     }
-    let mut completions: Vec<Option<Completion>> = prompts.iter().map(|_| None).collect();
     let mut finished = 0;
     while !engine.is_idle() {
         for event in engine.step()? {

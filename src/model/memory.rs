@@ -38,9 +38,9 @@
 
 use super::config::Config;
 use super::device_decode::Shape;
+use super::device_step::Inputs;
 use super::engine::{KNOWN, MOST_LIVE, pages_of, prompts_together};
 use super::host_decode;
-use super::device_step::Inputs;
 use super::lora::{self, LoraSpec};
 use super::qwen2::{Batch, Model};
 use crate::cuda;

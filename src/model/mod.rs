@@ -20,8 +20,8 @@
 pub mod config;
 pub mod device;
 mod device_decode;
-pub mod engine;
 pub mod device_step;
+pub mod engine;
 pub mod fit;
 mod host_decode;
 pub mod load;
@@ -34,7 +34,7 @@ pub mod sampling;
 pub mod weights;
 
 pub use config::Config;
-pub use engine::{Ask, Completion, Engine, Event, Finish, Limits, Prompt, Ticket, generate};
+pub use engine::{Ask, Completion, Engine, Event, Finish, Limits, Prompt, Ticket, complete, generate};
 pub use load::LoadOptions;
 pub use lora::LoraSpec;
 pub use placed::{Device, Placed, PlacedGradients};

@@ -77,8 +77,9 @@ pub fn fingerprint(
             parts.insert(format!("input.{}[{i}]", slot.slot), value);
         }
     }
-    // What a server computes, it computes the same whatever this machine is.
-    if cell.kind.floats && !cell.params.contains_key("endpoint") {
+    // What a server computes, it computes the same whatever this machine is; a model in a table is one here.
+    let served = cell.params.contains_key("endpoint") && !cell.inputs.iter().any(|slot| slot.slot.ends_with(".model"));
+    if cell.kind.floats && !served {
         parts.insert("backend".to_string(), machine.backend.to_string());
         parts.entry("dtype".to_string()).or_insert_with(|| machine.dtype.to_string());
     }

@@ -4,14 +4,19 @@
 //! completion is appended to `journal.jsonl` in the stage's work folder, a batch at a time, and synced
 //! before it counts. A stage that was interrupted reads the journal first and decodes only what is
 //! missing; since a completion depends on nothing but its request, the end is the same, to the byte.
+//!
+//! A completion is one turn of the model, or several where it thinks within a budget (`thinking`): the [`Session`]
+//! takes turns and knows nothing of what they add up to.
 
 use super::inputs::{self, Storage};
+use super::thinking::{Thinking, Thought};
 use super::{Context, training};
 use crate::data::{Format, Record, Tokenizer};
 use crate::digest::Encoder;
 use crate::manifest::spec::{Key, Type};
-use crate::model::{self, Finish, Limits, LoadOptions, Model, Placed, Prompt, Sampling};
+use crate::model::{self, Ask, Config, Finish, Limits, LoadOptions, Model, Placed, Sampling};
 use crate::problem::Problem;
+use crate::remote;
 use crate::tensor::Dtype;
 use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior};
@@ -20,10 +25,12 @@ use serde_json::{Value, json};
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What s1's trained models begin their answer with.
 const THINK: &str = "<|im_start|>think\n";
+/// What other models begin their thinking with.
+const THINK_TAG: &str = "<think>\n";
 
 /// Keys of every stage that samples from a model, by the names [`Decoding`] reads.
 pub const SYSTEM: Key =
@@ -38,13 +45,13 @@ pub const FORMAT: Key = Key::default(
 pub const PREFILL: Key = Key::optional(
     "prefill",
     Type::Str,
-    "Text the answer is made to begin with. Absent: `<|im_start|>think` and a line break for `s1`, nothing otherwise.",
+    "Text the answer is made to begin with. Absent: `<|im_start|>think` and a line break for `s1`; otherwise nothing, or, with `thinking`, `<think>` and a line break.",
 )
 .with("model");
 pub const MAX_TOKENS: Key = Key::required(
     "max_tokens",
     training::COUNT,
-    "Longest completion, in tokens, thinking included. With the prompt it has to fit the model's context.",
+    "Longest completion, in tokens, thinking included; with `thinking`, of what follows it. With the prompt it has to fit the model's context.",
 );
 pub const TEMPERATURE: Key =
     Key::default("temperature", Type::Float { min: 0.0, max: 100.0, above: false }, "0.0", "0 is greedy.");
@@ -94,6 +101,7 @@ pub const BATCH: Key = Key::default(
 pub struct Decoding {
     pub format: Format,
     pub prefill: Option<String>,
+    pub thinking: Option<Thinking>,
     pub stop: Vec<String>,
     pub max_tokens: usize,
     pub temperature: f64,
@@ -119,6 +127,8 @@ pub struct Request {
     pub sample: usize,
     /// Context and prefill.
     pub ids: Vec<u32>,
+    /// Tokens it may think for; nothing reads it without `thinking`.
+    pub budget: usize,
 }
 
 /// What came back.
@@ -128,13 +138,22 @@ pub struct Reply {
     key: String,
     /// Without the prefill, special tokens written out.
     pub text: String,
-    /// Tokens made, the end token included.
+    /// Tokens made, the end token included; with `thinking` also those that were put between.
     pub ids: Vec<u32>,
     /// Ended by `max_tokens`.
     pub cut: bool,
+    /// How it thought, if that was measured out.
+    #[serde(skip)]
+    pub thought: Option<Thought>,
 }
 
 impl Reply {
+    /// The end of the last turn behind what the turns before it came to.
+    pub(super) fn behind(self, text: String, ids: Vec<u32>, thought: Thought) -> Reply {
+        let (text, ids) = (text + &self.text, [ids, self.ids].concat());
+        Reply { text, ids, thought: Some(thought), ..self }
+    }
+
     /// How many tokens were made.
     pub fn tokens(&self) -> usize {
         self.ids.len()
@@ -145,13 +164,36 @@ impl Reply {
     }
 }
 
+/// One continuation by the model.
+pub(super) struct Turn<'r> {
+    pub request: &'r Request,
+    /// 0 for the first; another one draws other random numbers.
+    pub number: u64,
+    pub ids: Vec<u32>,
+    pub max_tokens: usize,
+}
+
 impl Decoding {
     /// What the answer is made to begin with.
     pub fn opening(&self) -> &str {
-        match (&self.prefill, self.format) {
-            (Some(prefill), _) => prefill,
-            (None, Format::S1) => THINK,
-            (None, _) => "",
+        match (&self.prefill, self.format, &self.thinking) {
+            (Some(prefill), ..) => prefill,
+            (None, Format::S1, _) => THINK,
+            (None, _, Some(_)) => THINK_TAG,
+            (None, _, None) => "",
+        }
+    }
+
+    /// The same of an endpoint.
+    pub fn remotely(&self) -> remote::Sampling {
+        remote::Sampling {
+            max_tokens: self.max_tokens as u64,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: (self.top_k > 0).then_some(self.top_k as u64),
+            repetition_penalty: Some(self.repetition_penalty).filter(|penalty| *penalty != 1.0),
+            stop: self.stop.clone(),
+            seed: self.seed,
         }
     }
 
@@ -206,31 +248,71 @@ impl Decoding {
         requests: &[Request],
         unit: &'static str,
     ) -> Result<Vec<Reply>, Problem> {
-        let sampling = self.sampling(tokenizer)?;
-        let keys: Vec<String> = requests.iter().map(|request| key(request, &sampling)).collect();
-        let path = ctx.work.join("journal.jsonl");
+        let mut session = Session::new(ctx, "model", self, tokenizer)?;
+        session.fits(requests)?;
+        match &self.thinking {
+            Some(thinking) => thinking.complete(&mut session, requests, unit),
+            None => session.answers(requests, unit),
+        }
+    }
+}
+
+/// A model that takes turns, loaded once the journal lacks one.
+pub(super) struct Session<'a> {
+    ctx: &'a Context<'a>,
+    /// Where the model comes from.
+    slot: &'static str,
+    pub decoding: &'a Decoding,
+    pub tokenizer: &'a Tokenizer,
+    /// The longest prompt and completion together.
+    context: usize,
+    model: Option<Placed>,
+    journal: PathBuf,
+}
+
+impl<'a> Session<'a> {
+    pub fn new(
+        ctx: &'a Context<'a>,
+        slot: &'static str,
+        decoding: &'a Decoding,
+        tokenizer: &'a Tokenizer,
+    ) -> Result<Session<'a>, Problem> {
+        let chain = inputs::chain(ctx, slot);
+        let base = chain.first().ok_or_else(|| Problem::new("stage::input", format!("no model for `{slot}`")))?;
+        let context = Config::load(base)?.max_position_embeddings;
+        // Two models may be asked the same.
+        let journal = if slot == "model" { "journal.jsonl".into() } else { format!("journal-{slot}.jsonl") };
+        let journal = ctx.work.join(journal);
+        Ok(Session { ctx, slot, decoding, tokenizer, context, model: None, journal })
+    }
+
+    /// The requests answered in one turn each.
+    pub fn answers<'r>(&mut self, requests: &'r [Request], unit: &'static str) -> Result<Vec<Reply>, Problem> {
+        let max_tokens = self.decoding.max_tokens;
+        let turn = |request: &'r Request| Turn { request, number: 0, ids: request.ids.clone(), max_tokens };
+        self.take(&requests.iter().map(turn).collect::<Vec<_>>(), &self.decoding.stop, unit)
+    }
+
+    /// Every turn's reply, in order, each with a limit of its own; `stop` are the texts that end one.
+    pub fn take(&mut self, turns: &[Turn], stop: &[String], unit: &'static str) -> Result<Vec<Reply>, Problem> {
+        let sampling = Sampling { stop: stop.to_vec(), ..self.decoding.sampling(self.tokenizer)? };
+        let path = self.journal.clone();
+        let keys: Vec<String> = turns.iter().map(|turn| key(turn, &sampling)).collect();
         let mut replies = read_journal(&path, &keys)?;
-        let missing: Vec<usize> = (0..requests.len()).filter(|&i| !replies.contains_key(&keys[i])).collect();
-        ctx.progress.begin(requests.len() as u64, unit);
-        ctx.progress.at((requests.len() - missing.len()) as u64);
-        if !missing.is_empty() {
-            let chain = inputs::chain(ctx, "model");
-            // In f32 a folded adapter is the same function and decodes faster; in bf16 folding would
-            // round what the adapter has learned.
-            let dtype = self.dtype.dtype();
-            let model = Model::load(&chain, &LoadOptions { dtype, fold_last: matches!(dtype, Dtype::F32) })?;
-            let model = Placed::new(model, &ctx.device)?;
-            tokenizer.fits(model.config.vocab_size)?;
-            self.fits(&model, requests)?;
-            let mut journal = Journal::open(&path)?;
-            for batch in missing.chunks(self.batch) {
-                let done = requests.len() - missing.len() + replies_before(&missing, batch);
-                for reply in self.batch(ctx, &model, tokenizer, requests, &keys, batch, done, &sampling)? {
-                    journal.add(&reply)?;
-                    replies.insert(reply.key.clone(), reply);
-                }
-                journal.sync()?;
+        let mut missing: Vec<usize> = (0..turns.len()).filter(|&i| !replies.contains_key(&keys[i])).collect();
+        missing.sort_by_key(|&i| std::cmp::Reverse(turns[i].max_tokens));
+        let progress = self.ctx.progress;
+        progress.begin(turns.len() as u64, unit);
+        let mut done = turns.len() - missing.len();
+        progress.at(done as u64);
+        let mut journal = if missing.is_empty() { None } else { Some(Journal::open(&path)?) };
+        for batch in self.batches(&missing, turns) {
+            for reply in self.batch(turns, &keys, batch, done, &sampling)? {
+                journal.as_mut().map_or(Ok(()), |journal| journal.add(&reply))?;
+                replies.insert(reply.key.clone(), reply);
             }
+            journal.as_mut().map_or(Ok(()), Journal::sync)?;
+            done += batch.len();
         }
         let all = keys.iter().map(|key| replies.get(key).cloned());
         all.collect::<Option<Vec<_>>>().ok_or_else(|| {
@@ -238,74 +320,115 @@ impl Decoding {
         })
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the loop body of `complete`, which owns them all")]
+    /// Turns that are made together, all of them for as long as the longest of them may be: so that none goes
+    /// beyond the context, one that is far into it is not put beside one that has far to go.
+    fn batches<'m>(&self, missing: &'m [usize], turns: &[Turn]) -> Vec<&'m [usize]> {
+        let mut batches = Vec::new();
+        let mut rest = missing;
+        while let Some(&first) = rest.first() {
+            let room = self.context.saturating_sub(turns[first].max_tokens);
+            let fit = rest.iter().skip(1).take_while(|&&i| turns[i].ids.len() <= room).count() + 1;
+            let (batch, others) = rest.split_at(fit.min(self.decoding.batch.max(1)));
+            batches.push(batch);
+            rest = others;
+        }
+        batches
+    }
+
     fn batch(
-        &self,
-        ctx: &Context,
-        model: &Placed,
-        tokenizer: &Tokenizer,
-        requests: &[Request],
+        &mut self,
+        turns: &[Turn],
         keys: &[String],
         batch: &[usize],
         done: usize,
         sampling: &Sampling,
     ) -> Result<Vec<Reply>, Problem> {
-        let prompts: Vec<Prompt> = batch
-            .iter()
-            .map(|&i| Prompt { ids: requests[i].ids.clone(), stream: stream(&requests[i].id, requests[i].sample) })
-            .collect();
-        let decode = |ids: &[u32]| tokenizer.decode(ids, false);
-        let mut on_step = |finished: usize| {
-            ctx.progress.at((done + finished) as u64);
-            ctx.stopped()
+        self.load()?;
+        let Some(model) = &self.model else { return Ok(Vec::new()) };
+        let ask = |&i: &usize| {
+            let sampling = Sampling { max_tokens: turns[i].max_tokens, ..sampling.clone() };
+            Ask { ids: turns[i].ids.clone(), stream: stream(&turns[i]), sampling, top_logprobs: 0 }
         };
-        let made = model::generate(model, &prompts, sampling, &decode, &mut on_step, &Limits::default())?;
+        let asks: Vec<Ask> = batch.iter().map(ask).collect();
+        let decode = |ids: &[u32]| self.tokenizer.decode(ids, false);
+        let mut on_step = |finished: usize| {
+            self.ctx.progress.at((done + finished) as u64);
+            self.ctx.stopped()
+        };
+        let made = model::complete(model, asks, &decode, &mut on_step, &Limits::default())?;
         let reply = |(&i, made): (&usize, model::Completion)| Reply {
             key: keys[i].clone(),
             text: made.text,
             ids: made.ids,
             cut: made.finish == Finish::Length,
+            thought: None,
         };
         Ok(batch.iter().zip(made).map(reply).collect())
     }
 
-    /// `Err` if a prompt and `max_tokens` together are longer than the model's context.
-    fn fits(&self, model: &Model, requests: &[Request]) -> Result<(), Problem> {
-        let context = model.config.max_position_embeddings;
-        let Some(longest) = requests.iter().max_by_key(|request| request.ids.len()) else { return Ok(()) };
-        if longest.ids.len().saturating_add(self.max_tokens) <= context {
+    fn load(&mut self) -> Result<(), Problem> {
+        if self.model.is_some() {
             return Ok(());
         }
-        let problem = Problem::new(
-            "generate::context",
-            format!("`max_tokens` {} does not fit the model's context of {context} tokens", self.max_tokens),
-        )
-        .note(format!("the longest prompt, of record `{}`, has {} tokens", longest.id, longest.ids.len()));
-        Err(match context.checked_sub(longest.ids.len()).filter(|left| *left > 0) {
+        let chain = inputs::chain(self.ctx, self.slot);
+        // In f32 a folded adapter is the same function and decodes faster; in bf16 folding would
+        // round what the adapter has learned.
+        let dtype = self.decoding.dtype.dtype();
+        let model = Model::load(&chain, &LoadOptions { dtype, fold_last: matches!(dtype, Dtype::F32) })?;
+        let model = Placed::new(model, &self.ctx.device)?;
+        self.tokenizer.fits(model.config.vocab_size)?;
+        self.model = Some(model);
+        Ok(())
+    }
+
+    /// `Err` if a prompt and all that may follow it are longer than the model's context.
+    pub fn fits(&self, requests: &[Request]) -> Result<(), Problem> {
+        let (context, max_tokens) = (self.context, self.decoding.max_tokens);
+        let thinking = self.decoding.thinking.as_ref();
+        let between = thinking.map_or(0, |thinking| thinking.between(self.decoding.format, self.tokenizer));
+        let before = |request: &Request| {
+            let budget = if thinking.is_some() { request.budget.saturating_add(between) } else { 0 };
+            request.ids.len().saturating_add(budget)
+        };
+        let Some(longest) = requests.iter().max_by_key(|request| before(request)) else { return Ok(()) };
+        if before(longest).saturating_add(max_tokens) <= context {
+            return Ok(());
+        }
+        let (id, prompt) = (&longest.id, longest.ids.len());
+        let (what, prompt) = match thinking {
+            None => (format!("`max_tokens` {max_tokens} does not"), format!("{prompt} tokens")),
+            Some(_) => (
+                format!("`thinking.max_tokens` {} and `max_tokens` {max_tokens} do not", longest.budget),
+                format!("{prompt} tokens, and {between} stand between thinking and answer"),
+            ),
+        };
+        let problem = Problem::new("generate::context", format!("{what} fit the model's context of {context} tokens"))
+            .note(format!("the longest prompt, of record `{id}`, has {prompt}"));
+        Err(match context.checked_sub(before(longest)).filter(|left| *left > 0) {
             Some(left) => problem.help(format!("`max_tokens = {left}`")),
+            None if thinking.is_some() => problem.help("a smaller `thinking.max_tokens`, or shorter prompts"),
             None => problem.help("shorten the prompt, or leave such records out"),
         })
     }
 }
 
-/// How many of `missing` stand before `batch`, which is a part of it.
-fn replies_before(missing: &[usize], batch: &[usize]) -> usize {
-    missing.iter().position(|i| batch.first() == Some(i)).unwrap_or(0)
-}
-
-/// The random numbers of a sample: a function of the record's id and its number.
-fn stream(id: &str, sample: usize) -> u64 {
+/// The random numbers of a turn: a function of the record's id, the sample's number and its own.
+fn stream(turn: &Turn) -> u64 {
     let mut encoder = Encoder::new("completion");
-    encoder.field(id.as_bytes()).field(&(sample as u64).to_le_bytes());
+    encoder.field(turn.request.id.as_bytes()).field(&(turn.request.sample as u64).to_le_bytes());
+    if turn.number > 0 {
+        encoder.field(&turn.number.to_le_bytes());
+    }
     let mut first = [0; 8];
     first.copy_from_slice(&encoder.finish().as_bytes()[..8]);
     u64::from_le_bytes(first)
 }
 
-fn key(request: &Request, sampling: &Sampling) -> String {
+fn key(turn: &Turn, sampling: &Sampling) -> String {
     let mut encoder = Encoder::new("request");
-    let ids: Vec<u8> = request.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-    encoder.field(&ids).field(&stream(&request.id, request.sample).to_le_bytes());
+    let ids: Vec<u8> = turn.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    encoder.field(&ids).field(&stream(turn).to_le_bytes());
+    let sampling = Sampling { max_tokens: turn.max_tokens, ..sampling.clone() };
     encoder.field(format!("{sampling:?}").as_bytes());
     encoder.finish().hex()
 }

@@ -6,18 +6,27 @@
 //! never score: `undecided_as_right` is what the score would be at most. The interval is Wilson's over problems,
 //! for samples of one problem are not independent. `outcomes.jsonl` has the right samples of each problem, for
 //! comparisons of two cells on the same problems.
+//!
+//! A model of this machine answers, or an endpoint; a `judge`, if there is one, decides what the grader does not.
+
+mod tally;
 
 use super::Context;
-use super::decoding::{self, Decoding, QUESTIONS, Reply, Request, Template};
+use super::asking::{self, Asking, Taken};
+use super::decoding::{self, Decoding, QUESTIONS, Request, Template};
 use super::inputs::{self, Storage};
-use crate::data::{BadRows, Format, Record};
-use crate::grade::{self, Graded, Kind as AnswerKind, Verdict, stats};
+use super::judge::{self, Case, Judge, Whom};
+use super::thinking::{self, Thinking, Thought};
+use crate::data::{BadRows, Format, Record, Tokenizer};
+use crate::grade::{self, Graded, Kind as AnswerKind, Verdict};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
 use crate::random::Stream;
+use crate::remote::{Ask, Bill, Endpoint};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::HashSet;
+use tally::Tally;
 
 pub const KIND: Kind = Kind {
     name: "eval",
@@ -25,7 +34,8 @@ pub const KIND: Kind = Kind {
     recipe: 2,
     yields: ArtifactType::Scores,
     keys: &[
-        Key::required("model", Type::Ref(&[ArtifactType::Model]), "The model that answers."),
+        Key::either("model", "endpoint", Type::Ref(&[ArtifactType::Model]), "The model that answers, on this machine."),
+        Key::either("endpoint", "model", Type::Endpoint, "The server that answers: an `[endpoint.NAME]`."),
         Key::required(
             "task",
             Type::Ref(&[ArtifactType::Dataset]),
@@ -61,10 +71,12 @@ pub const KIND: Kind = Kind {
             "grader",
             Type::Choice(&["auto", "math", "numeric", "choice", "s1"]),
             "\"auto\"",
-            "`choice`: a letter. `numeric`: a number or expression. `math`: also lists, intervals, equations, words. `auto`: `choice` where a record has choices or its answer is one capital letter, else `math`. `s1`: as `auto`, scored as the s1 study did without a judge: equal text, whole numbers by value, no letter is A.",
+            "`choice`: a letter. `numeric`: a number or expression. `math`: also lists, intervals, equations, words. `auto`: `choice` where a record has choices or its answer is one capital letter, else `math`. `s1`: as `auto`, scored as the s1 study did: equal text, whole numbers by value, what else there is by the judge if there is one, no letter is A.",
         ),
+        judge::KEY,
         Key::default("n", Type::Int { min: 1, max: 100_000 }, "1", "Samples per problem."),
         decoding::MAX_TOKENS,
+        thinking::KEY,
         decoding::TEMPERATURE,
         decoding::TOP_P,
         decoding::TOP_K,
@@ -72,6 +84,13 @@ pub const KIND: Kind = Kind {
         decoding::SEED,
         decoding::STOP,
         Key::optional("limit", Type::Int { min: 1, max: i64::MAX }, "Only the first so many problems."),
+        Key::default(
+            "on_missing",
+            Type::Choice(&["error", "wrong"]),
+            "\"error\"",
+            "What happens to an answer that an endpoint does not give: the stage fails, or it counts as wrong and in `missing`.",
+        )
+        .with("endpoint"),
         decoding::DTYPE,
         decoding::BATCH,
     ],
@@ -83,8 +102,10 @@ pub const KIND: Kind = Kind {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Spec {
+    endpoint: Option<Endpoint>,
     prompt: Option<String>,
     system: Option<String>,
+    #[serde(default)]
     format: Format,
     prefill: Option<String>,
     question: Option<String>,
@@ -92,8 +113,10 @@ struct Spec {
     choices: Option<Vec<String>>,
     shuffle_choices: bool,
     grader: Grader,
+    judge: Option<judge::Spec>,
     n: usize,
     max_tokens: usize,
+    thinking: Option<Thinking>,
     temperature: f64,
     top_p: f64,
     top_k: usize,
@@ -101,7 +124,11 @@ struct Spec {
     seed: u64,
     stop: Vec<String>,
     limit: Option<usize>,
+    #[serde(default)]
+    on_missing: OnMissing,
+    #[serde(default)]
     dtype: Storage,
+    #[serde(default)]
     batch: usize,
 }
 
@@ -115,10 +142,20 @@ enum Grader {
     S1,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum OnMissing {
+    #[default]
+    Error,
+    Wrong,
+}
+
 fn rules(params: &Params) -> Vec<Broken> {
     let mut broken = Vec::new();
-    for key in ["prompt", "system"] {
-        let template = params.get(key).and_then(Value::as_str).map(|text| Template::new(key, text));
+    let judge = |key: &str| params.get("judge").and_then(|judge| judge.get(key)).and_then(Value::as_str);
+    let text = |key: &str| params.get(key).and_then(Value::as_str);
+    for (key, text) in [("prompt", text("prompt")), ("system", text("system")), ("judge.prompt", judge("prompt"))] {
+        let template = text.map(|text| Template::new(key, text));
         if let Some(Err(problem)) = template {
             broken.push(Broken {
                 key,
@@ -126,6 +163,24 @@ fn rules(params: &Params) -> Vec<Broken> {
                 help: "fields stand in double braces: `{{ question }}`".into(),
             });
         }
+    }
+    if judge("prompt").is_some() && judge("prompt_file").is_some() {
+        broken.push(Broken {
+            key: "judge.prompt_file",
+            message: "`judge.prompt` and `judge.prompt_file` both say what is asked".into(),
+            help: "keep one of the two".into(),
+        });
+    }
+    if text("grader") == Some("s1") && judge("ask") == Some("all") {
+        broken.push(Broken {
+            key: "judge.ask",
+            message: "with `grader = \"s1\"` the judge is asked as s1 asked it: about all that is no whole number"
+                .into(),
+            help: "leave `ask` out".into(),
+        });
+    }
+    if let Some((key, message, help)) = thinking::broken(params.get("thinking")) {
+        broken.push(Broken { key, message, help });
     }
     let samples = params.get("n").and_then(Value::as_u64).unwrap_or(1);
     if samples > 1 && params.get("temperature").and_then(Value::as_f64) == Some(0.0) {
@@ -151,9 +206,35 @@ struct Question {
     id: String,
     gold: String,
     kind: AnswerKind,
-    ids: Vec<u32>,
+    /// As the judge is shown it: the question and its options.
+    text: String,
+    asked: Prompt,
     /// For choices: the record's choice at each letter.
     order: Option<Vec<usize>>,
+}
+
+/// What is sent.
+enum Prompt {
+    Tokens {
+        ids: Vec<u32>,
+        /// Tokens it may be thought about for.
+        budget: usize,
+    },
+    Messages(Value),
+}
+
+/// What was answered.
+struct Sample {
+    /// As the grader sees it.
+    response: String,
+    /// Without what the answer was made to begin with.
+    completion: String,
+    finish: String,
+    /// Where the server says it.
+    tokens: Option<u64>,
+    thought: Option<Thought>,
+    /// Why there is none.
+    missing: Option<String>,
 }
 
 pub fn run(ctx: &Context) -> Result<(), Problem> {
@@ -163,84 +244,84 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
     if records.is_empty() {
         return Err(Problem::new("eval::empty", "the task has no problems"));
     }
-    let tokenizer = inputs::tokenizer(ctx, "model")?;
-    let decoding = Decoding {
-        format: spec.format,
-        prefill: spec.prefill.clone(),
-        stop: spec.stop.clone(),
-        max_tokens: spec.max_tokens,
-        temperature: spec.temperature,
-        top_p: spec.top_p,
-        top_k: spec.top_k,
-        repetition_penalty: spec.repetition_penalty,
-        seed: spec.seed,
-        dtype: spec.dtype,
-        batch: spec.batch,
-        ..Decoding::default()
+    let tokenizer = if spec.endpoint.is_none() { Some(inputs::tokenizer(ctx, "model")?) } else { None };
+    let judge = match spec.judge.as_ref().filter(|judge| judge.ask != Whom::None) {
+        Some(judge) => Some(Judge::new(ctx, judge, spec.grader == Grader::S1)?),
+        None => None,
     };
-    let templates = Templates {
-        prompt: spec.prompt.as_deref().map(|text| Template::new("prompt", text)).transpose()?,
-        system: spec.system.as_deref().map(|text| Template::new("system", text)).transpose()?,
+    let questions = spec.questions(&records, tokenizer.as_ref())?;
+    let (samples, bill) = match (&spec.endpoint, &tokenizer) {
+        (Some(endpoint), _) => by_endpoint(ctx, &spec, endpoint, &questions)?,
+        (None, Some(tokenizer)) => (by_model(ctx, &spec, tokenizer, &questions)?, None),
+        (None, None) => return Err(Problem::new("stage::input", "neither a model nor an endpoint")),
     };
-    let (mut questions, mut bad, mut seen) = (Vec::new(), BadRows::default(), HashSet::new());
-    for (index, record) in records.iter().enumerate() {
-        let id = decoding::record_id(record, index);
-        let line = format!("line {} (id `{id}`)", index + 1);
-        if !seen.insert(id.clone()) {
-            bad.push("eval::duplicate_id", &line, "the id occurs twice");
-            continue;
+    let mut usage = bill.map_or(Value::Null, |bill| json!(bill));
+
+    let question = |i: usize| &questions[i / spec.n];
+    let grade = |(i, sample): (usize, &Sample)| {
+        let question = question(i);
+        match spec.grader {
+            // To s1 silence is a choice, but this is not even silence.
+            _ if sample.missing.is_some() => {
+                Graded { verdict: Verdict::Wrong, extracted: None, found: "none", rule: "no reply" }
+            }
+            Grader::S1 => grade::s1::grade(&question.gold, &sample.response, question.kind),
+            _ => grade::grade(&question.gold, &sample.response, question.kind),
         }
-        let made = spec.ask(record, &id, &templates).and_then(|asked| {
-            let ids = decoding.prompt(&tokenizer, asked.user, asked.system).map_err(|p| ("eval::prompt", p.message))?;
-            Ok(Question { id, gold: asked.gold, kind: asked.kind, ids, order: asked.order })
-        });
-        match made {
-            Ok(question) => questions.push(question),
-            Err((code, what)) => bad.push(code, &line, &what),
+    };
+    let mut graded: Vec<Graded> = samples.iter().enumerate().map(grade).collect();
+    let by_grader: Vec<Verdict> = graded.iter().map(|graded| graded.verdict).collect();
+    let mut tally = Tally::new(&spec);
+    if let Some(judge) = judge {
+        let mut cases = Vec::with_capacity(samples.len());
+        for (i, Sample { response, missing, .. }) in samples.iter().enumerate() {
+            let Question { id, kind, text, gold, .. } = &questions[i / spec.n];
+            let (sample, kind, missing) = (i % spec.n, *kind, missing.is_some());
+            cases.push(Case { id, sample, kind, question: text, gold, response, missing });
+        }
+        let judgements = match spec.grader {
+            Grader::S1 => judge.decide_as_s1(&cases, spec.n, &mut graded)?,
+            _ => judge.decide(&cases, &mut graded)?,
+        };
+        inputs::write_lines(&ctx.out.join("judgements.jsonl"), &judgements.lines)?;
+        tally.unread = judgements.unread;
+        if let Some(bill) = judgements.bill {
+            usage["judge"] = json!(bill);
         }
     }
-    bad.finish(records.len(), None)?;
+    if !usage.is_null() {
+        asking::write_usage(ctx, &usage)?;
+    }
 
-    let request =
-        |(question, sample): (&Question, usize)| Request { id: question.id.clone(), sample, ids: question.ids.clone() };
-    let requests: Vec<Request> = questions.iter().flat_map(|q| (0..spec.n).map(move |k| (q, k))).map(request).collect();
-    let replies = decoding.complete(ctx, &tokenizer, &requests, "answers")?;
-
-    let mut tally = Tally::new(spec.n);
-    let mut transcripts = Vec::with_capacity(requests.len());
-    for (i, (request, reply)) in requests.iter().zip(&replies).enumerate() {
-        let question = &questions[i / spec.n];
-        let response = format!("{}{}", decoding.opening(), reply.text);
-        let graded = match spec.grader {
-            Grader::S1 => grade::s1::grade(&question.gold, &response, question.kind),
-            _ => grade::grade(&question.gold, &response, question.kind),
-        };
-        tally.count(&graded, question.kind, reply);
+    let mut transcripts = Vec::with_capacity(samples.len());
+    for (i, ((sample, graded), by_grader)) in samples.iter().zip(&graded).zip(by_grader).enumerate() {
+        let question = question(i);
+        tally.count(graded, by_grader, question.kind, sample);
         let mut line = json!({
             "id": question.id,
-            "sample": request.sample,
-            "prompt": tokenizer.decode(&request.ids, false),
-            "completion": reply.text,
+            "sample": i % spec.n,
+            "prompt": question.asked.text(tokenizer.as_ref()),
+            "completion": sample.completion,
             "extracted": graded.extracted,
             "gold": question.gold,
             "verdict": graded.verdict.name(),
             "found": graded.found,
             "rule": graded.rule,
-            "tokens": reply.tokens(),
-            "finish": reply.finish(),
+            "tokens": sample.tokens,
+            "finish": sample.finish,
         });
         if let Some(order) = &question.order {
             line["order"] = json!(order);
         }
+        if let Some(thought) = &sample.thought {
+            line["thinking"] = json!(thought);
+        }
+        if graded.rule == "judge" {
+            line["grader_verdict"] = by_grader.name().into();
+        }
         transcripts.push(line);
     }
-    if tally.undecided > 0 {
-        ctx.progress.warn(&format!(
-            "{} of {} answers are undecided and count as wrong; see transcripts.jsonl",
-            tally.undecided,
-            requests.len()
-        ));
-    }
+    tally.warn(ctx);
     inputs::write_lines(&ctx.out.join("transcripts.jsonl"), &transcripts)?;
     let outcome =
         |(question, correct): (&Question, &u64)| json!({ "id": question.id, "correct": correct, "samples": spec.n });
@@ -251,6 +332,76 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         .map_err(|error| Problem::io("eval::unwritable", "write", &path, &error))
 }
 
+/// Answers by a model of this machine, `n` to each question.
+fn by_model(ctx: &Context, spec: &Spec, tokenizer: &Tokenizer, questions: &[Question]) -> Result<Vec<Sample>, Problem> {
+    let decoding = spec.decoding();
+    let mut requests = Vec::with_capacity(questions.len() * spec.n);
+    for question in questions {
+        let Prompt::Tokens { ids, budget } = &question.asked else { continue };
+        let request = |sample| Request { id: question.id.clone(), sample, ids: ids.clone(), budget: *budget };
+        requests.extend((0..spec.n).map(request));
+    }
+    let replies = decoding.complete(ctx, tokenizer, &requests, "answers")?;
+    let sample = |reply: decoding::Reply| Sample {
+        response: format!("{}{}", decoding.opening(), reply.text),
+        finish: reply.finish().into(),
+        tokens: Some(reply.tokens() as u64),
+        thought: reply.thought.clone(),
+        completion: reply.text,
+        missing: None,
+    };
+    Ok(replies.into_iter().map(sample).collect())
+}
+
+/// The same by an endpoint. An answer that does not come fails the stage or stays missing, as the spec says.
+fn by_endpoint(
+    ctx: &Context,
+    spec: &Spec,
+    endpoint: &Endpoint,
+    questions: &[Question],
+) -> Result<(Vec<Sample>, Option<Bill>), Problem> {
+    let mut asks = Vec::with_capacity(questions.len() * spec.n);
+    for question in questions {
+        let Prompt::Messages(messages) = &question.asked else { continue };
+        asks.extend((0..spec.n as u64).map(|sample| Ask { messages: messages.clone(), sample, attempt: 0 }));
+    }
+    let mut asking = Asking::new(ctx, endpoint)?;
+    let samples = asking.ask(asks, &spec.decoding().remotely(), 1, "answers", &|_, reply, _| {
+        Taken::Final(match reply {
+            Ok(completion) => Sample {
+                response: completion.text(),
+                completion: completion.text(),
+                finish: completion.finish().into(),
+                tokens: completion.usage.map(|usage| usage.completion_tokens),
+                thought: None,
+                missing: None,
+            },
+            Err(why) => Sample {
+                response: String::new(),
+                completion: String::new(),
+                finish: "none".into(),
+                tokens: None,
+                thought: None,
+                missing: Some(why.clone()),
+            },
+        })
+    })?;
+    let why = |(i, sample): (usize, &Sample)| {
+        let why = sample.missing.as_ref()?;
+        Some(format!("sample {} of `{}`: {why}", i % spec.n, questions[i / spec.n].id))
+    };
+    let missing: Vec<String> = samples.iter().enumerate().filter_map(why).collect();
+    let all = missing.len() == samples.len();
+    if !missing.is_empty() && (spec.on_missing == OnMissing::Error || all) {
+        let mut problem =
+            Problem::new("eval::missing", format!("{} of {} answers are missing", missing.len(), samples.len()));
+        problem.notes = missing.into_iter().take(5).collect();
+        let problem = problem.help("run again: the answers that came are kept");
+        return Err(if all { problem } else { problem.help("`on_missing = \"wrong\"` counts them as wrong") });
+    }
+    Ok((samples, Some(asking.bill())))
+}
+
 struct Templates {
     prompt: Option<Template>,
     system: Option<Template>,
@@ -258,6 +409,8 @@ struct Templates {
 
 /// What is asked about a record, and what the answer should be.
 struct Asked {
+    /// The question with its options, whatever the prompt makes of it.
+    text: String,
     user: Value,
     system: Option<String>,
     gold: String,
@@ -267,7 +420,87 @@ struct Asked {
 
 type Bad = (&'static str, String);
 
+impl Prompt {
+    /// For transcripts: the text of the tokens, or of the messages, each behind its role if there are several.
+    fn text(&self, tokenizer: Option<&Tokenizer>) -> String {
+        match self {
+            Prompt::Tokens { ids, .. } => tokenizer.map_or_else(String::new, |tokenizer| tokenizer.decode(ids, false)),
+            Prompt::Messages(messages) => flat(messages),
+        }
+    }
+}
+
+/// A text, or the texts of several turns.
+fn flat(user: &Value) -> String {
+    let turn = |turn: &Value| turn["content"].as_str().map_or_else(|| turn["content"].to_string(), String::from);
+    match user {
+        Value::String(text) => text.clone(),
+        Value::Array(turns) if turns.len() == 1 => turn(&turns[0]),
+        Value::Array(turns) => {
+            let line = |one: &Value| format!("{}: {}", one["role"].as_str().unwrap_or("?"), turn(one));
+            turns.iter().map(line).collect::<Vec<_>>().join("\n\n")
+        }
+        other => other.to_string(),
+    }
+}
+
 impl Spec {
+    fn decoding(&self) -> Decoding {
+        Decoding {
+            format: self.format,
+            prefill: self.prefill.clone(),
+            thinking: self.thinking.clone(),
+            stop: self.stop.clone(),
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+            dtype: self.dtype,
+            batch: self.batch,
+            ..Decoding::default()
+        }
+    }
+
+    /// Every record made ready, for a model with this tokenizer or for an endpoint; all that cannot be are named at
+    /// once, before anything is asked.
+    fn questions(&self, records: &[Record], tokenizer: Option<&Tokenizer>) -> Result<Vec<Question>, Problem> {
+        let decoding = self.decoding();
+        let templates = Templates {
+            prompt: self.prompt.as_deref().map(|text| Template::new("prompt", text)).transpose()?,
+            system: self.system.as_deref().map(|text| Template::new("system", text)).transpose()?,
+        };
+        let (mut questions, mut bad, mut seen) = (Vec::new(), BadRows::default(), HashSet::new());
+        for (index, record) in records.iter().enumerate() {
+            let id = decoding::record_id(record, index);
+            let line = format!("line {} (id `{id}`)", index + 1);
+            if !seen.insert(id.clone()) {
+                bad.push("eval::duplicate_id", &line, "the id occurs twice");
+                continue;
+            }
+            let made = self.ask(record, &id, &templates).and_then(|asked| {
+                let Asked { text, gold, kind, order, .. } = asked;
+                let asked = match tokenizer {
+                    Some(tokenizer) => {
+                        let budget = self.thinking.as_ref().map_or(Ok(0), |thinking| thinking.budget(record));
+                        let budget = budget.map_err(|what| ("eval::field", what))?;
+                        let ids = decoding.prompt(tokenizer, asked.user, asked.system);
+                        Prompt::Tokens { ids: ids.map_err(|problem| ("eval::prompt", problem.message))?, budget }
+                    }
+                    None => Prompt::Messages(asking::messages(asked.user, asked.system)),
+                };
+                Ok(Question { id, gold, kind, text, asked, order })
+            });
+            match made {
+                Ok(question) => questions.push(question),
+                Err((code, what)) => bad.push(code, &line, &what),
+            }
+        }
+        bad.finish(records.len(), None)?;
+        Ok(questions)
+    }
+
     fn ask(&self, record: &Record, id: &str, templates: &Templates) -> Result<Asked, Bad> {
         let question = match &self.question {
             Some(name) => Some(decoding::text_field(record, &[name]).ok_or_else(|| missing(record, name))?),
@@ -316,7 +549,12 @@ impl Spec {
             },
         };
         let system = templates.system.as_ref().map(render).transpose()?;
-        Ok(Asked { user, system, gold, kind, order })
+        let text = match (question, &options) {
+            (Some(question), Some(options)) => format!("{question}\n\n{options}"),
+            (Some(question), None) => question.to_string(),
+            (None, _) => flat(&user),
+        };
+        Ok(Asked { text, user, system, gold, kind, order })
     }
 
     fn gold(&self, record: &Record) -> Result<String, Bad> {
@@ -379,89 +617,4 @@ fn missing(record: &Record, name: &str) -> Bad {
 
 fn letter(at: usize) -> char {
     char::from(b'A' + (at % 26) as u8)
-}
-
-/// Counts over samples, which come problem by problem.
-struct Tally {
-    /// Samples per problem.
-    n: usize,
-    /// Right samples of each problem.
-    solved: Vec<u64>,
-    /// The answers to the problem at hand, those that were found, and whether each is right.
-    answers: Vec<(String, bool)>,
-    /// Samples of the problem at hand.
-    seen: usize,
-    /// Problems whose most frequent answer is right.
-    majority: u64,
-    undecided: u64,
-    unparsed: u64,
-    truncated: u64,
-    tokens: u64,
-}
-
-impl Tally {
-    fn new(n: usize) -> Tally {
-        let (solved, answers) = (Vec::new(), Vec::new());
-        Tally { n, solved, answers, seen: 0, majority: 0, undecided: 0, unparsed: 0, truncated: 0, tokens: 0 }
-    }
-
-    fn count(&mut self, graded: &Graded, kind: AnswerKind, reply: &Reply) {
-        if self.seen == 0 {
-            self.solved.push(0);
-        }
-        let right = graded.verdict == Verdict::Correct;
-        *self.solved.last_mut().expect("pushed with the first sample") += u64::from(right);
-        self.answers.extend(graded.extracted.clone().map(|answer| (answer, right)));
-        self.undecided += u64::from(graded.verdict == Verdict::Undecided);
-        self.unparsed += u64::from(graded.extracted.is_none());
-        self.truncated += u64::from(reply.cut);
-        self.tokens += reply.tokens() as u64;
-        self.seen += 1;
-        if self.seen == self.n {
-            self.majority += u64::from(self.most_say_right(kind));
-            self.answers.clear();
-            self.seen = 0;
-        }
-    }
-
-    /// Whether the most frequent answer to the problem at hand is right. Answers are the same if the grader
-    /// would take one for the other.
-    fn most_say_right(&self, kind: AnswerKind) -> bool {
-        let answer = |at: usize| self.answers[at].0.as_str();
-        let most = stats::majority(self.answers.len(), |i, j| grade::same(answer(i), answer(j), kind));
-        most.is_some_and(|(_, first)| self.answers[first].1)
-    }
-
-    /// Rates in percent. With several samples per problem also pass@k, for k = 2, 4, 8, ... and all, and the
-    /// rate of problems whose most frequent answer is right.
-    fn scores(&self) -> Value {
-        let problems = self.solved.len();
-        let (total, correct) = ((problems * self.n) as u64, self.solved.iter().sum::<u64>());
-        let rate = correct as f64 / total as f64;
-        let (low, high) = stats::wilson_rate(rate, problems as u64);
-        let mut scores = json!({
-            "accuracy": 100.0 * rate,
-            "correct": correct,
-            "total": total,
-            "problems": problems,
-            "ci_low": 100.0 * low,
-            "ci_high": 100.0 * high,
-            "undecided_as_right": 100.0 * (correct + self.undecided) as f64 / total as f64,
-            "truncated": self.truncated,
-            "unparsed": self.unparsed,
-            "undecided": self.undecided,
-            "mean_tokens": self.tokens as f64 / total as f64,
-        });
-        if self.n > 1 {
-            let n = self.n as u64;
-            let powers = std::iter::successors(Some(2u64), |k| k.checked_mul(2)).take_while(|k| *k < n);
-            for k in powers.chain([n]) {
-                let one = |correct: &u64| stats::pass_at_k(n, *correct, k).expect("k is at most n");
-                let mean = self.solved.iter().map(one).sum::<f64>() / problems as f64;
-                scores[format!("pass@{k}")] = json!(100.0 * mean);
-            }
-            scores["majority"] = json!(100.0 * self.majority as f64 / problems as f64);
-        }
-        scores
-    }
 }

@@ -7,13 +7,15 @@
 //! What an endpoint makes is paid for once (`remote`), and `usage.json` says what it took.
 
 use super::Context;
+use super::asking::{self, Asking, Taken};
 use super::decoding::{self, Decoding, QUESTIONS, Request, Template};
 use super::inputs::{self, Storage};
+use super::thinking::{self, Thinking};
 use crate::data::{BadRows, Format, Record, write_jsonl};
 use crate::grade::extract;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
-use crate::remote::{Ask, Bill, Completion, Endpoint, Finish, Sampling, Standing};
+use crate::remote::{Ask, Completion, Endpoint, Finish};
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -46,6 +48,7 @@ pub const KIND: Kind = Kind {
             "Completions per record. Above 1 the ids become `ID#0`, `ID#1`, ...",
         ),
         decoding::MAX_TOKENS,
+        thinking::KEY,
         decoding::TEMPERATURE,
         decoding::TOP_P,
         decoding::TOP_K,
@@ -136,6 +139,7 @@ struct Spec {
     prefill: Option<String>,
     n: usize,
     max_tokens: usize,
+    thinking: Option<Thinking>,
     temperature: f64,
     top_p: f64,
     top_k: usize,
@@ -202,6 +206,9 @@ fn rules(params: &Params) -> Vec<Broken> {
         if let Some(Err(problem)) = template.map(|template| Template::new(key, template)) {
             say(key, problem.message, "fields of the record stand in double braces: `{{ question }}`");
         }
+    }
+    if let Some((key, message, help)) = thinking::broken(params.get("thinking")) {
+        say(key, message, &help);
     }
     let Some(parse) = params.get("parse").and_then(|parse| Parse::deserialize(parse).ok()) else { return broken };
     let sources: Vec<(&String, &str)> =
@@ -305,33 +312,21 @@ fn by_model(
     records: &[Record],
 ) -> Result<Vec<Made>, Problem> {
     let tokenizer = inputs::tokenizer(ctx, "model")?;
-    let decoding = Decoding {
-        format: spec.format,
-        prefill: spec.prefill.clone(),
-        stop: spec.stop.clone(),
-        max_tokens: spec.max_tokens,
-        temperature: spec.temperature,
-        top_p: spec.top_p,
-        top_k: spec.top_k,
-        repetition_penalty: spec.repetition_penalty,
-        seed: spec.seed,
-        dtype: spec.dtype,
-        batch: spec.batch,
-        stop_token_ids: spec.stop_token_ids.clone(),
-        ignore_eos: spec.ignore_eos,
-        unmapped_ids: spec.unmapped_ids,
-    };
+    let decoding = spec.decoding();
     let prompts = every(records, |record| {
+        let budget = spec.thinking.as_ref().map_or(Ok(0), |thinking| thinking.budget(record))?;
         if asker.takes_ids(record) {
-            return decoding.continued(&tokenizer, record).map_err(|problem| problem.message);
+            let ids = decoding.continued(&tokenizer, record).map_err(|problem| problem.message)?;
+            return Ok((ids, budget));
         }
         let (user, system) = asker.ask(record)?;
-        decoding.prompt(&tokenizer, user, system).map_err(|problem| problem.message)
+        let ids = decoding.prompt(&tokenizer, user, system).map_err(|problem| problem.message)?;
+        Ok((ids, budget))
     })?;
     let mut requests = Vec::with_capacity(records.len() * spec.n);
-    for (index, (record, ids)) in records.iter().zip(prompts).enumerate() {
+    for (index, (record, (ids, budget))) in records.iter().zip(prompts).enumerate() {
         let id = decoding::record_id(record, index);
-        requests.extend((0..spec.n).map(|sample| Request { id: id.clone(), sample, ids: ids.clone() }));
+        requests.extend((0..spec.n).map(|sample| Request { id: id.clone(), sample, ids: ids.clone(), budget }));
     }
     let replies = decoding.complete(ctx, &tokenizer, &requests, "completions")?;
     let made = replies.into_iter().map(|reply| {
@@ -356,68 +351,21 @@ fn by_endpoint(
             return Err("`input_ids` mean nothing to an endpoint; the stage needs a `prompt`".into());
         }
         let (user, system) = asker.ask(record)?;
-        let mut messages = match user {
-            Value::Array(turns) => turns,
-            user => vec![json!({"role": "user", "content": user})],
-        };
-        if let Some(system) = system {
-            messages.insert(0, json!({"role": "system", "content": system}));
-        }
-        Ok(Value::Array(messages))
+        Ok(asking::messages(user, system))
     })?;
-    let sampling = Sampling {
-        max_tokens: spec.max_tokens as u64,
-        temperature: spec.temperature,
-        top_p: spec.top_p,
-        top_k: (spec.top_k > 0).then_some(spec.top_k as u64),
-        repetition_penalty: Some(spec.repetition_penalty).filter(|penalty| *penalty != 1.0),
-        stop: spec.stop.clone(),
-        seed: spec.seed,
-    };
-    let line = ctx.remote.line(endpoint)?;
-    let total = records.len() * spec.n;
-    ctx.progress.begin(total as u64, "completions");
-    let mut made: Vec<Option<Made>> = (0..total).map(|_| None).collect();
-    let mut open: Vec<usize> = (0..total).collect();
-    let mut bill = Bill::new(endpoint);
+    let ask = |i: usize| Ask { messages: messages[i / spec.n].clone(), sample: (i % spec.n) as u64, attempt: 0 };
+    let asks = (0..records.len() * spec.n).map(ask).collect();
+    let mut asking = Asking::new(ctx, endpoint)?;
     let attempts = spec.max_parse_attempts.unwrap_or(1);
-    for attempt in 0..attempts {
-        let ask = |&i: &usize| Ask { messages: messages[i / spec.n].clone(), sample: (i % spec.n) as u64, attempt };
-        let asks: Vec<Ask> = open.iter().map(ask).collect();
-        let settled = total - open.len();
-        let completions = line.complete(&asks, &sampling, &mut |standing: &Standing| {
-            ctx.progress.at((settled + standing.done) as u64);
-            ctx.progress.note(&standing.note());
-            ctx.stopped()
-        })?;
-        let mut again = Vec::new();
-        for (&i, completion) in open.iter().zip(&completions) {
-            if let Ok(completion) = completion {
-                bill.add(endpoint, completion);
-            }
-            let (one, final_word) = judged(parser, completion);
-            let last = attempt + 1 == attempts;
-            if one.parsed.is_err() && !final_word && !last {
-                again.push(i);
-            }
-            let several =
-                |why: String| if attempt > 0 { format!("{why} (the last of {} attempts)", attempt + 1) } else { why };
-            made[i] = Some(Made { parsed: one.parsed.map_err(several), ..one });
-        }
-        open = again;
-        if open.is_empty() {
-            break;
-        }
-    }
-    ctx.progress.at(total as u64);
-    if bill.reported_models.len() > 1 {
-        let names: Vec<&str> = bill.reported_models.keys().map(String::as_str).collect();
-        ctx.progress.warn(&format!("the server answered as several models: {}", names.join(", ")));
-    }
-    let path = ctx.out.join("usage.json");
-    std::fs::write(&path, format!("{:#}\n", json!(bill)))
-        .map_err(|error| Problem::io("generate::unwritable", "write", &path, &error))?;
-    Ok(made.into_iter().flatten().collect())
+    let made = asking.ask(asks, &spec.decoding().remotely(), attempts, "completions", &|_, completion, attempt| {
+        let (one, final_word) = judged(parser, completion);
+        let several = |why: String| if attempt > 1 { format!("{why} (the last of {attempt} attempts)") } else { why };
+        let again = one.parsed.is_err() && !final_word;
+        let one = Made { parsed: one.parsed.map_err(several), ..one };
+        if again { Taken::Again(one) } else { Taken::Final(one) }
+    })?;
+    asking::write_usage(ctx, &json!(asking.bill()))?;
+    Ok(made)
 }
 
 /// What a reply comes to, and whether asking again would be of no use.
@@ -438,6 +386,28 @@ fn judged(parser: &Parser, completion: &Result<Completion, String>) -> (Made, bo
     };
     let final_word = cut || completion.refused().is_some();
     (Made { finish: completion.finish().into(), ids: Vec::new(), parsed, text }, final_word)
+}
+
+impl Spec {
+    fn decoding(&self) -> Decoding {
+        Decoding {
+            format: self.format,
+            prefill: self.prefill.clone(),
+            thinking: self.thinking.clone(),
+            stop: self.stop.clone(),
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+            dtype: self.dtype,
+            batch: self.batch,
+            stop_token_ids: self.stop_token_ids.clone(),
+            ignore_eos: self.ignore_eos,
+            unmapped_ids: self.unmapped_ids,
+        }
+    }
 }
 
 /// Makes of a record what is asked.

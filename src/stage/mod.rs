@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+mod asking;
 pub mod bundled;
 pub mod check;
 pub mod command;
@@ -23,6 +24,7 @@ pub mod dpo;
 pub mod eval;
 pub mod generate;
 mod inputs;
+mod judge;
 pub mod model;
 pub mod needs;
 pub mod plot;
@@ -30,6 +32,7 @@ pub mod probe;
 pub mod readings;
 pub mod sft;
 pub mod table;
+mod thinking;
 mod training;
 
 /// What a kind does with a context.
@@ -78,10 +81,16 @@ pub fn run(kind: &str, ctx: &Context) -> Result<(), Problem> {
 
 /// Finds out, before any stage runs, whether the endpoints that these parameters name can be asked.
 pub fn ready(kind: &Kind, params: &Params, remote: &Remote, stop: &AtomicBool) -> Result<(), Problem> {
-    fn endpoints<'a>(keys: &[Key], table: &'a Params, found: &mut Vec<&'a Value>) {
+    /// Each with whether the stage could do without it.
+    fn endpoints<'a>(keys: &[Key], table: &'a Params, found: &mut Vec<(&'a Value, bool)>) {
+        let ask = table.get("ask");
+        // Who is declared and not asked need not be there.
+        if ask.is_some_and(|ask| ask == "none") {
+            return;
+        }
         for key in keys {
             match (&key.ty, table.get(key.name)) {
-                (Type::Endpoint, Some(value)) => found.push(value),
+                (Type::Endpoint, Some(value)) => found.push((value, ask.is_some())),
                 (Type::Table(keys), Some(Value::Object(table))) => endpoints(keys, table, found),
                 _ => {}
             }
@@ -89,10 +98,18 @@ pub fn ready(kind: &Kind, params: &Params, remote: &Remote, stop: &AtomicBool) -
     }
     let mut found = Vec::new();
     endpoints(kind.keys, params, &mut found);
-    for value in found {
+    for (value, dispensable) in found {
         let endpoint = serde_json::from_value::<Endpoint>(value.clone())
             .map_err(|error| Problem::new("stage::params", format!("an endpoint does not fit: {error}")))?;
-        remote.line(&endpoint)?.probe(stop)?;
+        let there = remote.line(&endpoint).and_then(|line| line.probe(stop));
+        there.map_err(|problem| {
+            if !dispensable {
+                return problem;
+            }
+            problem
+                .help("`--offline` takes the judgements that are kept, if they are all there")
+                .help("`judge.ask = \"none\"` goes on without: what is undecided then leaves an interval")
+        })?;
     }
     Ok(())
 }

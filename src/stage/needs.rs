@@ -140,7 +140,9 @@ pub fn needs(kind: &str, params: &Params, shape: &Shape, data: Option<Data>, on_
             let active = if dtype == Dtype::Bf16 { shape.adapters.last() } else { None };
             untie(&mut config, &shape.adapters[..shape.adapters.len() - usize::from(active.is_some())]);
             let trained = active.map_or(Trained::Nothing, Trained::Adapter);
-            let max_tokens = count(params, "max_tokens")?;
+            let thinks = params.get("thinking").and_then(Value::as_object);
+            let thinking = thinks.and_then(|table| count(table, "max_tokens")).map_or(0, |tokens| tokens + MARKUP);
+            let max_tokens = count(params, "max_tokens")?.saturating_add(thinking);
             let limit = count(params, "limit").unwrap_or(usize::MAX);
             let records = data.map_or(usize::MAX, |data| data.records).min(limit);
             let completions = records.saturating_mul(count(params, "n")?).min(count(params, "batch")?).max(1);

@@ -287,3 +287,58 @@ fn every_key_of_an_endpoint_is_one_the_client_reads() {
     let endpoint: pipe::remote::Endpoint = serde_json::from_value(json!(all)).expect("each key is a field");
     assert_eq!(serde_json::to_value(&endpoint).unwrap(), json!(all), "each field is a key");
 }
+
+const JUDGED: &str = r#"manifest = 1
+[endpoint.referee]
+url = "http://h/v1"
+model = "small"
+
+[stage.task]
+kind = "dataset"
+source = "path:rows.jsonl"
+
+[stage.local]
+kind = "model"
+source = "init:mini-3B"
+
+[stage.made]
+kind = "eval"
+endpoint = "referee"
+task = "task"
+max_tokens = 10
+judge = { endpoint = "referee", max_attempts = 2 }
+
+[profile.local.stage.made.judge]
+model = "local"
+dtype = "bf16"
+"#;
+
+#[test]
+fn a_table_may_take_an_endpoint_or_a_model_and_a_profile_the_other() {
+    let plan = planned(JUDGED, &[], &[]);
+    assert_eq!(wiring(&plan).iter().find(|line| line.starts_with("made")).unwrap(), "made: task=task");
+    let before = parts(&plan, "cpu");
+    assert_eq!(before["judge.endpoint.model"], "\"small\"");
+    assert!(!before.contains_key("judge.dtype") && !before.contains_key("backend"));
+    let plan = planned(JUDGED, &["local"], &[]);
+    let judge = &cell(&plan, "made").params["judge"];
+    assert!(judge.get("endpoint").is_none() && judge.get("max_attempts").is_none() && judge["dtype"] == "bf16");
+    assert_eq!(
+        wiring(&plan).iter().find(|line| line.starts_with("made")).unwrap(),
+        "made: task=task judge.model=local"
+    );
+    assert_eq!(parts(&plan, "cuda")["backend"], "cuda", "a judge on this machine makes floats");
+    let plan = planned(JUDGED, &["local"], &["stage.made.judge.endpoint=referee"]);
+    assert!(cell(&plan, "made").params["judge"].get("dtype").is_none());
+}
+
+#[test]
+fn what_is_wrong_in_a_table_is_said_of_the_table() {
+    let judge = "judge = { endpoint = \"referee\", max_attempts = 2 }";
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { max_tokens = 9 }")), @"");
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { endpoint = \"referee\", model = \"local\" }")), @"");
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { endpoint = \"referee\", dtype = \"bf16\" }")), @"");
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { endpoint = \"refere\" }")), @"");
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { model = \"locl\" }")), @"");
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { model = \"task\" }")), @"");
+}

@@ -1,6 +1,8 @@
-//! Generation through a server that fails in every way servers fail, and what it costs.
+//! Generation and evaluation through a server that fails in every way servers fail, and what it costs.
 
+mod eval;
 mod faults;
+mod judge;
 mod paid;
 mod probe;
 mod server;

@@ -8,14 +8,21 @@ use std::time::{Duration, Instant};
 
 const KEY: &str = "sk-0123456789abcdef-secret-0123456789";
 
-struct Study {
+/// A manifest `m.toml`, its data and its cache.
+pub struct Study {
     dir: tempfile::TempDir,
 }
 
 impl Study {
-    fn new(server: &Server, records: usize) -> Study {
+    /// Of this manifest, with this `questions.jsonl`.
+    pub fn of(manifest: &str, records: &[Value]) -> Study {
         let study = Study { dir: tempfile::tempdir().unwrap() };
-        study.records(records);
+        std::fs::write(study.path("m.toml"), manifest).unwrap();
+        study.write_records(records);
+        study
+    }
+
+    fn new(server: &Server, records: usize) -> Study {
         let text = format!(
             r#"manifest = 1
 title = "answers"
@@ -47,20 +54,34 @@ parse = {{ kind = "boxed" }}
 "#,
             server.url, server.url
         );
-        std::fs::write(study.path("m.toml"), text).unwrap();
+        let study = Study::of(&text, &[]);
+        study.records(records);
         study
     }
 
     fn records(&self, count: usize) {
-        let line = |i| format!("{}\n", json!({"id": format!("r{i}"), "question": format!("question {i}.")}));
-        std::fs::write(self.path("questions.jsonl"), (0..count).map(line).collect::<String>()).unwrap();
+        let record = |i| json!({"id": format!("r{i}"), "question": format!("question {i}.")});
+        self.write_records(&(0..count).map(record).collect::<Vec<_>>());
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    fn write_records(&self, records: &[Value]) {
+        let lines: String = records.iter().map(|record| format!("{record}\n")).collect();
+        std::fs::write(self.path("questions.jsonl"), lines).unwrap();
+    }
+
+    /// Throws away what stages made; what was paid for stays.
+    pub fn forget(&self) {
+        for folder in ["stages", "blobs", "runs", "results", "work"] {
+            let _ = std::fs::remove_dir_all(self.path("cache").join(folder));
+        }
+        let _ = std::fs::remove_file(self.path("cache/index"));
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pipe"));
         command.current_dir(self.dir.path()).args(args).env("PIPE_TEST_KEY", KEY).env_remove("RUST_LOG");
         command
@@ -70,14 +91,14 @@ parse = {{ kind = "boxed" }}
         self.command(&[&["run", "m.toml"], more].concat()).output().unwrap()
     }
 
-    fn ok(&self, more: &[&str]) -> String {
+    pub fn ok(&self, more: &[&str]) -> String {
         let output = self.run(more);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{said}");
         said
     }
 
-    fn fails(&self, code: i32, more: &[&str]) -> String {
+    pub fn fails(&self, code: i32, more: &[&str]) -> String {
         let output = self.run(more);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(code), "{said}");
@@ -85,7 +106,7 @@ parse = {{ kind = "boxed" }}
     }
 
     /// A file of the artifact of a cell.
-    fn exported(&self, cell: &str, name: &str) -> String {
+    pub fn exported(&self, cell: &str, name: &str) -> String {
         let to = self.path("export");
         let _ = std::fs::remove_dir_all(&to);
         let done = self.command(&["export", "m.toml", cell, "export"]).output().unwrap();
@@ -93,11 +114,11 @@ parse = {{ kind = "boxed" }}
         std::fs::read_to_string(to.join(name)).unwrap()
     }
 
-    fn lines(&self, cell: &str, name: &str) -> Vec<Value> {
+    pub fn lines(&self, cell: &str, name: &str) -> Vec<Value> {
         self.exported(cell, name).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    fn journalled(&self) -> usize {
+    pub fn journalled(&self) -> usize {
         let Ok(files) = std::fs::read_dir(self.path("cache/journal")) else { return 0 };
         let text: String =
             files.flatten().map(|file| std::fs::read_to_string(file.path()).unwrap_or_default()).collect();
@@ -192,10 +213,7 @@ fn one_record_more_another_limit_and_an_emptied_store_pay_for_nothing_twice() {
     // Nothing is kept of what stages made; what was paid for is.
     let gone = study.command(&["gc", "--keep-runs", "0", "--keep-unfinished-days", "0"]).output().unwrap();
     assert!(gone.status.success());
-    for folder in ["stages", "blobs", "runs"] {
-        std::fs::remove_dir_all(study.path("cache").join(folder)).unwrap();
-    }
-    std::fs::remove_file(study.path("cache/index")).unwrap();
+    study.forget();
     study.ok(&["--offline"]);
     let paid = server.paid();
     assert_eq!((paid.len(), paid.values().sum::<u32>()), (7, 7));

@@ -1,7 +1,7 @@
 //! One stage, its inputs and its folders.
 
 use pipe::files::Files;
-use pipe::manifest::spec::{Kind, Params, Presence};
+use pipe::manifest::spec::{Key, Kind, Params, Presence, Type};
 use pipe::plan::Axes;
 use pipe::problem::Problem;
 use pipe::remote::Remote;
@@ -23,18 +23,28 @@ pub struct Bench {
     pub warnings: std::sync::Mutex<Vec<String>>,
 }
 
-/// Parameters as the manifest resolves them: what is given, and the defaults of the kind.
+/// Parameters as the manifest resolves them: what is given, and the defaults of the kind, in tables too.
 pub fn resolved(kind: &Kind, given: serde_json::Value) -> serde_json::Value {
-    let serde_json::Value::Object(mut params) = given else { panic!("parameters are an object") };
-    for key in kind.keys {
-        if let Presence::Default(text) = key.presence
-            && !params.contains_key(key.name)
-        {
-            let table: serde_json::Value = toml::from_str(&format!("value = {text}")).unwrap();
-            params.insert(key.name.into(), table["value"].clone());
+    fn table(keys: &[Key], given: serde_json::Value) -> serde_json::Value {
+        let serde_json::Value::Object(mut params) = given else { panic!("parameters are an object") };
+        for key in keys {
+            if let (Type::Table(keys), Some(given)) = (&key.ty, params.get_mut(key.name)) {
+                *given = table(keys, given.take());
+            }
+            // What goes with one of two is not there beside the other.
+            let other = keys.iter().find(|either| Some(either.name) == key.with).map(|either| &either.presence);
+            let beside = matches!(other, Some(Presence::Either(other)) if params.contains_key(*other));
+            if let Presence::Default(text) = key.presence
+                && !params.contains_key(key.name)
+                && !beside
+            {
+                let table: serde_json::Value = toml::from_str(&format!("value = {text}")).unwrap();
+                params.insert(key.name.into(), table["value"].clone());
+            }
         }
+        params.into()
     }
-    params.into()
+    table(kind.keys, given)
 }
 
 /// A small random model with the bundled tokenizer, made by the `model` stage in `folder`.

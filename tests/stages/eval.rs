@@ -169,3 +169,52 @@ fn many_samples_of_a_greedy_answer_are_refused_in_the_manifest() {
     assert_eq!(broken[0].key, "n");
     assert!((KIND.rules)(json!({"n": 4, "temperature": 0.7}).as_object().unwrap()).is_empty());
 }
+
+#[test]
+fn columns_that_are_missing_are_named_with_every_row_that_lacks_one() {
+    let whole = json!({"id": "g0", "Question": "Which?", "Correct Answer": "red", "Incorrect Answer 1": "green"});
+    let mut records = vec![whole.clone(), whole.clone(), whole];
+    records[1].as_object_mut().unwrap().remove("Incorrect Answer 1");
+    records[2].as_object_mut().unwrap().remove("Question");
+    for (i, record) in records.iter_mut().enumerate() {
+        record["id"] = json!(format!("g{i}"));
+    }
+    let bench = Bench::with_model("task", &records);
+    let mut given = says("A");
+    given["choices"] = json!(["Correct Answer", "Incorrect Answer 1"]);
+    let problem = bench.run(run, given).unwrap_err();
+    let text = problem.to_string();
+    assert!(text.contains("2 of 3 rows") && text.contains("line 2 (id `g1`): no `Incorrect Answer 1`"), "{text}");
+    assert!(text.contains("line 3 (id `g2`): no `question`"), "{text}");
+    assert!(!bench.path("work/journal.jsonl").exists());
+}
+
+#[test]
+fn a_task_that_is_no_text_is_an_error_with_its_place() {
+    let bench = Bench::with_model("task", &problems(&["7", "8"]));
+    let mut bytes = std::fs::read(bench.path("data.jsonl")).unwrap();
+    let at = bytes.iter().rposition(|byte| *byte == b'8').unwrap();
+    bytes[at] = 0xff;
+    std::fs::write(bench.path("data.jsonl"), bytes).unwrap();
+    let problem = bench.run(run, says("7")).unwrap_err();
+    assert!(problem.to_string().contains("data.jsonl"), "{problem}");
+}
+
+#[test]
+fn max_tokens_beyond_the_context_is_found_before_decoding_with_what_would_fit() {
+    let bench = Bench::with_model("task", &problems(&["7"]));
+    let problem = bench.run(run, params(json!({"max_tokens": 100_000}))).unwrap_err();
+    assert_eq!(problem.code, "generate::context");
+    let fits: usize = problem.help[0].trim_matches('`').trim_start_matches("max_tokens = ").parse().unwrap();
+    assert_eq!(bench.run(run, params(json!({"max_tokens": fits + 1}))).unwrap_err().code, "generate::context");
+    assert!(!bench.path("work/journal.jsonl").exists());
+}
+
+#[test]
+fn an_empty_box_is_no_answer() {
+    let bench = Bench::with_model("task", &problems(&["7", "0"]));
+    for nothing in ["\\boxed{}", "\\boxed{ }", "\\boxed{\\;}"] {
+        bench.run(run, params(json!({"max_tokens": 1, "prefill": format!("{nothing}\n")}))).unwrap();
+        assert_eq!(scores(&bench)["correct"], 0, "{nothing}");
+    }
+}

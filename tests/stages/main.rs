@@ -3,6 +3,8 @@ mod bench;
 mod command;
 mod eval;
 mod generate;
+mod judge;
 mod manifest;
+mod thinking;
 
 pub use bench::{Bench, resolved};
