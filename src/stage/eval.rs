@@ -3,9 +3,9 @@
 //! Everything that could be wrong with the task (a record without its answer, a gold answer that no
 //! rule understands, a prompt longer than the context) is found before the model is loaded. The score
 //! is the mean over all samples; truncated, missing and undecided answers are counted beside it and
-//! never score: `undecided_as_right` is what the score would be at most. The interval is Wilson's over problems,
-//! for samples of one problem are not independent. `outcomes.jsonl` has the right samples of each problem, for
-//! comparisons of two cells on the same problems.
+//! never score: `undecided_as_right` is what the score would be at most. The interval is over problems, for samples of
+//! one problem are not independent: Wilson's for one sample, a bootstrap for several. `outcomes.jsonl` has the right
+//! samples of each problem, for comparisons of two cells on the same problems.
 
 use super::Context;
 use super::decoding::{self, Decoding, QUESTIONS, Reply, Request, Template};
@@ -22,7 +22,7 @@ use std::collections::HashSet;
 pub const KIND: Kind = Kind {
     name: "eval",
     about: "answers to the problems of a task, extracted and graded, with confidence intervals",
-    recipe: 2,
+    recipe: 3,
     yields: ArtifactType::Scores,
     keys: &[
         Key::required("model", Type::Ref(&[ArtifactType::Model]), "The model that answers."),
@@ -438,7 +438,14 @@ impl Tally {
         let problems = self.solved.len();
         let (total, correct) = ((problems * self.n) as u64, self.solved.iter().sum::<u64>());
         let rate = correct as f64 / total as f64;
-        let (low, high) = stats::wilson_rate(rate, problems as u64);
+        let (low, high) = match self.n {
+            1 => stats::wilson(correct, total),
+            n => {
+                let rates: Vec<f64> = self.solved.iter().map(|correct| *correct as f64 / n as f64).collect();
+                let stream = Stream::named(0, &["bootstrap"]);
+                stats::bootstrap(&rates, |at| stream.block(at))
+            }
+        };
         let mut scores = json!({
             "accuracy": 100.0 * rate,
             "correct": correct,
