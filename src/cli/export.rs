@@ -169,11 +169,11 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
 fn logs(global: &Global, engine: &Engine, cells: &[CellId], dir: &Path) -> Done {
     let written = lm_eval::export(engine, cells, dir)?;
     if global.json {
-        let object = |(model, folder, _): &(String, PathBuf, usize)| json!({ "model": model, "folder": folder.display().to_string() });
+        let object = |one: &lm_eval::Written| json!({ "model": one.model, "folder": one.folder.display().to_string() });
         return print(&format!("{:#}\n", json!({ "exports": written.iter().map(object).collect::<Vec<Value>>() })));
     }
-    let line = |(model, folder, files): &(String, PathBuf, usize)| {
-        format!("{model}: {} in {}\n", report::count(*files, "file"), folder.display())
+    let line = |one: &lm_eval::Written| {
+        format!("{}: {} in {}\n", one.model, report::count(one.files, "file"), one.folder.display())
     };
     print(&written.iter().map(line).collect::<String>())?;
     say(global, &format!("{} exported", report::count(cells.len(), "evaluation")));

@@ -34,6 +34,13 @@ struct Evaluation {
     docs: Vec<Row>,
 }
 
+/// What was written of one model.
+pub struct Written {
+    pub model: String,
+    pub folder: PathBuf,
+    pub files: usize,
+}
+
 /// What a task came to.
 struct Scored {
     rates: Vec<f64>,
@@ -42,7 +49,7 @@ struct Scored {
 }
 
 /// Writes evaluations; the files of each model.
-pub fn export(engine: &Engine, cells: &[CellId], dir: &Path) -> Result<Vec<(String, PathBuf, usize)>, Problem> {
+pub fn export(engine: &Engine, cells: &[CellId], dir: &Path) -> Result<Vec<Written>, Problem> {
     let mut models: BTreeMap<String, Vec<Evaluation>> = BTreeMap::new();
     for id in cells {
         let (model, evaluation) = evaluation(engine, *id)?;
@@ -67,7 +74,7 @@ pub fn export(engine: &Engine, cells: &[CellId], dir: &Path) -> Result<Vec<(Stri
         let path = folder.join(format!("results_{date}.json"));
         let text = pretty(&results(&model, &evaluations, &scored));
         std::fs::write(&path, text).map_err(|error| Problem::io("cli::export", "write", &path, &error))?;
-        written.push((model, folder, evaluations.len() + 1));
+        written.push(Written { model, folder, files: evaluations.len() + 1 });
     }
     Ok(written)
 }
@@ -295,7 +302,11 @@ fn results(model: &str, evaluations: &[Evaluation], scored: &[Scored]) -> Value 
             "generation_kwargs": settings(params),
             "repeats": params.get("n"),
             "filter_list": [{"name": FILTER, "filter": [{"function": params.get("grader")}]}],
-            "metadata": {"version": one.record.tool, "cell": one.label, "fingerprint": one.record.fingerprint.to_string()},
+            "metadata": {
+                "version": one.record.tool,
+                "cell": one.label,
+                "fingerprint": one.record.fingerprint.to_string(),
+            },
         })
     };
     let effective =
@@ -432,7 +443,10 @@ mod tests {
         ];
         assert_eq!(floats.map(python_float), python_says);
         let record = json!({"q": "é\n\"\u{7f}\u{1}", "none": null, "list": [1, 1e-7, [], {}], "yes": true});
-        let text = "{\n  \"q\": \"é\\n\\\"\u{7f}\\u0001\",\n  \"none\": null,\n  \"list\": [\n    1,\n    1e-07,\n    [],\n    {}\n  ],\n  \"yes\": true\n}";
+        let text = concat!(
+            "{\n  \"q\": \"é\\n\\\"\u{7f}\\u0001\",\n  \"none\": null,\n",
+            "  \"list\": [\n    1,\n    1e-07,\n    [],\n    {}\n  ],\n  \"yes\": true\n}"
+        );
         assert_eq!(python(&record), text);
     }
 

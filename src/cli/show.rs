@@ -169,7 +169,10 @@ fn page(engine: &Engine, found: &Found) -> String {
         }
     }
     section(&mut text, "metrics", &metrics(&files));
-    for (title, lines) in [("end of the log", last_lines(&files)), ("first transcripts", first_transcripts(&files))] {
+    for (title, lines) in [
+        ("end of the log", last_lines(&files)),
+        ("first transcripts (`--transcripts` lists all)", first_transcripts(&files)),
+    ] {
         if !lines.is_empty() {
             let _ = writeln!(text, "\n{title}");
             for line in lines {

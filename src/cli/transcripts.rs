@@ -77,6 +77,14 @@ impl Browse {
         let filtered = self.verdict.is_some() || self.id.is_some() || self.grep.is_some();
         self.transcripts || filtered || self.limit.is_some() || self.offset > 0
     }
+
+    /// `grep` is in lower case.
+    fn wants(&self, item: &Item, grep: Option<&str>) -> bool {
+        self.id.as_ref().is_none_or(|id| *id == item.id)
+            && self.sample.is_none_or(|sample| sample == item.sample)
+            && self.verdict.is_none_or(|verdict| verdict.name() == item.verdict)
+            && grep.is_none_or(|text| item.holds(text))
+    }
 }
 
 /// One sample, or one record.
@@ -237,31 +245,28 @@ pub fn show(global: &Global, engine: &Engine, found: &Found, browse: &Browse) ->
         return Err(problem.exit(Exit::Usage).into());
     }
     let grep = browse.grep.as_ref().map(|text| text.to_lowercase());
-    let (mut all, mut matching, mut shown) = (0usize, 0usize, Vec::new());
-    let mut known_id = browse.id.is_none();
+    let (mut all, mut matching, mut known_id) = (0usize, 0usize, browse.id.is_none());
+    let (mut rows, mut whole, mut printed) = (Vec::new(), None, Ok(()));
     source.each(&mut |item| {
         all += 1;
         known_id |= browse.id.as_ref() == Some(&item.id);
-        let wanted = browse.id.as_ref().is_none_or(|id| *id == item.id)
-            && browse.sample.is_none_or(|sample| sample == item.sample)
-            && browse.verdict.is_none_or(|verdict| verdict.name() == item.verdict)
-            && grep.as_ref().is_none_or(|text| item.holds(text));
-        if wanted {
-            matching += 1;
-            let whole = browse.id.is_some();
-            if matching > browse.offset && shown.len() < browse.limit.unwrap_or(usize::MAX) {
-                // Of a list only a line of each item is kept.
-                shown.push(match (global.json, whole, source.graded) {
-                    (true, ..) => Shown::Line(screen::json_line(&Value::Object(item.fields))),
-                    (false, true, _) if shown.is_empty() => Shown::Whole(Box::new(item)),
-                    (false, true, _) => Shown::Line(String::new()),
-                    (false, false, true) => Shown::Row(graded_row(&item)),
-                    (false, false, false) => Shown::Row(record_row(&item)),
-                });
-            }
+        if !browse.wants(&item, grep.as_deref()) {
+            return true;
         }
-        true
+        matching += 1;
+        if matching <= browse.offset || matching - browse.offset > browse.limit.unwrap_or(usize::MAX) {
+            return true;
+        }
+        // A file may hold more than memory: of a list only a line of each sample is kept.
+        match (global.json, browse.id.is_some(), source.graded) {
+            (true, ..) => printed = print(&screen::json_line(&Value::Object(item.fields))),
+            (false, true, _) => whole = whole.take().or(Some(item)),
+            (false, false, true) => rows.push(graded_row(&item)),
+            (false, false, false) => rows.push(record_row(&item)),
+        }
+        printed.is_ok()
     })?;
+    printed?;
     if !known_id {
         let id = browse.id.as_deref().unwrap_or_default();
         return Err(Problem::new("cli::no_sample", format!("`{}` has no record `{id}`", found.label))
@@ -270,36 +275,29 @@ pub fn show(global: &Global, engine: &Engine, found: &Found, browse: &Browse) ->
             .into());
     }
     let what = if source.graded { "sample" } else { "record" };
-    let summary = format!("{} of {}", shown.len(), report::count(all, what));
-    if global.json {
-        let lines = shown.iter().map(|shown| if let Shown::Line(line) = shown { line.as_str() } else { "" });
-        return print(&lines.collect::<String>());
-    }
     if browse.id.is_some() {
-        let Some(Shown::Whole(item)) = shown.first() else {
-            return print("").map(|()| say(global, "no sample of this record is one of those asked for"));
-        };
-        print(&page(found, item, source.graded))?;
+        match &whole {
+            Some(item) => print(&page(found, item, source.graded))?,
+            None if matching == 0 => say(global, "none of its samples is one of those asked for"),
+            None => {}
+        }
         if matching > 1 {
             say(global, &format!("one of {}; `--sample K` shows another", report::count(matching, what)));
         }
         return Ok(());
     }
-    let head: &[&str] = match source.graded {
-        true => &["id", "sample", "verdict", "extracted", "gold", "found by", "decided by", "tokens", "finish"],
-        false => &["id", "", "finish", ""],
-    };
-    let rows: Vec<Vec<String>> =
-        shown.into_iter().filter_map(|shown| if let Shown::Row(row) = shown { Some(row) } else { None }).collect();
-    print(&grid(head, &rows, if source.graded { 2 } else { 1 }))?;
-    say(global, &summary);
+    if !global.json {
+        let head: &[&str] = match source.graded {
+            true => &["id", "sample", "verdict", "extracted", "gold", "tokens", "finish", "found by", "decided by"],
+            false => &["id", "state", "what"],
+        };
+        let summary = format!("{} of {}", rows.len(), report::count(all, what));
+        if !rows.is_empty() {
+            print(&grid(head, &rows, if source.graded { 2 } else { 1 }))?;
+        }
+        say(global, &summary);
+    }
     Ok(())
-}
-
-enum Shown {
-    Line(String),
-    Row(Vec<String>),
-    Whole(Box<Item>),
 }
 
 /// Widest that an id, an answer and the beginning of a text get in a list.
@@ -310,23 +308,20 @@ const TEXT: usize = 80;
 fn graded_row(item: &Item) -> Vec<String> {
     let mut row = vec![short(&item.id, ID), item.sample.to_string(), item.verdict.clone()];
     row.extend(["extracted", "gold"].map(|name| item.brief(name, ANSWER)));
-    row.extend(["found", "rule", "tokens", "finish"].map(|name| item.brief(name, ANSWER)));
+    row.extend(["tokens", "finish", "found", "rule"].map(|name| item.brief(name, ANSWER)));
     row
 }
 
 fn record_row(item: &Item) -> Vec<String> {
-    let said = match item.verdict.as_str() {
-        "failed" => item.brief("reason", TEXT),
+    let what = match item.verdict.as_str() {
+        "failed" => format!("{} (finish: {})", item.brief("reason", TEXT), item.brief("finish", ANSWER)),
         // What a record is about, whatever its fields are called.
         _ => {
-            let texts = item.fields.iter().filter(|(name, _)| *name != "id" && *name != "finish");
-            texts
-                .map(|(name, _)| format!("{}: {}", short(name, ID), item.brief(name, ID)))
-                .collect::<Vec<_>>()
-                .join("  ")
+            let fields = item.fields.keys().filter(|name| *name != "id");
+            fields.map(|name| format!("{}: {}", short(name, ID), item.brief(name, ID))).collect::<Vec<_>>().join("  ")
         }
     };
-    vec![short(&item.id, ID), item.verdict.clone(), item.brief("finish", ANSWER), said]
+    vec![short(&item.id, ID), item.verdict.clone(), what]
 }
 
 /// Rows under a head, columns as wide as what is in them; the column `verdict` in its colour.
@@ -338,9 +333,6 @@ fn grid(head: &[&str], rows: &[Vec<String>], verdict: usize) -> String {
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     let mut out = String::new();
     for (number, row) in [&heads].into_iter().chain(rows).enumerate() {
-        if number == 0 && head.iter().filter(|title| !title.is_empty()).count() < 3 {
-            continue;
-        }
         let mut line = String::new();
         let mut left = room.unwrap_or(usize::MAX);
         for (at, (cell, width)) in row.iter().zip(&widths).enumerate() {
@@ -386,7 +378,8 @@ fn page(found: &Found, item: &Item, graded: bool) -> String {
     }
     for (title, text) in sections {
         let title = if colour { format!("\x1b[1m{title}\x1b[0m") } else { title };
-        let _ = write!(out, "\n{title}\n{}", screen::wrap(&printable(text.trim_end()), screen::columns(), "  "));
+        let text = if text.trim().is_empty() { "(nothing)" } else { text.trim_end() };
+        let _ = write!(out, "\n{title}\n{}", screen::wrap(&printable(text), screen::columns(), "  "));
     }
     out
 }
@@ -500,7 +493,8 @@ pub fn compare(global: &Global, engine: &Engine, pair: [&Found; 2], browse: &Bro
         let row = |(id, outcomes): &&(&str, [(u64, u64); 2])| {
             let of = |side: usize| {
                 let (correct, samples) = outcomes[side];
-                json!({ "correct": correct, "samples": samples, "extracted": said(side, id).map(|(_, answers)| answers) })
+                let extracted = said(side, id).map(|(_, answers)| answers);
+                json!({ "correct": correct, "samples": samples, "extracted": extracted })
             };
             json!({ "id": id, "gold": said(0, id).map(|(gold, _)| gold), "first": of(0), "second": of(1) })
         };
