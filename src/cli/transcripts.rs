@@ -46,7 +46,7 @@ pub struct Browse {
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, help_heading = "Transcripts")]
     offset: usize,
     /// Problems on which two evaluations differ, side by side
-    #[arg(long, value_name = "CELL", conflicts_with_all = ["verdict", "id", "sample"], help_heading = "Transcripts")]
+    #[arg(long, value_name = "CELL", conflicts_with_all = ["transcripts", "verdict", "id", "sample"], help_heading = "Transcripts")]
     pub against: Option<String>,
 }
 

@@ -39,7 +39,7 @@ pub fn bootstrap(rates: &[f64], block: impl Fn(u64) -> [u32; 4]) -> (f64, f64) {
         return (0.0, 1.0);
     }
     let drawn_from: Vec<f64> = rates.iter().copied().chain([0.0, 1.0]).collect();
-    let pick = |number: u32| drawn_from[(u64::from(number) * drawn_from.len() as u64 >> 32) as usize];
+    let pick = |number: u32| drawn_from[((u64::from(number) * drawn_from.len() as u64) >> 32) as usize];
     let blocks = rates.len().div_ceil(4) as u64;
     let mut means: Vec<f64> = (0..RESAMPLES as u64)
         .map(|resample| {

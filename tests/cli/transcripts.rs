@@ -182,6 +182,26 @@ fn two_evaluations_are_held_against_one_another() {
 }
 
 #[test]
+fn evaluations_of_several_samples_are_compared_by_their_rates() {
+    let project = hand();
+    let ids = ["p0", "p1", "p2", &format!("p3{HOSTILE}"), "p4"];
+    let outcome = |(id, correct): (&&str, u64)| json!({ "id": id, "correct": correct, "samples": 2 });
+    let outcomes: Vec<Value> = ids.iter().zip([1, 0, 2, 0, 2]).map(outcome).collect();
+    project.write("r1k-outcomes.jsonl", &lines(&outcomes));
+    assert_eq!(project.code(&["run", "m.toml"]), Some(0));
+    let text = project.stdout(&["show", "m.toml", "eval[data=s1k]", "--against", "eval[data=r1k]"]);
+    assert!(text.contains("2 of 5 differ: 1 better in the first, 1 in the second\n3 alike\n"), "{text}");
+    assert!(text.contains("1/1") && text.contains("1/2") && text.contains("2/2"), "{text}");
+    // Halves: one problem half a problem worse, one a whole one better; of four signs all are as far.
+    let object = project.json(&["show", "m.toml", "eval[data=s1k]", "--against", "eval[data=r1k]", "--json"]);
+    assert_eq!(object["p"], json!(1.0));
+    project.write("r1k-outcomes.jsonl", &lines(&outcomes[..4]));
+    assert_eq!(project.code(&["run", "m.toml"]), Some(0));
+    let other = project.stderr(&["show", "m.toml", "eval[data=s1k]", "--against", "eval[data=r1k]"]);
+    assert!(other.contains("cli::other_problems") && other.contains("5 and 4 problems, 4 of them the same"), "{other}");
+}
+
+#[test]
 fn what_cannot_be_browsed_is_said() {
     let project = hand();
     assert_transcript!(project, ["show", "m.toml", "eval", "--transcripts"]);
