@@ -407,11 +407,43 @@ fn of_sample(item: &Item) -> Parts {
     sections.extend(thinking.map(|thinking| ("thinking".to_string(), thinking)));
     sections.extend(answer.map(|answer| ("answer".to_string(), answer)));
     if let Some(judgement) = item.fields.get("judgement") {
-        facts.push(("judged".to_string(), short(judgement["verdict"].as_str().unwrap_or("-"), TEXT)));
+        let verdict = [&judgement["verdict"], &judgement["why_none"]].into_iter().find_map(Value::as_str);
+        facts.push(("judged".to_string(), short(verdict.unwrap_or("-"), TEXT)));
         sections.push(("judge".to_string(), text_of(judgement.get("reply"))));
+    }
+    // What else an evaluation has to say of a sample.
+    for (name, value) in &item.fields {
+        let text = match value {
+            Value::Object(parts) => parts
+                .iter()
+                .map(|(name, part)| format!("{name} {}", text_of(Some(part))))
+                .collect::<Vec<_>>()
+                .join(", "),
+            other => text_of(Some(other)),
+        };
+        if !SHOWN.contains(&name.as_str()) && !(name == "thinking" && value.is_string()) {
+            facts.push((short(&name.replace('_', " "), ID), short(&text, TEXT)));
+        }
     }
     (facts, sections)
 }
+
+/// Fields of a sample that have places of their own on its page.
+const SHOWN: [&str; 13] = [
+    "id",
+    "sample",
+    "prompt",
+    "completion",
+    "extracted",
+    "gold",
+    "verdict",
+    "found",
+    "rule",
+    "tokens",
+    "finish",
+    "order",
+    "judgement",
+];
 
 fn of_record(item: &Item) -> Parts {
     let (mut facts, mut sections) = (Vec::new(), Vec::new());

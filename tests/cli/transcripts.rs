@@ -60,6 +60,8 @@ fn hand() -> Project {
     hostile["id"] = json!(format!("p3{HOSTILE}"));
     let mut choice = sample("p2", Some("B"), "B", "correct");
     choice["order"] = json!([2, 0, 1, 3]);
+    choice["thinking"] = json!({ "tokens": 24, "forced": false });
+    choice["grader_verdict"] = json!("undecided");
     let s1k = [
         sample("p0", Some("7"), "7", "correct"),
         sample("p1", None, "7", "wrong"),
