@@ -1,6 +1,7 @@
 //! The one place that chooses words: problems, with the excerpt they are about, and numbers as
 //! people read them. Everything here makes text; nothing prints.
 
+use crate::cli::screen::printable;
 use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
 use pipe::problem::{Place, Problem};
 use serde_json::{Value, json};
@@ -34,6 +35,11 @@ pub fn colour(stream: &impl IsTerminal) -> bool {
 /// help: a key with a similar name exists: `learning_rate`
 /// ```
 pub fn problem(problem: &Problem, texts: Texts, colour: bool) -> String {
+    let mut problem = problem.clone();
+    // A message may quote what a model wrote.
+    let quoted = problem.notes.iter_mut().chain(&mut problem.help).chain([&mut problem.message]);
+    quoted.for_each(|text| *text = printable(text));
+    let problem = &problem;
     if !problem.places.iter().any(|place| place.span.is_some() && texts(&place.file).is_some()) {
         return plain(problem, colour);
     }

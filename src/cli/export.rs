@@ -2,7 +2,7 @@
 
 use super::open::with_engine;
 use super::sources::Network;
-use super::{Done, Global, OfManifest, print, say};
+use super::{Done, Global, OfManifest, lm_eval, print, say};
 use crate::report;
 use pipe::exec::{Engine, Status};
 use pipe::files::Files;
@@ -24,7 +24,8 @@ use std::path::{Path, PathBuf};
 #[command(after_help = "Examples:\n  \
     pipe export pipelines/table1.toml 'sft[size=3B,data=r1k]' adapters/3B-r1k\n  \
     pipe export pipelines/table1.toml 'sft[size=3B,data=r1k]' models/3B-r1k --merge --verify\n  \
-    pipe export pipelines/table1.toml table1 tables/ --profile mini")]
+    pipe export pipelines/table1.toml table1 tables/ --profile mini\n  \
+    pipe export pipelines/table1.toml eval logs/ --profile mini --format lm-eval")]
 pub struct Arguments {
     #[command(flatten)]
     of: OfManifest,
@@ -43,6 +44,16 @@ pub struct Arguments {
     /// Load what was written and compare its log-probs with those of the stage
     #[arg(long)]
     verify: bool,
+    /// `files`: as the stage left them; `lm-eval`: samples and results as lm-evaluation-harness logs them
+    #[arg(long, value_enum, default_value_t = Format::Files, conflicts_with_all = ["merge", "verify"])]
+    format: Format,
+}
+
+/// What an artifact is written as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    Files,
+    LmEval,
 }
 
 /// Element types of written weights.
@@ -111,6 +122,9 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
             there.insert(id, files);
         }
         vacant(&arguments.dir)?;
+        if arguments.format == Format::LmEval {
+            return logs(global, engine, &cells, &arguments.dir);
+        }
         let mut said = Vec::new();
         for id in &cells {
             let cell = &engine.plan.cells[*id];
@@ -149,6 +163,21 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
         say(global, &format!("{} exported", report::count(said.len(), "artifact")));
         Ok(())
     })
+}
+
+/// Evaluations as another program's logs, a folder for each model.
+fn logs(global: &Global, engine: &Engine, cells: &[CellId], dir: &Path) -> Done {
+    let written = lm_eval::export(engine, cells, dir)?;
+    if global.json {
+        let object = |one: &lm_eval::Written| json!({ "model": one.model, "folder": one.folder.display().to_string() });
+        return print(&format!("{:#}\n", json!({ "exports": written.iter().map(object).collect::<Vec<Value>>() })));
+    }
+    let line = |one: &lm_eval::Written| {
+        format!("{}: {} in {}\n", one.model, report::count(one.files, "file"), one.folder.display())
+    };
+    print(&written.iter().map(line).collect::<String>())?;
+    say(global, &format!("{} exported", report::count(cells.len(), "evaluation")));
+    Ok(())
 }
 
 fn words(global: &Global, engine: &Engine, said: &[Exported]) -> String {

@@ -1,6 +1,6 @@
 //! `pipe grade FILE...`: verdicts on responses that lie in files, with nothing else of a study needed.
 
-use super::{Done, Global, print, say};
+use super::{Done, Global, print, say, screen};
 use clap::ValueEnum;
 use pipe::data::{Record, read_numbered};
 use pipe::grade::{self, Graded, Kind, Verdict};
@@ -141,7 +141,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
                 out,
                 "{:<9}  {}  {}  (gold {}; {}, {})",
                 graded.verdict.name(),
-                case.id,
+                screen::printable(&case.id),
                 short(extracted),
                 short(&case.gold),
                 graded.found,
@@ -309,7 +309,7 @@ fn table(all: &Counts, groups: &BTreeMap<String, Counts>, by: Option<&str>) -> S
 /// On one line, and not too long for it.
 fn short(text: &str) -> String {
     const MOST: usize = 48;
-    let line: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = screen::printable(&text.split_whitespace().collect::<Vec<_>>().join(" "));
     match line.char_indices().nth(MOST) {
         Some((at, _)) => format!("{}...", &line[..at]),
         None => line,

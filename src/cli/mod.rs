@@ -9,6 +9,7 @@ mod gc;
 mod grade;
 mod graph;
 mod live;
+mod lm_eval;
 mod logging;
 mod needs;
 mod open;
@@ -16,9 +17,11 @@ mod plan;
 mod results;
 mod run;
 mod schema;
+pub mod screen;
 mod session;
 mod show;
 mod sources;
+mod transcripts;
 mod validate;
 mod why;
 
@@ -219,7 +222,8 @@ fn tell(global: &Global, problems: &[Problem], texts: &[Text]) {
     let text_of = |file: &std::path::Path| pipe::manifest::text(texts, file);
     if global.json {
         let problems: Vec<_> = problems.iter().map(|problem| report::problem_json(problem, &text_of)).collect();
-        let _ = writeln!(std::io::stdout().lock(), "{}", json!({ "event": "problems", "problems": problems }));
+        let line = screen::json_line(&json!({ "event": "problems", "problems": problems }));
+        let _ = std::io::stdout().lock().write_all(line.as_bytes());
         return;
     }
     let colour = report::colour(&std::io::stderr());

@@ -8,7 +8,7 @@ use pipe::store::{Artifact, Store, damaged};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::io::{BufRead as _, Write as _};
 use std::path::{Path, PathBuf};
 
 /// What one cell has to show.
@@ -159,6 +159,6 @@ pub fn tail(path: &Path, lines: usize) -> Vec<String> {
 
 /// The first lines of a file of lines.
 pub fn head(path: &Path, lines: usize) -> Vec<String> {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    text.lines().take(lines).map(str::to_string).collect()
+    let Ok(file) = std::fs::File::open(path) else { return Vec::new() };
+    std::io::BufReader::new(file).lines().map_while(Result::ok).take(lines).collect()
 }

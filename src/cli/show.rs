@@ -1,9 +1,10 @@
-//! `pipe show M STAGE`: what a stage yielded: files, parameters, numbers, the end of its log.
+//! `pipe show M STAGE`: what a stage yielded: files, parameters, numbers, the end of its log, its transcripts.
 
 use super::open::with_engine;
 use super::plan::word;
 use super::sources::Network;
-use super::{Done, Global, OfManifest, print, results};
+use super::transcripts::{self, Browse};
+use super::{Done, Global, OfManifest, print, results, screen};
 use crate::report;
 use pipe::exec::{Engine, Status};
 use pipe::files::Files;
@@ -14,41 +15,49 @@ use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-/// Show what a stage yielded: artifact, files, parameters, metrics, log tail
+/// Show what a stage yielded: artifact, files, parameters, metrics, log tail; and its transcripts
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  \
     pipe show pipelines/table1.toml eval --profile mini\n  \
     pipe show pipelines/table1.toml 'sft[size=3B,data=r1k]' --profile mini\n  \
-    pipe show pipelines/table1.toml table1 --json")]
+    pipe show pipelines/table1.toml table1 --json\n  \
+    pipe show M.toml 'eval[data=s1k]' --transcripts --verdict wrong\n  \
+    pipe show M.toml 'eval[data=s1k]' --id p17 --sample 3\n  \
+    pipe show M.toml 'eval[data=s1k]' --against 'eval[data=r1k]'")]
 pub struct Arguments {
     #[command(flatten)]
     of: OfManifest,
     /// A stage or cell, `sft` or `sft[size=3B]`; of several cells each has one line
     #[arg(value_name = "STAGE")]
     stage: String,
+    #[command(flatten)]
+    browse: Browse,
 }
 
 /// Lines shown of logs and transcripts.
 const LINES: usize = 3;
 
 /// A cell and the record of what it yielded, now or when it was last made.
-struct Found {
-    label: String,
+pub struct Found {
+    pub label: String,
     state: &'static str,
-    record: Option<Record>,
+    pub record: Option<Record>,
 }
 
 pub fn run(global: &Global, arguments: &Arguments) -> Done {
     with_engine(global, &arguments.of.manifest, Network::Never, |engine, _| {
-        let cells = engine.plan.find(&arguments.stage)?;
-        let survey = engine.status(&cells, &BTreeSet::new(), &BTreeSet::new());
-        let found: Vec<Found> =
-            cells.iter().filter_map(|id| Some(find(engine, *id, survey.statuses[*id].as_ref()?))).collect();
-        if found.iter().all(|found| found.record.is_none()) {
-            return Err(Problem::new("cli::not_made", format!("nothing of `{}` has been made yet", arguments.stage))
-                .help(format!("pipe run {} '{}'", arguments.of.manifest.display(), arguments.stage))
-                .exit(Exit::Missing)
-                .into());
+        let found = made(engine, arguments, &arguments.stage)?;
+        if let Some(other) = &arguments.browse.against {
+            let (other_found, first) = (made(engine, arguments, other)?, transcripts::one(&found, &arguments.stage)?);
+            return transcripts::compare(
+                global,
+                engine,
+                [first, transcripts::one(&other_found, other)?],
+                &arguments.browse,
+            );
+        }
+        if arguments.browse.asked() {
+            return transcripts::show(global, engine, transcripts::one(&found, &arguments.stage)?, &arguments.browse);
         }
         if global.json {
             let objects: Vec<Value> = found.iter().map(|found| object(engine, found)).collect();
@@ -59,6 +68,20 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
             many => list(engine, many),
         })
     })
+}
+
+/// The cells of a name, at least one of which has been made.
+fn made(engine: &Engine, arguments: &Arguments, stage: &str) -> Result<Vec<Found>, Problem> {
+    let cells = engine.plan.find(stage)?;
+    let survey = engine.status(&cells, &BTreeSet::new(), &BTreeSet::new());
+    let found: Vec<Found> =
+        cells.iter().filter_map(|id| Some(find(engine, *id, survey.statuses[*id].as_ref()?))).collect();
+    if found.iter().all(|found| found.record.is_none()) {
+        return Err(Problem::new("cli::not_made", format!("nothing of `{stage}` has been made yet"))
+            .help(format!("pipe run {} '{stage}'", arguments.of.manifest.display()))
+            .exit(Exit::Missing));
+    }
+    Ok(found)
 }
 
 fn find(engine: &Engine, id: CellId, status: &Status) -> Found {
@@ -146,11 +169,14 @@ fn page(engine: &Engine, found: &Found) -> String {
         }
     }
     section(&mut text, "metrics", &metrics(&files));
-    for (title, lines) in [("end of the log", last_lines(&files)), ("first transcripts", first_transcripts(&files))] {
+    for (title, lines) in [
+        ("end of the log", last_lines(&files)),
+        ("first transcripts (`--transcripts` lists all)", first_transcripts(&files)),
+    ] {
         if !lines.is_empty() {
             let _ = writeln!(text, "\n{title}");
             for line in lines {
-                let _ = writeln!(text, "  {}", cut(&line, 400));
+                let _ = writeln!(text, "  {}", screen::printable(&cut(&line, 400)));
             }
         }
     }

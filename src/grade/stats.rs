@@ -8,9 +8,8 @@ pub fn wilson(correct: u64, total: u64) -> (f64, f64) {
     wilson_rate(if total == 0 { 0.0 } else { correct.min(total) as f64 / total as f64 }, total)
 }
 
-/// The same for a mean of `total` values between 0 and 1, such as the rates of problems with several
-/// samples each. Such values vary less than those that are 0 or 1, so the interval is on the wide side.
-pub fn wilson_rate(rate: f64, total: u64) -> (f64, f64) {
+/// The same for a mean of `total` values that are 0 or 1.
+fn wilson_rate(rate: f64, total: u64) -> (f64, f64) {
     const Z: f64 = 1.959_963_984_540_054;
     if total == 0 {
         return (0.0, 1.0);
@@ -22,6 +21,35 @@ pub fn wilson_rate(rate: f64, total: u64) -> (f64, f64) {
     let low = if rate <= 0.0 { 0.0 } else { (middle - half).max(0.0) };
     let high = if rate >= 1.0 { 1.0 } else { (middle + half).min(1.0) };
     (low, high)
+}
+
+/// How often problems are drawn anew for [`bootstrap`].
+const RESAMPLES: usize = 10_000;
+
+/// The 95 % interval of the mean of problems' rates, where each has several samples: problems are drawn with
+/// replacement, and the interval is what lies between the 2.5th and the 97.5th percentile of the means.
+///
+/// Plain, that says too little of few problems near the ends (of rates that are all 0 nothing at all). So one
+/// problem that is always solved and one that never is are put among those drawn from, as Wilson's interval pulls
+/// to the middle: in simulations with 30 and 200 problems this holds the true rate at least 94 times of 100, and is
+/// shorter than Wilson's, which knows nothing of how little rates differ. `block` gives random numbers by counter.
+/// No problems give (0, 1).
+pub fn bootstrap(rates: &[f64], block: impl Fn(u64) -> [u32; 4]) -> (f64, f64) {
+    if rates.is_empty() {
+        return (0.0, 1.0);
+    }
+    let drawn_from: Vec<f64> = rates.iter().copied().chain([0.0, 1.0]).collect();
+    let pick = |number: u32| drawn_from[((u64::from(number) * drawn_from.len() as u64) >> 32) as usize];
+    let blocks = rates.len().div_ceil(4) as u64;
+    let mut means: Vec<f64> = (0..RESAMPLES as u64)
+        .map(|resample| {
+            let numbers = (0..blocks).flat_map(|at| block(resample * blocks + at));
+            numbers.take(rates.len()).map(pick).sum::<f64>() / rates.len() as f64
+        })
+        .collect();
+    means.sort_unstable_by(f64::total_cmp);
+    let mean = rates.iter().sum::<f64>() / rates.len() as f64;
+    (means[RESAMPLES / 40 - 1].min(mean), means[RESAMPLES - RESAMPLES / 40].max(mean))
 }
 
 /// Pass@k, unbiased: the probability that at least one of `k` samples drawn without replacement from `n`, of
@@ -122,6 +150,66 @@ mod tests {
         assert_eq!(wilson(30, 30).1, 1.0);
         assert!(wilson(0, 30).1 >= 0.11 && wilson(0, 30).1 <= 0.12);
         assert_eq!(wilson(0, 0), (0.0, 1.0));
+    }
+
+    /// Numbers for these tests: a counter through the finaliser of SplitMix64.
+    fn block(seed: u64) -> impl Fn(u64) -> [u32; 4] {
+        let mix = move |at: u64| {
+            let mut z = (at + (seed << 40)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+            z ^ (z >> 31)
+        };
+        move |at| {
+            let (a, b) = (mix(2 * at), mix(2 * at + 1));
+            [a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32]
+        }
+    }
+
+    /// Draws tasks from populations of problems whose rate is known, and asks how often the interval holds it.
+    #[test]
+    fn the_bootstrap_holds_the_true_rate_and_is_shorter_than_wilson() {
+        const TASKS: u64 = 250;
+        const SAMPLES: u32 = 16;
+        // Rates of problems, all equally frequent.
+        let populations: [(&[f64], usize); 4] = [
+            (&[0.05, 0.2, 0.5, 0.8, 0.95], 30),
+            (&[0.0, 0.0, 0.0, 0.0, 0.0, 0.02, 0.3, 0.6], 30),
+            (&[1.0, 1.0, 1.0, 0.98, 0.9, 0.5], 40),
+            (&[0.3, 0.5, 0.7], 100),
+        ];
+        for (which, (rates, problems)) in populations.into_iter().enumerate() {
+            let truth = rates.iter().sum::<f64>() / rates.len() as f64;
+            let (mut held, mut length, mut wilsons) = (0, 0.0, 0.0);
+            for task in 0..TASKS {
+                let draw = block(1 + task + TASKS * which as u64);
+                let uniform = |at: usize| f64::from(draw(at as u64)[0]) / 4_294_967_296.0;
+                let solved = |problem: usize| {
+                    let from = problem * (SAMPLES as usize + 1);
+                    let rate = rates[(uniform(from) * rates.len() as f64) as usize];
+                    let right = (1..=SAMPLES as usize).filter(|sample| uniform(from + sample) < rate).count();
+                    right as f64 / f64::from(SAMPLES)
+                };
+                let seen: Vec<f64> = (0..problems).map(solved).collect();
+                let (low, high) = bootstrap(&seen, block(1_000_000 + task));
+                let wilson = wilson_rate(seen.iter().sum::<f64>() / problems as f64, problems as u64);
+                held += u64::from(low <= truth && truth <= high);
+                (length, wilsons) = (length + high - low, wilsons + wilson.1 - wilson.0);
+            }
+            let coverage = held as f64 / TASKS as f64;
+            assert!(coverage >= 0.93, "{rates:?}: {coverage}");
+            assert!(length <= 0.9 * wilsons, "{rates:?}: {length} {wilsons}");
+        }
+    }
+
+    #[test]
+    fn a_bootstrap_of_equal_rates_is_no_point() {
+        let (low, high) = bootstrap(&[0.0; 30], block(7));
+        assert!(low == 0.0 && (0.06..=0.15).contains(&high), "{low} {high}");
+        let (low, high) = bootstrap(&[1.0; 30], block(7));
+        assert!(high == 1.0 && (0.85..=0.94).contains(&low), "{low} {high}");
+        assert_eq!(bootstrap(&[], block(7)), (0.0, 1.0));
+        assert_eq!(bootstrap(&[0.25, 0.5], block(7)), bootstrap(&[0.25, 0.5], block(7)));
     }
 
     #[test]

@@ -3,9 +3,9 @@
 //! Everything that could be wrong with the task (a record without its answer, a gold answer that no
 //! rule understands, a prompt longer than the context) is found before the model is loaded. The score
 //! is the mean over all samples; truncated, missing and undecided answers are counted beside it and
-//! never score: `undecided_as_right` is what the score would be at most. The interval is Wilson's over problems,
-//! for samples of one problem are not independent. `outcomes.jsonl` has the right samples of each problem, for
-//! comparisons of two cells on the same problems.
+//! never score: `undecided_as_right` is what the score would be at most. The interval is over problems, for samples of
+//! one problem are not independent: Wilson's for one sample, a bootstrap for several. `outcomes.jsonl` has the right
+//! samples of each problem, for comparisons of two cells on the same problems.
 //!
 //! A model of this machine answers, or an endpoint; a `judge`, if there is one, decides what the grader does not.
 
@@ -31,7 +31,7 @@ use tally::Tally;
 pub const KIND: Kind = Kind {
     name: "eval",
     about: "answers to the problems of a task, extracted and graded, with confidence intervals",
-    recipe: 2,
+    recipe: 3,
     yields: ArtifactType::Scores,
     keys: &[
         Key::either("model", "endpoint", Type::Ref(&[ArtifactType::Model]), "The model that answers, on this machine."),

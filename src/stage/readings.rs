@@ -4,6 +4,7 @@
 //! cell, a line of a probe's `measurements.jsonl`, a step of a training stage's `log.jsonl`.
 
 use super::Artifact;
+use crate::files::Files;
 use crate::grade::stats;
 use crate::problem::Problem;
 use serde_json::{Map, Value};
@@ -49,11 +50,16 @@ impl Reading {
         self.fields.get(name).and_then(Value::as_f64)
     }
 
-    /// Half the 95 % interval of `metric`, where the stage that made it gave one. Only `accuracy`
+    /// The 95 % interval of `metric`, where the stage that made it gave one. Only `accuracy`
     /// carries an interval (`ci_low`, `ci_high`, in its own unit).
-    pub fn half_width(&self, metric: &str) -> Option<f64> {
+    pub fn interval(&self, metric: &str) -> Option<(f64, f64)> {
         (metric == "accuracy").then_some(())?;
-        Some((self.number("ci_high")? - self.number("ci_low")?) / 2.0)
+        Some((self.number("ci_low")?, self.number("ci_high")?))
+    }
+
+    /// Half of it.
+    pub fn half_width(&self, metric: &str) -> Option<f64> {
+        self.interval(metric).map(|(low, high)| (high - low) / 2.0)
     }
 }
 
@@ -75,9 +81,9 @@ pub fn readings(artifacts: &[Artifact]) -> Result<Vec<Reading>, Problem> {
             return Err(Problem::new("stage::no_numbers", format!("`{cell}` has no scores, measurements or log"))
                 .note("looked for scores.json, measurements.jsonl and log.jsonl"));
         };
-        let outcomes = match artifact.files.get("outcomes.jsonl").filter(|_| name == "scores.json") {
-            Some(path) => Some(Rc::new(outcomes(path, &cell)?)),
-            None => None,
+        let outcomes = match name {
+            "scores.json" => outcomes_of(&artifact.files, &cell)?.map(Rc::new),
+            _ => None,
         };
         for fields in lines(path, name == "scores.json", &cell)? {
             let (stage, axes, outcomes) = (artifact.stage.clone(), axes.clone(), outcomes.clone());
@@ -87,7 +93,9 @@ pub fn readings(artifacts: &[Artifact]) -> Result<Vec<Reading>, Problem> {
     Ok(all)
 }
 
-fn outcomes(path: &Path, cell: &str) -> Result<Outcomes, Problem> {
+/// What became of each problem, where an evaluation has said so.
+pub fn outcomes_of(files: &Files, cell: &str) -> Result<Option<Outcomes>, Problem> {
+    let Some(path) = files.get("outcomes.jsonl") else { return Ok(None) };
     let bad = |line: usize| {
         Problem::new("stage::bad_numbers", format!("the outcomes of `{cell}` cannot be read")).at_line(path, line + 1)
     };
@@ -96,7 +104,7 @@ fn outcomes(path: &Path, cell: &str) -> Result<Outcomes, Problem> {
         let id = fields.get("id").and_then(Value::as_str).ok_or_else(|| bad(at))?;
         Ok((id.to_string(), (count("correct")?, count("samples")?)))
     };
-    lines(path, false, cell)?.into_iter().enumerate().map(one).collect()
+    lines(path, false, cell)?.into_iter().enumerate().map(one).collect::<Result<Outcomes, Problem>>().map(Some)
 }
 
 fn lines(path: &Path, whole: bool, cell: &str) -> Result<Vec<Map<String, Value>>, Problem> {

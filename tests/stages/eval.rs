@@ -148,6 +148,9 @@ fn limit_takes_the_first_problems_and_samples_are_all_counted() {
     );
     assert!((scores["pass@2"].as_f64().unwrap() - 200.0 / 3.0).abs() <= 1e-9, "{scores}");
     assert!((scores["majority"].as_f64().unwrap() - 200.0 / 3.0).abs() <= 1e-9, "{scores}");
+    // Of several samples the interval is a bootstrap over problems: not that of six independent answers.
+    let (low, high) = (scores["ci_low"].as_f64().unwrap(), scores["ci_high"].as_f64().unwrap());
+    assert!((0.0..10.0).contains(&low) && (95.0..=100.0).contains(&high), "{scores}");
     let outcomes = bench.lines("outcomes.jsonl");
     assert_eq!(outcomes[0], json!({"id": "p0", "correct": 2, "samples": 2}));
     assert_eq!(outcomes[2]["correct"], 0);

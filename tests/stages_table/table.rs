@@ -218,3 +218,65 @@ fn a_comparison_with_a_row_that_is_not_there_is_refused() {
     );
     assert_eq!((KIND.rules)(&params)[0].key, "compare");
 }
+
+/// Accuracies near the middle and near the end, with intervals as Wilson gives them, and what was counted.
+fn counted() -> Bench {
+    let mut bench = Bench::new();
+    for (data, task, accuracy, low, high, truncated, undecided) in [
+        ("s1k", "aime24", 46.67, 30.2, 63.86, 4, 0),
+        ("s1k", "math500", 46.6, 42.27, 50.98, 0, 3),
+        ("r1k", "aime24", 96.67, 83.33, 99.41, 7, 0),
+        ("r1k", "math500", 98.8, 97.4, 99.45, 31, 0),
+    ] {
+        let scores = json!({ "accuracy": accuracy, "ci_low": low, "ci_high": high, "truncated": truncated,
+                             "undecided": undecided, "unparsed": 0, "total": if task == "aime24" { 30 } else { 500 } });
+        bench.artifact("eval", &[("data", data), ("task", task)], "scores.json", &scores.to_string());
+    }
+    bench
+}
+
+#[test]
+fn intervals_show_both_sides_where_one_width_would_hide_them() {
+    let mut bench = counted();
+    let params = json!({ "rows": ["data"], "columns": ["task", "mean"], "value": "accuracy", "interval": true,
+                         "counts": true, "caption": "Both sides" });
+    bench.run(&KIND, run, params).expect("a table");
+    insta::assert_snapshot!("sides_text", bench.read("table.txt"));
+    insta::assert_snapshot!("sides_markdown", bench.read("table.md"));
+    insta::assert_snapshot!("sides_csv", bench.read("table.csv"));
+    insta::assert_snapshot!("sides_latex", bench.read("table.tex"));
+    let json: Value = serde_json::from_str(&bench.read("table.json")).expect("JSON");
+    let cell = &json["cells"][1]["values"]["math500"];
+    assert!((cell["low"].as_f64().expect("low") - 97.4).abs() <= 1e-9 && cell["truncated"] == 31, "{cell}");
+}
+
+#[test]
+fn what_was_counted_is_noted_only_where_it_occurs_and_is_asked_for() {
+    let params = |counts: bool| json!({ "rows": ["data"], "columns": ["task"], "value": ["accuracy", "total"], "counts": counts });
+    let mut bench = counted();
+    bench.run(&KIND, run, params(false)).expect("a table");
+    assert!(!bench.read("table.txt").contains("truncated"));
+    bench.run(&KIND, run, params(true)).expect("a table");
+    let text = bench.read("table.txt");
+    let notes = "truncated: 42 of 1060, most in r1k math500 (31 of 500), r1k aime24 (7 of 30)\n\
+                 undecided: 3 of 1060, most in s1k math500 (3 of 500)\n";
+    assert!(text.ends_with(notes) && !text.contains("unparsed"), "{text}");
+    let header = bench.read("table.csv").lines().next().map(str::to_string);
+    assert_eq!(
+        header.as_deref(),
+        Some(
+            "data,aime24 accuracy,aime24 accuracy truncated,aime24 total,math500 accuracy,math500 accuracy truncated,\
+             math500 accuracy undecided,math500 total"
+        )
+    );
+}
+
+#[test]
+fn an_interval_that_does_not_hold_its_number_is_not_shown() {
+    let mut bench = Bench::new();
+    let scores = json!({ "accuracy": 50.0, "ci_low": 51.0, "ci_high": 55.0 });
+    bench.artifact("eval", &[("task", "a")], "scores.json", &scores.to_string());
+    let params = json!({ "rows": ["stage"], "columns": ["task"], "value": "accuracy", "interval": true });
+    bench.run(&KIND, run, params).expect("a table");
+    assert!(bench.read("table.txt").ends_with("eval    50.0\n"), "{}", bench.read("table.txt"));
+}

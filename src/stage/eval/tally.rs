@@ -2,6 +2,7 @@
 
 use super::{Grader, Sample, Spec};
 use crate::grade::{self, Graded, Kind, Verdict, stats};
+use crate::random::Stream;
 use crate::stage::Context;
 use crate::stage::judge::Whom;
 use serde_json::{Value, json};
@@ -140,7 +141,14 @@ impl Tally {
         let problems = self.solved.len();
         let (total, correct) = (self.total(), self.solved.iter().sum::<u64>());
         let rate = correct as f64 / total as f64;
-        let (low, high) = stats::wilson_rate(rate, problems as u64);
+        let (low, high) = match self.n {
+            1 => stats::wilson(correct, total),
+            n => {
+                let rates: Vec<f64> = self.solved.iter().map(|correct| *correct as f64 / n as f64).collect();
+                let stream = Stream::named(0, &["bootstrap"]);
+                stats::bootstrap(&rates, |at| stream.block(at))
+            }
+        };
         let mut scores = json!({
             "accuracy": 100.0 * rate,
             "correct": correct,

@@ -1,0 +1,617 @@
+//! `pipe show M CELL --transcripts`: what was asked and said, a line for each sample, or one of them whole.
+//!
+//! An `eval` has `transcripts.jsonl` (and `judgements.jsonl`, where a judge was asked), a `generate` stage
+//! `data.jsonl` and `failed.jsonl`, a dataset `data.jsonl`. Files are read line by line: they may be larger than
+//! memory. What a model wrote reaches the terminal through `screen` alone.
+
+use super::screen::{self, pad, printable, short};
+use super::show::Found;
+use super::{Done, Global, print, say};
+use crate::report;
+use clap::ValueEnum;
+use pipe::exec::Engine;
+use pipe::files::Files;
+use pipe::problem::{Exit, Problem};
+use pipe::stage::readings::{self, Outcomes};
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use unicode_width::UnicodeWidthStr;
+
+/// Which samples are shown.
+#[derive(clap::Args)]
+pub struct Browse {
+    /// List the samples of an evaluation, or the records a stage made; the options below say which
+    #[arg(long, help_heading = "Transcripts")]
+    transcripts: bool,
+    /// Only samples with this verdict; of `generate`, what was made or failed
+    #[arg(long, value_enum, value_name = "VERDICT", help_heading = "Transcripts")]
+    verdict: Option<Verdict>,
+    /// One of them, whole: prompt, thinking, answer, what was extracted, and why it counts as it does
+    #[arg(long, value_name = "ID", help_heading = "Transcripts")]
+    id: Option<String>,
+    /// Which of its samples [default: the first]
+    #[arg(long, value_name = "K", requires = "id", help_heading = "Transcripts")]
+    sample: Option<u64>,
+    /// Only samples with this text anywhere in them, in upper or lower case
+    #[arg(long, value_name = "TEXT", help_heading = "Transcripts")]
+    grep: Option<String>,
+    /// At most so many
+    #[arg(long, value_name = "N", help_heading = "Transcripts")]
+    limit: Option<usize>,
+    /// Without the first so many
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, help_heading = "Transcripts")]
+    offset: usize,
+    /// Problems on which two evaluations differ, side by side
+    #[arg(long, value_name = "CELL", conflicts_with_all = ["transcripts", "verdict", "id", "sample"], help_heading = "Transcripts")]
+    pub against: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Verdict {
+    Correct,
+    Wrong,
+    Undecided,
+    Made,
+    Failed,
+}
+
+impl Verdict {
+    fn name(self) -> &'static str {
+        match self {
+            Verdict::Correct => "correct",
+            Verdict::Wrong => "wrong",
+            Verdict::Undecided => "undecided",
+            Verdict::Made => "made",
+            Verdict::Failed => "failed",
+        }
+    }
+}
+
+impl Browse {
+    /// Whether samples are asked for, or the stage they belong to.
+    pub fn asked(&self) -> bool {
+        let filtered = self.verdict.is_some() || self.id.is_some() || self.grep.is_some();
+        self.transcripts || filtered || self.limit.is_some() || self.offset > 0
+    }
+
+    /// `grep` is in lower case.
+    fn wants(&self, item: &Item, grep: Option<&str>) -> bool {
+        self.id.as_ref().is_none_or(|id| *id == item.id)
+            && self.sample.is_none_or(|sample| sample == item.sample)
+            && self.verdict.is_none_or(|verdict| verdict.name() == item.verdict)
+            && grep.is_none_or(|text| item.holds(text))
+    }
+}
+
+/// One sample, or one record.
+struct Item {
+    id: String,
+    sample: u64,
+    verdict: String,
+    fields: Map<String, Value>,
+}
+
+impl Item {
+    fn text(&self, name: &str) -> Option<&str> {
+        self.fields.get(name).and_then(Value::as_str)
+    }
+
+    /// The value of a field on one line.
+    fn brief(&self, name: &str, most: usize) -> String {
+        match self.fields.get(name) {
+            None | Some(Value::Null) => "-".to_string(),
+            Some(Value::String(text)) => short(text, most),
+            Some(other) => short(&other.to_string(), most),
+        }
+    }
+
+    fn holds(&self, wanted: &str) -> bool {
+        fn any(value: &Value, wanted: &str) -> bool {
+            match value {
+                Value::String(text) => text.to_lowercase().contains(wanted),
+                Value::Array(all) => all.iter().any(|value| any(value, wanted)),
+                Value::Object(all) => all.values().any(|value| any(value, wanted)),
+                other => other.to_string().contains(wanted),
+            }
+        }
+        self.fields.values().any(|value| any(value, wanted))
+    }
+}
+
+/// The files of a cell that hold samples, in the order they are shown.
+struct Source<'a> {
+    graded: bool,
+    files: Vec<(&'a Path, &'static str)>,
+    judgements: HashMap<(String, u64), Value>,
+}
+
+impl<'a> Source<'a> {
+    fn of(found: &Found, files: &'a Files) -> Result<Source<'a>, Problem> {
+        if let Some(path) = files.get("transcripts.jsonl") {
+            let mut judgements = HashMap::new();
+            if let Some(path) = files.get("judgements.jsonl") {
+                each_line(path, &mut |fields| {
+                    let key = (id_of(&fields, judgements.len()), sample_of(&fields));
+                    judgements.insert(key, Value::Object(fields));
+                    true
+                })?;
+            }
+            return Ok(Source { graded: true, files: vec![(path, "")], judgements });
+        }
+        let both = [("data.jsonl", "made"), ("failed.jsonl", "failed")];
+        let files: Vec<(&Path, &'static str)> =
+            both.into_iter().filter_map(|(name, verdict)| Some((files.get(name)?, verdict))).collect();
+        if files.is_empty() {
+            let message = format!("`{}` has neither samples nor records", found.label);
+            return Err(Problem::new("cli::no_transcripts", message)
+                .help("`eval` has samples, `generate` and `dataset` have records")
+                .exit(Exit::Usage));
+        }
+        Ok(Source { graded: false, files, judgements: HashMap::new() })
+    }
+
+    /// Hands every item to `see` until that says it is enough.
+    fn each(&self, see: &mut dyn FnMut(Item) -> bool) -> Result<(), Problem> {
+        for (path, state) in &self.files {
+            let (mut line, mut enough) = (0, false);
+            each_line(path, &mut |mut fields| {
+                let id = id_of(&fields, line);
+                line += 1;
+                let sample = sample_of(&fields);
+                let verdict = match state.is_empty() {
+                    true => fields.get("verdict").and_then(Value::as_str).unwrap_or("-").to_string(),
+                    false => state.to_string(),
+                };
+                if let Some(judgement) = self.judgements.get(&(id.clone(), sample)) {
+                    fields.insert("judgement".to_string(), judgement.clone());
+                }
+                enough = !see(Item { id, sample, verdict, fields });
+                !enough
+            })?;
+            if enough {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Objects of a file of lines, until `see` says it is enough.
+fn each_line(path: &Path, see: &mut dyn FnMut(Map<String, Value>) -> bool) -> Result<(), Problem> {
+    let unreadable = |error: std::io::Error| Problem::io("cli::transcripts", "read", path, &error);
+    let mut lines = BufReader::new(File::open(path).map_err(unreadable)?);
+    let (mut bytes, mut number) = (Vec::new(), 0);
+    loop {
+        bytes.clear();
+        number += 1;
+        if lines.read_until(b'\n', &mut bytes).map_err(unreadable)? == 0 {
+            return Ok(());
+        }
+        if bytes.iter().all(u8::is_ascii_whitespace) {
+            continue;
+        }
+        let fields = serde_json::from_slice(&bytes).map_err(|error| {
+            Problem::new("cli::transcripts", format!("not an object: {error}")).at_line(path, number)
+        })?;
+        if !see(fields) {
+            return Ok(());
+        }
+    }
+}
+
+fn id_of(fields: &Map<String, Value>, line: usize) -> String {
+    match fields.get("id") {
+        Some(Value::String(id)) => id.clone(),
+        Some(Value::Number(id)) => id.to_string(),
+        _ => format!("line-{}", line + 1),
+    }
+}
+
+fn sample_of(fields: &Map<String, Value>) -> u64 {
+    fields.get("sample").and_then(Value::as_u64).unwrap_or(0)
+}
+
+/// The one cell that samples are of.
+pub fn one<'a>(found: &'a [Found], stage: &str) -> Result<&'a Found, Problem> {
+    let [one] = found else {
+        let made = found.iter().find(|found| found.record.is_some()).unwrap_or(&found[0]);
+        return Err(Problem::new(
+            "cli::several_cells",
+            format!("`{stage}` is {}; samples are shown of one", report::count(found.len(), "cell")),
+        )
+        .help(format!("'{}'", made.label))
+        .exit(Exit::Usage));
+    };
+    Ok(one)
+}
+
+/// Shows the samples of a cell that were asked for.
+pub fn show(global: &Global, engine: &Engine, found: &Found, browse: &Browse) -> Done {
+    let Some(record) = &found.record else { return Ok(()) };
+    let files = engine.store.files(&record.artifact);
+    let source = Source::of(found, &files)?;
+    let possible: &[Verdict] = match source.graded {
+        true => &[Verdict::Correct, Verdict::Wrong, Verdict::Undecided],
+        false => &[Verdict::Made, Verdict::Failed],
+    };
+    if let Some(verdict) = browse.verdict.filter(|verdict| !possible.contains(verdict)) {
+        let names: Vec<&str> = possible.iter().map(|verdict| verdict.name()).collect();
+        let message = format!("nothing of `{}` can be {}", found.label, verdict.name());
+        let problem = Problem::new("cli::verdict", message).help(format!("--verdict {}", names.join("|")));
+        return Err(problem.exit(Exit::Usage).into());
+    }
+    let grep = browse.grep.as_ref().map(|text| text.to_lowercase());
+    let (mut all, mut matching, mut known_id) = (0usize, 0usize, browse.id.is_none());
+    let (mut rows, mut whole, mut printed) = (Vec::new(), None, Ok(()));
+    source.each(&mut |item| {
+        all += 1;
+        known_id |= browse.id.as_ref() == Some(&item.id);
+        if !browse.wants(&item, grep.as_deref()) {
+            return true;
+        }
+        matching += 1;
+        if matching <= browse.offset || matching - browse.offset > browse.limit.unwrap_or(usize::MAX) {
+            return true;
+        }
+        // A file may hold more than memory: of a list only a line of each sample is kept.
+        match (global.json, browse.id.is_some(), source.graded) {
+            (true, ..) => printed = print(&screen::json_line(&Value::Object(item.fields))),
+            (false, true, _) => whole = whole.take().or(Some(item)),
+            (false, false, true) => rows.push(graded_row(&item)),
+            (false, false, false) => rows.push(record_row(&item)),
+        }
+        printed.is_ok()
+    })?;
+    printed?;
+    if !known_id {
+        let id = browse.id.as_deref().unwrap_or_default();
+        return Err(Problem::new("cli::no_sample", format!("`{}` has no record `{id}`", found.label))
+            .help("`--transcripts` lists them")
+            .exit(Exit::Usage)
+            .into());
+    }
+    let what = if source.graded { "sample" } else { "record" };
+    if browse.id.is_some() {
+        match &whole {
+            Some(item) => print(&page(found, item, source.graded))?,
+            None if matching == 0 => say(global, "none of its samples is one of those asked for"),
+            None => {}
+        }
+        if matching > 1 {
+            say(global, &format!("one of {}; `--sample K` shows another", report::count(matching, what)));
+        }
+        return Ok(());
+    }
+    if !global.json {
+        let head: &[&str] = match source.graded {
+            true => &["id", "sample", "verdict", "extracted", "gold", "tokens", "finish", "found by", "decided by"],
+            false => &["id", "state", "what"],
+        };
+        let summary = format!("{} of {}", rows.len(), report::count(all, what));
+        if !rows.is_empty() {
+            print(&grid(head, &rows, if source.graded { 2 } else { 1 }))?;
+        }
+        say(global, &summary);
+    }
+    Ok(())
+}
+
+/// Widest that an id, an answer and the beginning of a text get in a list.
+const ID: usize = 32;
+const ANSWER: usize = 24;
+const TEXT: usize = 80;
+
+fn graded_row(item: &Item) -> Vec<String> {
+    let mut row = vec![short(&item.id, ID), item.sample.to_string(), item.verdict.clone()];
+    row.extend(["extracted", "gold"].map(|name| item.brief(name, ANSWER)));
+    row.extend(["tokens", "finish", "found", "rule"].map(|name| item.brief(name, ANSWER)));
+    row
+}
+
+fn record_row(item: &Item) -> Vec<String> {
+    let what = match item.verdict.as_str() {
+        "failed" => format!("{} (finish: {})", item.brief("reason", TEXT), item.brief("finish", ANSWER)),
+        // What a record is about, whatever its fields are called.
+        _ => {
+            let fields = item.fields.keys().filter(|name| *name != "id");
+            fields.map(|name| format!("{}: {}", short(name, ID), item.brief(name, ID))).collect::<Vec<_>>().join("  ")
+        }
+    };
+    vec![short(&item.id, ID), item.verdict.clone(), what]
+}
+
+/// Rows under a head, columns as wide as what is in them; the column `verdict` in its colour.
+fn grid(head: &[&str], rows: &[Vec<String>], verdict: usize) -> String {
+    let colour = report::colour(&std::io::stdout());
+    let room = screen::columns();
+    let heads: Vec<String> = head.iter().map(|title| title.to_string()).collect();
+    let width = |at: usize| rows.iter().chain([&heads]).map(|row| row[at].width()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let mut out = String::new();
+    for (number, row) in [&heads].into_iter().chain(rows).enumerate() {
+        let mut line = String::new();
+        let mut left = room.unwrap_or(usize::MAX);
+        for (at, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            let cell = if left < cell.width() { short(cell, left.max(1)) } else { cell.clone() };
+            let padded = if at + 1 == row.len() { cell.clone() } else { pad(&cell, *width) };
+            if left > 0 {
+                match colour && at == verdict && number > 0 {
+                    true => line.push_str(&painted(&cell, &padded)),
+                    false => line.push_str(&padded),
+                }
+            }
+            left = left.saturating_sub(width + 2);
+            if left > 0 {
+                line.push_str("  ");
+            }
+        }
+        let _ = writeln!(out, "{}", line.trim_end());
+    }
+    out
+}
+
+/// A verdict in its colour, with the blanks behind it.
+fn painted(verdict: &str, padded: &str) -> String {
+    let style = match verdict {
+        "correct" | "made" => "32",
+        "wrong" | "failed" => "31",
+        "undecided" => "33",
+        _ => return padded.to_string(),
+    };
+    format!("\x1b[{style}m{verdict}\x1b[0m{}", " ".repeat(padded.width().saturating_sub(verdict.width())))
+}
+
+/// One sample whole.
+fn page(found: &Found, item: &Item, graded: bool) -> String {
+    let colour = report::colour(&std::io::stdout());
+    let verdict = if colour { painted(&item.verdict, &item.verdict) } else { printable(&item.verdict) };
+    let sample = if graded { format!(", sample {}", item.sample) } else { String::new() };
+    let mut out = format!("{}  {}{sample}: {verdict}\n", found.label, short(&item.id, TEXT));
+    let (facts, sections) = if graded { of_sample(item) } else { of_record(item) };
+    let width = facts.iter().map(|(name, _)| name.width()).max().unwrap_or(0);
+    for (name, fact) in facts {
+        let _ = writeln!(out, "{}  {fact}", pad(&name, width));
+    }
+    for (title, text) in sections {
+        let title = if colour { format!("\x1b[1m{title}\x1b[0m") } else { title };
+        let text = if text.trim().is_empty() { "(nothing)" } else { text.trim_end() };
+        let _ = write!(out, "\n{title}\n{}", screen::wrap(&printable(text), screen::columns(), "  "));
+    }
+    out
+}
+
+/// Facts of a line each, then texts of many.
+type Parts = (Vec<(String, String)>, Vec<(String, String)>);
+
+fn of_sample(item: &Item) -> Parts {
+    let mut facts = vec![
+        ("gold".to_string(), item.brief("gold", TEXT)),
+        (
+            "extracted".to_string(),
+            format!("{}  (found by: {})", item.brief("extracted", TEXT), item.brief("found", TEXT)),
+        ),
+        ("decided by".to_string(), item.brief("rule", TEXT)),
+        ("tokens".to_string(), format!("{}, finish: {}", item.brief("tokens", TEXT), item.brief("finish", TEXT))),
+    ];
+    if let Some(order) = item.fields.get("order").and_then(Value::as_array) {
+        let letter = |(at, choice): (usize, &Value)| format!("{} {choice}", char::from(b'A' + (at % 26) as u8));
+        let order: Vec<String> = order.iter().enumerate().map(letter).collect();
+        facts.push(("choices".to_string(), format!("{}  (places in the record, from 0)", order.join(", "))));
+    }
+    let mut sections = vec![("prompt".to_string(), text_of(item.fields.get("prompt")))];
+    let (thinking, answer) = thinking_and_answer(item);
+    sections.extend(thinking.map(|thinking| ("thinking".to_string(), thinking)));
+    sections.extend(answer.map(|answer| ("answer".to_string(), answer)));
+    if let Some(judgement) = item.fields.get("judgement") {
+        let verdict = [&judgement["verdict"], &judgement["why_none"]].into_iter().find_map(Value::as_str);
+        facts.push(("judged".to_string(), short(verdict.unwrap_or("-"), TEXT)));
+        sections.push(("judge".to_string(), text_of(judgement.get("reply"))));
+    }
+    // What else an evaluation has to say of a sample.
+    for (name, value) in &item.fields {
+        let text = match value {
+            Value::Object(parts) => parts
+                .iter()
+                .map(|(name, part)| format!("{name} {}", text_of(Some(part))))
+                .collect::<Vec<_>>()
+                .join(", "),
+            other => text_of(Some(other)),
+        };
+        if !SHOWN.contains(&name.as_str()) && !(name == "thinking" && value.is_string()) {
+            facts.push((short(&name.replace('_', " "), ID), short(&text, TEXT)));
+        }
+    }
+    (facts, sections)
+}
+
+/// Fields of a sample that have places of their own on its page.
+const SHOWN: [&str; 13] = [
+    "id",
+    "sample",
+    "prompt",
+    "completion",
+    "extracted",
+    "gold",
+    "verdict",
+    "found",
+    "rule",
+    "tokens",
+    "finish",
+    "order",
+    "judgement",
+];
+
+fn of_record(item: &Item) -> Parts {
+    let (mut facts, mut sections) = (Vec::new(), Vec::new());
+    for (name, value) in item.fields.iter().filter(|(name, _)| *name != "id") {
+        let (name, text) = (short(name, ID), text_of(Some(value)));
+        match text.contains('\n') || text.width() > TEXT {
+            true => sections.push((name, text)),
+            false => facts.push((name, short(&text, TEXT))),
+        }
+    }
+    (facts, sections)
+}
+
+fn text_of(value: Option<&Value>) -> String {
+    match value {
+        None | Some(Value::Null) => "-".to_string(),
+        Some(Value::String(text)) => text.clone(),
+        // Turns of a conversation read better one below another.
+        Some(Value::Array(turns)) if turns.iter().all(|turn| turn["content"].is_string()) => {
+            let turn = |turn: &Value| format!("[{}] {}", text_of(turn.get("role")), text_of(turn.get("content")));
+            turns.iter().map(turn).collect::<Vec<_>>().join("\n")
+        }
+        Some(other) => other.to_string(),
+    }
+}
+
+/// A completion in its parts, either of which it may lack. What opens the thinking may stand in the prompt.
+fn thinking_and_answer(item: &Item) -> (Option<String>, Option<String>) {
+    let text = item.text("completion").unwrap_or_default();
+    if let Some(thinking) = item.text("thinking") {
+        return (Some(thinking.to_string()), Some(text.to_string()));
+    }
+    let opened = item.text("prompt").map_or("", str::trim_end);
+    let opened = ["<|im_start|>think", "<think>"].iter().any(|open| opened.ends_with(open) || text.contains(open));
+    let ends = ["<|im_start|>answer", "</think>"];
+    match ends.iter().find_map(|end| text.rsplit_once(end)) {
+        Some((thinking, answer)) => (Some(thinking.to_string()), Some(answer.trim_start().to_string())),
+        None if opened => (Some(text.to_string()), None),
+        None => (None, Some(text.to_string())),
+    }
+}
+
+/// Two evaluations of the same problems: where they differ, and whether more than by chance.
+pub fn compare(global: &Global, engine: &Engine, pair: [&Found; 2], browse: &Browse) -> Done {
+    let [one, other] = [side(engine, pair[0])?, side(engine, pair[1])?];
+    if !one.outcomes.keys().eq(other.outcomes.keys()) {
+        let both = one.outcomes.keys().filter(|id| other.outcomes.contains_key(*id)).count();
+        let counts = format!("{} and {} problems, {both} of them the same", one.outcomes.len(), other.outcomes.len());
+        let message = format!("`{}` and `{}` are not of the same problems", pair[0].label, pair[1].label);
+        return Err(Problem::new("cli::other_problems", message).note(counts).exit(Exit::Usage).into());
+    }
+    let rate = |(correct, samples): (u64, u64)| correct as f64 / samples.max(1) as f64;
+    let single = one.outcomes.values().chain(other.outcomes.values()).all(|(_, samples)| *samples == 1);
+    let (mut differing, mut better, mut both_right) = (Vec::new(), [0usize; 2], 0usize);
+    for ((id, first), second) in one.outcomes.iter().zip(other.outcomes.values()) {
+        match rate(*first).total_cmp(&rate(*second)) {
+            std::cmp::Ordering::Equal => both_right += usize::from(first.0 > 0),
+            order => {
+                better[usize::from(order.is_lt())] += 1;
+                differing.push((id.as_str(), [*first, *second]));
+            }
+        }
+    }
+    let p = readings::paired_p(&one.outcomes, &other.outcomes);
+    let alike = one.outcomes.len() - differing.len();
+    let grep = browse.grep.as_ref().map(|text| text.to_lowercase());
+    let extracted = [one.answers(&differing)?, other.answers(&differing)?];
+    let said = |side: usize, id: &str| extracted[side].get(id);
+    let kept = |id: &&str| {
+        let texts = [said(0, id), said(1, id)]
+            .into_iter()
+            .flatten()
+            .flat_map(|(gold, answers)| std::iter::once(gold).chain(answers).map(|text| text.to_lowercase()));
+        grep.as_ref().is_none_or(|wanted| texts.chain([id.to_lowercase()]).any(|text| text.contains(wanted)))
+    };
+    let rows = differing.iter().filter(|(id, _)| kept(id)).skip(browse.offset);
+    let rows: Vec<_> = rows.take(browse.limit.unwrap_or(usize::MAX)).collect();
+    if global.json {
+        let row = |(id, outcomes): &&(&str, [(u64, u64); 2])| {
+            let of = |side: usize| {
+                let (correct, samples) = outcomes[side];
+                let extracted = said(side, id).map(|(_, answers)| answers);
+                json!({ "correct": correct, "samples": samples, "extracted": extracted })
+            };
+            json!({ "id": id, "gold": said(0, id).map(|(gold, _)| gold), "first": of(0), "second": of(1) })
+        };
+        let object = json!({
+            "first": pair[0].label, "second": pair[1].label, "problems": one.outcomes.len(), "alike": alike,
+            "first_better": better[0], "second_better": better[1], "p": p,
+            "differing": rows.iter().map(row).collect::<Vec<Value>>(),
+        });
+        return print(&screen::json_line(&object));
+    }
+    let mut lines: Vec<Vec<String>> = Vec::new();
+    for (id, outcomes) in rows {
+        let of = |side: usize| {
+            let (correct, samples) = outcomes[side];
+            let right = match (single, correct) {
+                (true, 0) => "wrong".to_string(),
+                (true, _) => "correct".to_string(),
+                (false, _) => format!("{correct}/{samples}"),
+            };
+            let answers = said(side, id).map_or(String::new(), |(_, answers)| answers.join(" | "));
+            (right, short(&answers, ANSWER))
+        };
+        let (first, second) = (of(0), of(1));
+        let gold = said(0, id).map_or("-".to_string(), |(gold, _)| short(gold, ANSWER));
+        lines.push(vec![short(id, ID), gold, first.0, first.1, second.0, second.1]);
+    }
+    let mut text = format!("first   {}\nsecond  {}\n\n", pair[0].label, pair[1].label);
+    if !lines.is_empty() {
+        text.push_str(&grid(&["id", "gold", "first", "it says", "second", "it says"], &lines, usize::MAX));
+        text.push('\n');
+    }
+    let (wrong, total) = (alike - both_right, one.outcomes.len());
+    let _ = writeln!(
+        text,
+        "{} of {total} differ: {} better in the first, {} in the second",
+        differing.len(),
+        better[0],
+        better[1]
+    );
+    let _ = match single {
+        true => writeln!(text, "{alike} alike: {both_right} right in both, {wrong} in neither"),
+        false => writeln!(text, "{alike} alike"),
+    };
+    if let Some(p) = p {
+        let _ = writeln!(text, "p = {p:.3}: how often chance alone is as far apart (exact paired permutation test)");
+    }
+    print(&text)
+}
+
+/// An evaluation to be compared.
+struct Side {
+    outcomes: Outcomes,
+    files: Files,
+}
+
+/// The gold answer and what was extracted from each sample.
+type Answers = BTreeMap<String, (String, Vec<String>)>;
+
+fn side(engine: &Engine, found: &Found) -> Result<Side, Problem> {
+    let files = found.record.as_ref().map(|record| engine.store.files(&record.artifact)).unwrap_or_default();
+    match readings::outcomes_of(&files, &found.label)? {
+        Some(outcomes) => Ok(Side { outcomes, files }),
+        None => {
+            let message = format!("`{}` does not say which problems it solves", found.label);
+            let help = "evaluations are compared, of which this version made the scores";
+            Err(Problem::new("cli::no_outcomes", message).help(help).exit(Exit::Usage))
+        }
+    }
+}
+
+impl Side {
+    fn answers(&self, differing: &[(&str, [(u64, u64); 2])]) -> Result<Answers, Problem> {
+        let mut answers: Answers =
+            differing.iter().map(|(id, _)| (id.to_string(), (String::new(), Vec::new()))).collect();
+        let Some(path) = self.files.get("transcripts.jsonl") else { return Ok(answers) };
+        let mut line = 0;
+        each_line(path, &mut |fields| {
+            let text = |name: &str| fields.get(name).and_then(Value::as_str).unwrap_or("-").to_string();
+            if let Some((gold, extracted)) = answers.get_mut(&id_of(&fields, line)) {
+                *gold = text("gold");
+                extracted.push(text("extracted"));
+            }
+            line += 1;
+            true
+        })?;
+        Ok(answers)
+    }
+}
