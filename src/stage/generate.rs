@@ -18,6 +18,7 @@ use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 
 const PARSERS: &[&str] = &["text", "sections", "boxed", "think-answer", "regex"];
 
@@ -250,6 +251,21 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
+impl Spec {
+    /// As an endpoint is told it.
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            max_tokens: self.max_tokens as u64,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: (self.top_k > 0).then_some(self.top_k as u64),
+            repetition_penalty: Some(self.repetition_penalty).filter(|penalty| *penalty != 1.0),
+            stop: self.stop.clone(),
+            seed: self.seed,
+        }
+    }
+}
+
 /// What became of one completion.
 struct Made {
     text: String,
@@ -267,7 +283,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         return Err(Problem::new("generate::empty", "the dataset has no records"));
     }
     let parser = Parser::new(&spec.parse)?;
-    let asker = Asker::new(ctx, &spec)?;
+    let asker = Asker::new(&spec, ctx.sources.get("prompt_file").map(PathBuf::as_path))?;
     let all = match &spec.endpoint {
         Some(endpoint) => by_endpoint(ctx, &spec, endpoint, &asker, &parser, &records)?,
         None => by_model(ctx, &spec, &asker, &parser, &records)?,
@@ -351,29 +367,7 @@ fn by_endpoint(
     parser: &Parser,
     records: &[Record],
 ) -> Result<Vec<Made>, Problem> {
-    let messages = every(records, |record| {
-        if asker.takes_ids(record) {
-            return Err("`input_ids` mean nothing to an endpoint; the stage needs a `prompt`".into());
-        }
-        let (user, system) = asker.ask(record)?;
-        let mut messages = match user {
-            Value::Array(turns) => turns,
-            user => vec![json!({"role": "user", "content": user})],
-        };
-        if let Some(system) = system {
-            messages.insert(0, json!({"role": "system", "content": system}));
-        }
-        Ok(Value::Array(messages))
-    })?;
-    let sampling = Sampling {
-        max_tokens: spec.max_tokens as u64,
-        temperature: spec.temperature,
-        top_p: spec.top_p,
-        top_k: (spec.top_k > 0).then_some(spec.top_k as u64),
-        repetition_penalty: Some(spec.repetition_penalty).filter(|penalty| *penalty != 1.0),
-        stop: spec.stop.clone(),
-        seed: spec.seed,
-    };
+    let (messages, sampling) = (conversations(asker, records)?, spec.sampling());
     let line = ctx.remote.line(endpoint)?;
     let total = records.len() * spec.n;
     ctx.progress.begin(total as u64, "completions");
@@ -420,6 +414,64 @@ fn by_endpoint(
     Ok(made.into_iter().flatten().collect())
 }
 
+/// What every record asks an endpoint.
+fn conversations(asker: &Asker, records: &[Record]) -> Result<Vec<Value>, Problem> {
+    every(records, |record| {
+        if asker.takes_ids(record) {
+            return Err("`input_ids` mean nothing to an endpoint; the stage needs a `prompt`".into());
+        }
+        let (user, system) = asker.ask(record)?;
+        let mut messages = match user {
+            Value::Array(turns) => turns,
+            user => vec![json!({"role": "user", "content": user})],
+        };
+        if let Some(system) = system {
+            messages.insert(0, json!({"role": "system", "content": system}));
+        }
+        Ok(Value::Array(messages))
+    })
+}
+
+/// A request that is still to be sent.
+pub(super) struct Pending {
+    pub key: String,
+    pub prompt_bound: u64,
+    /// How often it is sent at most, the replies of all but the last not parsing.
+    pub tries: u64,
+}
+
+/// What a stage with these parameters would ask its endpoint, given the replies that are kept.
+pub(super) fn pending(
+    params: &Params,
+    prompt_file: Option<&Path>,
+    records: &[Record],
+    kept: &mut dyn FnMut(&Ask, &Sampling) -> Result<Option<Completion>, Problem>,
+) -> Result<Vec<Pending>, Problem> {
+    let spec: Spec = super::read_params(KIND.name, params.clone())?;
+    let model = spec.endpoint.as_ref().map_or("", |endpoint| &endpoint.model);
+    let (parser, asker) = (Parser::new(&spec.parse)?, Asker::new(&spec, prompt_file)?);
+    let sampling = spec.sampling();
+    let attempts = if parser.fields.is_empty() { 1 } else { spec.max_parse_attempts.unwrap_or(1) };
+    let mut pending = Vec::new();
+    for messages in conversations(&asker, records)? {
+        for sample in 0..spec.n as u64 {
+            for attempt in 0..attempts {
+                let ask = Ask { messages: messages.clone(), sample, attempt };
+                let Some(completion) = kept(&ask, &sampling)? else {
+                    let key = ask.key(model, &sampling);
+                    pending.push(Pending { key, prompt_bound: ask.prompt_bound(), tries: attempts - attempt });
+                    break;
+                };
+                let (one, final_word) = judged(&parser, &Ok(completion));
+                if one.parsed.is_ok() || final_word {
+                    break;
+                }
+            }
+        }
+    }
+    Ok(pending)
+}
+
 /// What a reply comes to, and whether asking again would be of no use.
 fn judged(parser: &Parser, completion: &Result<Completion, String>) -> (Made, bool) {
     let completion = match completion {
@@ -447,8 +499,8 @@ struct Asker {
 }
 
 impl Asker {
-    fn new(ctx: &Context, spec: &Spec) -> Result<Asker, Problem> {
-        let prompt = match (&spec.prompt, ctx.sources.get("prompt_file")) {
+    fn new(spec: &Spec, prompt_file: Option<&Path>) -> Result<Asker, Problem> {
+        let prompt = match (&spec.prompt, prompt_file) {
             (Some(text), _) => Some(Template::new("prompt", text)?),
             (None, Some(path)) => {
                 let text = std::fs::read_to_string(path)
@@ -550,6 +602,13 @@ fn output(spec: &Spec, record: &Record, id: &str, fields: Vec<(String, String)>,
         out.insert(spec.completion.clone(), Value::String(text));
     }
     out
+}
+
+/// The fields that a table `parse` makes of a completion: `Err` if the table is none, `Ok(Err)` if the text lacks
+/// what it asks for.
+pub fn parsed(parse: &Params, text: &str) -> Result<Result<Vec<(String, String)>, String>, Problem> {
+    let parse: Parse = super::read_params("parse", parse.clone())?;
+    Ok(Parser::new(&parse)?.fields(text))
 }
 
 /// Takes completions apart.

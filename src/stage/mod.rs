@@ -17,6 +17,7 @@ use std::sync::{Mutex, PoisonError};
 pub mod bundled;
 pub mod check;
 pub mod command;
+pub mod counts;
 pub mod dataset;
 mod decoding;
 pub mod dpo;

@@ -1,5 +1,6 @@
 //! The program as its users meet it: exit codes, what is printed where, the words of messages.
 
+mod counts;
 mod grade;
 mod messages;
 mod needs;

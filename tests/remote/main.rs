@@ -2,7 +2,9 @@
 
 mod faults;
 mod paid;
+mod plan;
 mod probe;
+mod replies;
 mod server;
 mod study;
 
