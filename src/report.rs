@@ -221,10 +221,11 @@ pub use pipe::model::memory::bytes;
 
 /// `1 stage`, `12 stages`, `1,204 cells`.
 pub fn count(number: usize, what: &str) -> String {
-    format!("{} {what}{}", thousands(number), if number == 1 { "" } else { "s" })
+    format!("{} {what}{}", self::number(number as u64), if number == 1 { "" } else { "s" })
 }
 
-fn thousands(number: usize) -> String {
+/// `1,204,000`.
+pub fn number(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (at, digit) in digits.chars().enumerate() {

@@ -42,6 +42,9 @@ fn of(target: &str) -> Vec<Vec<u8>> {
         "store" => store(),
         "checkpoint" => checkpoint(),
         "hub" => hub(),
+        "reply" => reply(),
+        "journal" => journal(),
+        "parse" => parse(),
         _ => Vec::new(),
     }
 }
@@ -347,6 +350,60 @@ fn grade() -> Vec<Vec<u8>> {
         &["9x^2-6x+1", "\\boxed{", "(3x-1)^2+", "0}"],
         &["17", "\\boxed{", "\\frac{1}{", "2}"],
         &["10:30", "", "answer is ", "= 20! / 19!"],
+    ])
+}
+
+fn reply() -> Vec<Vec<u8>> {
+    texts(&[
+        &[
+            r#"{"model":"m","choices":[{"message":{"content":"4"},"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":5,"completion_tokens_details":{"reasoning_tokens":2}}}"#,
+            "2",
+            "Sun, 06 Nov 1994 08:49:37 GMT",
+        ],
+        &[
+            r#"{"choices":[{"message":{"content":"<think>\nso\n</think>\n4","refusal":null},"finish_reason":"length"}]}"#,
+            "0.5",
+        ],
+        &[
+            r#"{"choices":[{"message":{"content":[{"type":"text","text":"4"}],"reasoning_content":"so"},"finish_reason":null}]}"#,
+        ],
+        &[r#"{"choices":[{"message":{"content":null,"refusal":"no"},"finish_reason":"content_filter"}]}"#],
+        &[r#"{"choices":[{"message":{"reasoning":"so","content":"4"},"finish_reason":"error"}]}"#],
+        &[r#"{"error":{"message":"over\nloaded","code":503,"status":"X"}}"#, "Sun, 06 Nov 1994 08:49:40 GMT"],
+        &[r#"{"error":"no","choices":[]}"#, "Mon, 06 Nov 2094 08:49:05 GMT", "Mon, 06 Nov 2000 08:49:00 GMT"],
+        &["<html><body>Bad gateway</body></html>", "soon", "now"],
+    ])
+}
+
+fn journal() -> Vec<Vec<u8>> {
+    let line = |key: &str, max_tokens: u64, body: Value| {
+        let body = body.to_string();
+        json!({"key": key, "host": "127.0.0.1:9", "max_tokens": max_tokens, "prompt_bound": 99, "body": body})
+            .to_string()
+    };
+    let body = |text: &str, finish: &str| {
+        json!({"choices": [{"message": {"content": text}, "finish_reason": finish}],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 5}})
+    };
+    let (cut, whole) = (line("KEY", 5, body("a", "length")), line("KEY", 3, body("b", "stop")));
+    let other = line("other", 9, json!({"choices": [{"message": {"content": "c"}}]}));
+    vec![
+        format!("{cut}\n{whole}\n").into(),
+        format!("{cut}\n{}", &whole[..whole.len() / 2]).into(),
+        format!("{whole}\n{whole}\n\n{other}\n").into(),
+        format!("not JSON\n{}\n{other}\n", &cut[..40]).into(),
+        Vec::new(),
+    ]
+}
+
+fn parse() -> Vec<Vec<u8>> {
+    texts(&[
+        &["", "**New Question:** How many?\nSay it.\n**Réponse**: Six."],
+        &["", "<|im_start|>think\ntwo and two\n<|im_start|>answer\nQ: a\nA: \\boxed{4}"],
+        &["", "<think>\nNew Question\n</think>\n1. new question: x\nRÉPONSE: y"],
+        &[r#"{"kind":"sections","fields":{"a":"Answer","all":"text"}}"#, "# Answer\n\n4"],
+        &[r#"{"kind":"regex","pattern":"(\\d+)\\D+(?<b>\\d+)?","fields":{"a":"1","b":"b"}}"#, "12 and 13"],
+        &[r#"{"kind":"boxed","fields":{"x":"boxed"}}"#, "\\boxed{\\frac{1}{2}}"],
     ])
 }
 

@@ -1,7 +1,7 @@
 //! `pipe doctor [M]`: what is wrong or suspicious with the machine, and with a manifest's sources, memory, disk and
 //! data, before hours are spent. Looks and changes nothing; asks the network nothing.
 
-use super::needs::{Fit, Look, Machine, fit};
+use super::needs::{Fit, Look, Machine, fit, size};
 use super::open::with_engine;
 use super::sources::Network;
 use super::{Done, Global, Stop, print};
@@ -10,7 +10,6 @@ use pipe::cuda;
 use pipe::data::inspect::{inspect, overlap};
 use pipe::data::{self, Eos, Format, Limits, Record, Tokenizer};
 use pipe::exec::{Engine, Survey};
-use pipe::files::Files;
 use pipe::hub::Settings;
 use pipe::measure;
 use pipe::plan::{Cell, CellId};
@@ -285,7 +284,7 @@ fn manifest(global: &Global, engine: &Engine, survey: &Survey, findings: &mut Fi
         look.shape_problems().iter().for_each(|problem| findings.problem("gpu", State::Fail, problem));
     }
     memory(engine, &look, &machine, findings);
-    disk(global, engine, &look, findings);
+    disk(global, &look, findings);
     datasets(engine, &look, findings);
 }
 
@@ -312,15 +311,6 @@ fn sources(engine: &Engine, survey: &Survey, findings: &mut Findings) {
             }
             _ => findings.problem("source", State::Fail, &problem),
         }
-    }
-}
-
-/// Bytes of a file or of all files of a folder.
-fn size(path: &Path) -> Option<u64> {
-    let of = |path: &Path| std::fs::metadata(path).ok().map(|metadata| metadata.len());
-    match path.is_dir() {
-        true => Files::from_dir(path).ok()?.iter().map(|(_, path)| of(path)).sum(),
-        false => of(path),
     }
 }
 
@@ -375,20 +365,8 @@ fn memory(engine: &Engine, look: &Look, machine: &Machine, findings: &mut Findin
 }
 
 /// What models and trained weights will take in the cache, where it can be known.
-fn disk(global: &Global, engine: &Engine, look: &Look, findings: &mut Findings) {
-    let (mut needed, mut unknown) = (0u64, 0);
-    for id in look.to_run() {
-        let cell = &engine.plan.cells[id];
-        let bytes = match cell.kind.name {
-            "model" => look.source(id, "source").map_or(Some(0), size),
-            "sft" | "dpo" => look.needs(id, global.on_device()).ok().map(|needs| needs.disk),
-            _ => Some(0),
-        };
-        match bytes {
-            Some(bytes) => needed = needed.saturating_add(bytes),
-            None => unknown += 1,
-        }
-    }
+fn disk(global: &Global, look: &Look, findings: &mut Findings) {
+    let (needed, unknown) = look.disk(global.on_device());
     if needed == 0 && unknown == 0 {
         return;
     }
@@ -463,7 +441,7 @@ fn lengths(engine: &Engine, look: &Look, all: &BTreeMap<CellId, Vec<Record>>, fi
         if !said.insert((cell.stage.clone(), *data, *base, limit)) {
             continue;
         }
-        let tokenizer = tokenizers.entry(*base).or_insert_with(|| tokenizer(look, *base));
+        let tokenizer = tokenizers.entry(*base).or_insert_with(|| Tokenizer::load(&look.tokenizer_files(*base)?).ok());
         let Some(tokenizer) = tokenizer else { continue };
         let limits = Limits { eos, allow_unlearned: cell.kind.name == "probe", ..Limits::default() };
         let lengths = match records.first().is_some_and(data::is_preference) {
@@ -507,12 +485,6 @@ fn lengths(engine: &Engine, look: &Look, all: &BTreeMap<CellId, Vec<Record>>, fi
             }
         }
     }
-}
-
-/// The tokenizer of a base model, made or not.
-fn tokenizer(look: &Look, base: CellId) -> Option<Tokenizer> {
-    let folder = || Files::from_dir(look.source(base, "tokenizer").or_else(|| look.source(base, "source"))?).ok();
-    Tokenizer::load(&look.files(base).or_else(folder)?).ok()
 }
 
 /// Tasks that have questions or answers in common with what some stage trains on.

@@ -3,6 +3,7 @@
 
 mod cache;
 mod completions;
+mod counts;
 mod doctor;
 mod export;
 mod gc;

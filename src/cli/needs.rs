@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
+use std::path::Path;
 
 /// Memory of the device: in all, and free if somebody looked.
 #[derive(Clone)]
@@ -88,14 +89,15 @@ pub struct Look<'a> {
     survey: &'a Survey,
     configs: RefCell<HashMap<CellId, Option<Config>>>,
     data: RefCell<HashMap<CellId, Option<Data>>>,
+    needs: RefCell<HashMap<(CellId, bool), Result<Needs, CellId>>>,
 }
 
 impl<'a> Look<'a> {
     pub fn new(engine: &'a Engine<'a>, survey: &'a Survey) -> Look<'a> {
-        Look { engine, survey, configs: RefCell::default(), data: RefCell::default() }
+        Look { engine, survey, configs: RefCell::default(), data: RefCell::default(), needs: RefCell::default() }
     }
 
-    fn cell(&self, id: CellId) -> &'a Cell {
+    pub fn cell(&self, id: CellId) -> &'a Cell {
         &self.engine.plan.cells[id]
     }
 
@@ -113,13 +115,27 @@ impl<'a> Look<'a> {
         self.survey.statuses.iter().enumerate().filter(move |(_, status)| would(status)).map(|(id, _)| id)
     }
 
+    /// Whether a cell computes with a model on this machine.
+    fn computes(&self, id: CellId) -> bool {
+        needs::computes(self.cell(id).kind.name) && !self.input(id, "model").is_empty()
+    }
+
     /// What those of them need that compute with a model.
     pub fn rows(&self, on_device: bool) -> Vec<Row> {
-        let computing = self.to_run().filter(|id| needs::computes(self.cell(*id).kind.name));
+        let computing = self.to_run().filter(|id| self.computes(*id));
         computing.map(|cell| Row { cell, needs: self.needs(cell, on_device) }).collect()
     }
 
     pub fn needs(&self, id: CellId, on_device: bool) -> Result<Needs, CellId> {
+        if let Some(known) = self.needs.borrow().get(&(id, on_device)) {
+            return known.clone();
+        }
+        let needs = self.reckoned(id, on_device);
+        self.needs.borrow_mut().insert((id, on_device), needs.clone());
+        needs
+    }
+
+    fn reckoned(&self, id: CellId, on_device: bool) -> Result<Needs, CellId> {
         let cell = self.cell(id);
         let judge = self.judge_needs(id, on_device).transpose()?;
         match judge {
@@ -158,7 +174,8 @@ impl<'a> Look<'a> {
         found.map_or(&[], |input| input.cells.as_slice())
     }
 
-    fn data(&self, id: CellId) -> Option<Data> {
+    /// How much data a cell holds, if it is made.
+    pub fn data(&self, id: CellId) -> Option<Data> {
         if let Some(known) = self.data.borrow().get(&id) {
             return *known;
         }
@@ -206,16 +223,39 @@ impl<'a> Look<'a> {
     }
 
     /// The folder that a source came to.
-    pub fn source(&self, id: CellId, key: &str) -> Option<&'a std::path::Path> {
+    pub fn source(&self, id: CellId, key: &str) -> Option<&'a Path> {
         let resolved = self.survey.sources[id].get(key)?;
         (!resolved.path.as_os_str().is_empty()).then_some(resolved.path.as_path())
+    }
+
+    /// The files of a base model's tokenizer, whether the model is made or not.
+    pub fn tokenizer_files(&self, base: CellId) -> Option<Files> {
+        let folder = || Files::from_dir(self.source(base, "tokenizer").or_else(|| self.source(base, "source"))?).ok();
+        self.files(base).or_else(folder)
+    }
+
+    /// Bytes that models and trained weights will take in the cache, and how many cells it is not known of.
+    pub fn disk(&self, on_device: bool) -> (u64, usize) {
+        let (mut needed, mut unknown) = (0u64, 0);
+        for id in self.to_run() {
+            let bytes = match self.cell(id).kind.name {
+                "model" => self.source(id, "source").map_or(Some(0), size),
+                "sft" | "dpo" => self.needs(id, on_device).ok().map(|needs| needs.disk),
+                _ => Some(0),
+            };
+            match bytes {
+                Some(bytes) => needed = needed.saturating_add(bytes),
+                None => unknown += 1,
+            }
+        }
+        (needed, unknown)
     }
 
     /// Models that no kernel of a device takes, a problem for each stage that computes with one.
     pub fn shape_problems(&self) -> Vec<Problem> {
         let mut problems: Vec<Problem> = Vec::new();
         let mut said: Vec<(&str, usize)> = Vec::new();
-        for id in self.to_run().filter(|id| needs::computes(self.cell(*id).kind.name)) {
+        for id in self.to_run().filter(|id| self.computes(*id)) {
             let cell = self.cell(id);
             let Ok(shape) = self.shape(id) else { continue };
             if let Err(mut problem) = kernels_fit(&shape.config) {
@@ -274,12 +314,7 @@ impl<'a> Look<'a> {
         let mut groups: Vec<(String, Vec<CellId>, Option<&Needs>)> = Vec::new();
         for row in &rows {
             let words = match &row.needs {
-                Ok(needs) => {
-                    let steps = needs
-                        .steps
-                        .map_or(String::new(), |steps| format!(", {}", report::count(steps as usize, "step")));
-                    format!("{}: {}{steps}", bounded(needs), fit(needs, machine).words())
-                }
+                Ok(needs) => format!("{}: {}", bounded(needs), fit(needs, machine).words()),
                 Err(until) => format!("unknown until `{}` is made", self.cell(*until)),
             };
             let stage = &self.cell(row.cell).stage;
@@ -308,7 +343,7 @@ impl<'a> Look<'a> {
 
     /// For `--json`: what a cell needs, if it computes with a model.
     pub fn object(&self, id: CellId, machine: &Machine) -> Option<Value> {
-        if !needs::computes(self.cell(id).kind.name) {
+        if !self.computes(id) {
             return None;
         }
         Some(match self.needs(id, machine.on_device()) {
@@ -322,6 +357,15 @@ impl<'a> Look<'a> {
                 })
             }
         })
+    }
+}
+
+/// Bytes of a file or of all files of a folder.
+pub fn size(path: &Path) -> Option<u64> {
+    let of = |path: &Path| std::fs::metadata(path).ok().map(|metadata| metadata.len());
+    match path.is_dir() {
+        true => Files::from_dir(path).ok()?.iter().map(|(_, path)| of(path)).sum(),
+        false => of(path),
     }
 }
 

@@ -1,15 +1,21 @@
-//! `pipe plan M [STAGE...]`: what would run, and why, and whether it fits this machine.
+//! `pipe plan M [STAGE...]`: what would run, and why, whether it fits this machine, and what there is to do in numbers.
 
+use super::counts::{Counts, Which};
 use super::needs::{self, Look, Machine};
 use super::open::{select, with_engine};
 use super::sources::Network;
-use super::{Done, Global, OfManifest, print};
+use super::{Done, Global, OfManifest, print, say};
 use crate::report;
 use pipe::exec::{Engine, Reason, Status, Survey};
 use pipe::plan::CellId;
+use pipe::problem::Problem;
+use pipe::remote::Remote;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 /// Say what would run and why, and run nothing
 #[derive(clap::Args)]
@@ -23,20 +29,50 @@ pub struct Arguments {
     /// Stages or cells, `sft` or `sft[size=3B]`, with all they need [default: everything]
     #[arg(value_name = "STAGE")]
     stages: Vec<String>,
+    /// Count nothing: neither rows, tokens and steps nor calls and their cost
+    #[arg(long)]
+    no_counts: bool,
 }
 
 pub fn run(global: &Global, arguments: &Arguments) -> Done {
     with_engine(global, &arguments.of.manifest, Network::Never, |engine, _| {
         let selection = select(engine.plan, &arguments.stages)?;
-        show(global, engine, &engine.status(&selection, &BTreeSet::new(), &BTreeSet::new()))
+        let survey = engine.status(&selection, &BTreeSet::new(), &BTreeSet::new());
+        show(global, engine, &survey, !arguments.no_counts)
+    })
+}
+
+/// How long it is silent while data are read.
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// Counts, and says how far it is if that takes long.
+fn counted<'a>(global: &Global, engine: &Engine, look: &'a Look<'a>) -> Result<Counts<'a>, Problem> {
+    let remote = Remote::new(&engine.store.journals()).offline(true);
+    let (done, all) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let (finished, waits) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let (done, all) = (&done, &all);
+        scope.spawn(move || {
+            while waits.recv_timeout(SILENCE) == Err(RecvTimeoutError::Timeout) {
+                let (done, all) = (done.load(Ordering::Relaxed), report::count(all.load(Ordering::Relaxed), "cell"));
+                say(global, &format!("counting: {done} of {all}; `--no-counts` does without"));
+            }
+        });
+        let counts = Counts::new(look, Which::All, global.on_device(), &remote, &|so_far, of| {
+            done.store(so_far, Ordering::Relaxed);
+            all.store(of, Ordering::Relaxed);
+        });
+        drop(finished);
+        counts
     })
 }
 
 /// Fresh cells are counted, and listed under `--verbose`; the others stand with their reason.
-pub fn show(global: &Global, engine: &Engine, survey: &Survey) -> Done {
+pub fn show(global: &Global, engine: &Engine, survey: &Survey, count: bool) -> Done {
     let known = || survey.statuses.iter().enumerate().filter_map(|(id, status)| Some((id, status.as_ref()?)));
     let look = Look::new(engine, survey);
     let machine = Machine::look(global);
+    let counts = if count { Some(counted(global, engine, &look)?) } else { None };
     if global.json {
         let cell = |(id, status): (CellId, &Status)| {
             let mut object = object(engine, id, status);
@@ -45,11 +81,18 @@ pub fn show(global: &Global, engine: &Engine, survey: &Survey) -> Done {
             {
                 object["memory"] = memory;
             }
+            if let Some(work) = counts.as_ref().and_then(|counts| counts.object(id)) {
+                object["work"] = work;
+            }
             object
         };
         let cells: Vec<Value> = known().map(cell).collect();
         let machine = needs::machine_object(&machine);
-        print(&format!("{:#}\n", json!({ "title": engine.plan.title, "machine": machine, "cells": cells })))?;
+        let mut object = json!({ "title": engine.plan.title, "machine": machine, "cells": cells });
+        if let Some(counts) = &counts {
+            (object["endpoints"], object["total"]) = counts.objects(global);
+        }
+        print(&format!("{object:#}\n"))?;
     } else {
         let listed = |status: &Status| global.verbose > 0 || !matches!(status, Status::Fresh { .. });
         let labels: Vec<(String, &Status)> = known()
@@ -62,18 +105,19 @@ pub fn show(global: &Global, engine: &Engine, survey: &Survey) -> Done {
             let line = format!("{:5}  {label:width$}  {}", word(status), short_reason(engine, status));
             let _ = writeln!(text, "{}", line.trim_end());
         }
-        let count = |wanted: &str| known().filter(|(_, status)| word(status) == wanted).count();
-        let mut counts = Vec::new();
+        let number_of = |wanted: &str| known().filter(|(_, status)| word(status) == wanted).count();
+        let mut states = Vec::new();
         for (state, what) in
             [("fresh", "fresh"), ("stale", "would run"), ("waits", "waiting"), ("lacks", "lacking a source")]
         {
-            let number = count(state);
+            let number = number_of(state);
             if number > 0 {
-                counts.push(format!("{number} {what}"));
+                states.push(format!("{number} {what}"));
             }
         }
-        let _ = writeln!(text, "{}: {}", report::count(known().count(), "cell"), counts.join(", "));
+        let _ = writeln!(text, "{}: {}", report::count(known().count(), "cell"), states.join(", "));
         text.push_str(&look.table(&machine, global.verbose > 0));
+        text.extend(counts.iter().map(|counts| counts.table(global)));
         print(&text)?;
     }
     let mut problems = survey.problems();
@@ -81,6 +125,7 @@ pub fn show(global: &Global, engine: &Engine, survey: &Survey) -> Done {
         problems.extend(look.shape_problems());
     }
     problems.extend(look.memory_problems(&machine, 1).0);
+    problems.extend(counts.iter().flat_map(Counts::failing));
     if problems.is_empty() { Ok(()) } else { Err(problems.into()) }
 }
 

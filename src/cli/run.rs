@@ -3,6 +3,7 @@
 //! What is printed at the end comes from the store and names nothing of this run, so it is the same
 //! whether it was computed now or found.
 
+use super::counts::{Counts, Which};
 use super::live::{Live, Running};
 use super::needs::{DeviceMemory, Look, Machine};
 use super::open::{select, with_engine};
@@ -73,6 +74,16 @@ struct Stages<'a> {
     live: Arc<Live>,
     device: OnceLock<Device>,
     remote: Remote,
+    offline: bool,
+}
+
+impl Stages<'_> {
+    /// Says what will be asked of endpoints, and what it may cost. What is wrong with one is found right after.
+    fn announce(&self, look: &Look) {
+        if let Ok(counts) = Counts::new(look, Which::Asking, self.global.on_device(), &self.remote, &|_, _| {}) {
+            counts.endpoints.iter().for_each(|asked| self.live.line(&counts.asked_words(asked)));
+        }
+    }
 }
 
 impl Runner for Stages<'_> {
@@ -103,6 +114,9 @@ impl Runner for Stages<'_> {
         let (misfits, warnings) = look.memory_problems(&machine, jobs(self.global));
         problems.extend(misfits);
         warnings.iter().for_each(|warning| self.live.always(&format!("warning: {warning}")));
+        if !self.offline {
+            self.announce(&look);
+        }
         let _ = self.device.set(device);
         problems
     }
@@ -299,10 +313,11 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
             peak_bytes: AtomicU64::new(0),
         };
         let remote = Remote::new(&engine.store.journals()).offline(arguments.offline);
-        let stages = Stages { global, engine, live: live.clone(), device: OnceLock::new(), remote };
+        let offline = arguments.offline;
+        let stages = Stages { global, engine, live: live.clone(), device: OnceLock::new(), remote, offline };
         let report = engine.run(&selection, &options, &stages, &screen, &STOP)?;
         if arguments.dry_run {
-            return plan::show(global, engine, &report.before);
+            return plan::show(global, engine, &report.before, true);
         }
         let artifacts = wanted.iter().filter_map(|id| Some((*id, report.artifact(*id)?.clone()))).collect();
         let folder = results::folder(&global.cache, &arguments.of.manifest, &global.profile);

@@ -5,7 +5,7 @@ use std::time::Duration;
 /// The wait a `Retry-After` asks for, at most `longest`. `date`: the reply's own `Date`, by whose clock
 /// the other date is meant; ours (`now`, seconds since 1970) may stand elsewhere. A moment in the past and what
 /// nobody can read ask for nothing.
-pub(super) fn retry_after(value: &str, date: Option<&str>, now: u64, longest: Duration) -> Option<Duration> {
+pub fn retry_after(value: &str, date: Option<&str>, now: u64, longest: Duration) -> Option<Duration> {
     let value = value.trim();
     if let Ok(seconds) = value.parse::<f64>() {
         return (seconds.is_finite() && seconds > 0.0)

@@ -222,7 +222,7 @@ impl Gate {
 }
 
 /// Enough digits to see that it is not nothing.
-pub(super) fn money(amount: f64) -> String {
+pub fn money(amount: f64) -> String {
     if amount == 0.0 || amount >= 0.1 { format!("{amount:.2}") } else { format!("{amount:.6}") }
 }
 

@@ -6,7 +6,8 @@
 //! a lock on the file and see each other's lines.
 
 use super::lock;
-use super::reply::{self, Completion, Finish, Read};
+use super::look::Replies;
+use super::reply::{self, Completion, Finish, Read, TOKENS_MAX};
 use crate::digest::Digest;
 use crate::problem::Problem;
 use serde::Deserialize;
@@ -33,6 +34,7 @@ struct Index {
     read: u64,
     by_key: HashMap<String, Vec<Place>>,
     paid: HashMap<String, Paid>,
+    replies: HashMap<String, Replies>,
 }
 
 #[derive(Clone, Copy)]
@@ -122,6 +124,11 @@ impl Journal {
 
     pub fn paid(&self, host: &str) -> Paid {
         lock(&self.index).paid.get(host).copied().unwrap_or_default()
+    }
+
+    /// What the replies of a host were like.
+    pub fn replies(&self, host: &str) -> Replies {
+        lock(&self.index).replies.get(host).copied().unwrap_or_default()
     }
 
     /// Takes in what was appended since the last time, by whomever.
@@ -239,8 +246,9 @@ impl Index {
         let (prompt, made) = match completion.usage {
             Some(usage) => (usage.prompt_tokens, usage.completion_tokens),
             // Not told, so what it can have been at most.
-            None => (line.prompt_bound, line.max_tokens),
+            None => (line.prompt_bound.min(TOKENS_MAX), line.max_tokens.min(TOKENS_MAX)),
         };
+        self.replies.entry(line.host.to_string()).or_default().add(line.prompt_bound.min(TOKENS_MAX), &completion);
         let paid = self.paid.entry(line.host.into_owned()).or_default();
         paid.prompt += prompt;
         paid.completion += made;

@@ -7,7 +7,7 @@
 //!
 //! Requests go through a few threads that share one [`gate`]: concurrency, rates, budget, back-off and
 //! the circuit breaker are decided there, before a request is sent. [`send`] makes one attempt and says
-//! whether another is worth it; [`reply`] reads what came.
+//! whether another is worth it; [`reply`] reads what came. [`look`] tells beforehand what would be asked.
 //!
 //! A [`Remote`] is made once per process, so that stages that ask the same endpoint at the same time share
 //! its limits.
@@ -15,13 +15,16 @@
 mod date;
 mod gate;
 mod journal;
+mod look;
 mod pool;
 mod probe;
 mod reply;
 mod send;
 
-pub use gate::Pace;
-pub use reply::{Completion, Finish, Usage};
+pub use date::retry_after;
+pub use gate::{Pace, money};
+pub use look::Replies;
+pub use reply::{Completion, Finish, Read, Usage, error_words, read};
 
 use crate::digest::Encoder;
 use crate::problem::{Exit, Problem};
@@ -64,7 +67,7 @@ impl Endpoint {
         of(prompt, self.price_in) + of(completion, self.price_out)
     }
 
-    fn is_priced(&self) -> bool {
+    pub fn is_priced(&self) -> bool {
         self.price_in.is_some()
     }
 
@@ -75,7 +78,7 @@ impl Endpoint {
     }
 
     /// For messages: where the server is, and nothing that could be a secret.
-    fn name(&self) -> String {
+    pub fn name(&self) -> String {
         format!("`{}` at `{}`", self.model, self.host())
     }
 }
@@ -106,7 +109,7 @@ pub struct Ask {
 impl Ask {
     /// Digest of what is asked of `model`. `max_tokens` is not in it: a reply that was not cut is as good
     /// an answer under another limit.
-    fn key(&self, model: &str, sampling: &Sampling) -> String {
+    pub fn key(&self, model: &str, sampling: &Sampling) -> String {
         let drawn = json!({
             "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
             "repetition_penalty": sampling.repetition_penalty, "stop": sampling.stop, "seed": sampling.seed,
@@ -143,7 +146,7 @@ impl Ask {
     }
 
     /// No prompt has more tokens: a token is a byte or more, and templates add a few to each message.
-    fn prompt_bound(&self) -> u64 {
+    pub fn prompt_bound(&self) -> u64 {
         let messages = self.messages.as_array().map_or(&[] as &[Value], Vec::as_slice);
         let texts = messages.iter().filter_map(|message| message["content"].as_str());
         texts.map(|text| text.len() as u64 + 32).sum::<u64>() + 64

@@ -142,14 +142,12 @@ impl Line {
 
     /// What is paid, as far as anybody knows.
     fn spent(&self) -> f64 {
-        let paid = self.journal.paid(self.endpoint.host());
-        self.endpoint.cost(paid.prompt, paid.completion) + self.gate.lost()
+        self.paid() + self.gate.lost()
     }
 
-    fn paid(&self) -> Result<f64, Problem> {
+    fn paid_by_now(&self) -> Result<f64, Problem> {
         self.journal.refresh()?;
-        let paid = self.journal.paid(self.endpoint.host());
-        Ok(self.endpoint.cost(paid.prompt, paid.completion))
+        Ok(self.paid())
     }
 }
 
@@ -206,7 +204,7 @@ impl Worker {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            let permit = match line.gate.admit(bound + max_tokens, worst, &|| line.paid(), &|| self.closed()) {
+            let permit = match line.gate.admit(bound + max_tokens, worst, &|| line.paid_by_now(), &|| self.closed()) {
                 Ok(permit) => permit,
                 Err(Refused::Closed) => return Err(End::Closed),
                 Err(Refused::Stop(problem)) => return Err(End::Fatal(problem)),

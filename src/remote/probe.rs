@@ -15,8 +15,8 @@ const TRIES: u32 = 3;
 const SHOWN: usize = 8;
 
 impl Line {
-    /// Asks for the list of models, which costs nothing; where that does not tell, for a completion of one
-    /// token. Once per process. `Err` exits 3: nothing has run yet.
+    /// Asks for the list of models, which costs nothing; where that does not tell of model and key, for a completion
+    /// of one token. Once per process. `Err` exits 3: nothing has run yet.
     pub fn probe(self: &Arc<Self>, stop: &AtomicBool) -> Result<(), Problem> {
         if *lock(&self.probed) {
             return Ok(());
@@ -74,7 +74,9 @@ impl Line {
             }
             std::thread::sleep(pace.backoff(attempt, 0.5));
         }
-        if names.contains(&self.endpoint.model) {
+        // A list that anybody may read says nothing about the key.
+        let proven = || !sender.has_key() || !sender.ask_as_nobody("/models", pace).is_ok_and(|a| a.status < 300);
+        if names.contains(&self.endpoint.model) && proven() {
             return Ok(());
         }
         // Names that are not listed may be known all the same.

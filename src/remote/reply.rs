@@ -2,7 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::borrow::Cow;
 
 /// A completion, read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +67,7 @@ impl Completion {
 
 /// What a body came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Read {
+pub enum Read {
     Completion(Completion),
     /// Another try may give one.
     Useless(String),
@@ -76,58 +75,56 @@ pub(super) enum Read {
     Error(Option<u16>, String),
 }
 
+/// What is not as expected beside the text spoils no reply that is paid for, so it is read as whatever it is.
 #[derive(Deserialize)]
-struct Body<'a> {
-    choices: Option<Vec<Choice<'a>>>,
-    usage: Option<Spent>,
-    #[serde(borrow)]
-    model: Option<Cow<'a, str>>,
-    error: Option<Value>,
+struct Body {
+    choices: Option<Vec<Choice>>,
+    #[serde(default)]
+    usage: Value,
+    #[serde(default)]
+    model: Value,
+    #[serde(default)]
+    error: Value,
 }
 
 #[derive(Deserialize)]
-struct Choice<'a> {
-    #[serde(borrow)]
-    message: Option<Message<'a>>,
-    finish_reason: Option<Cow<'a, str>>,
+struct Choice {
+    message: Option<Message>,
+    #[serde(default)]
+    finish_reason: Value,
 }
 
 #[derive(Deserialize)]
-struct Message<'a> {
-    content: Option<Value>,
-    #[serde(borrow)]
-    reasoning_content: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    reasoning: Option<Cow<'a, str>>,
-    refusal: Option<Cow<'a, str>>,
+struct Message {
+    #[serde(default)]
+    content: Value,
+    #[serde(default)]
+    reasoning_content: Value,
+    #[serde(default)]
+    reasoning: Value,
+    #[serde(default)]
+    refusal: Value,
 }
 
-#[derive(Deserialize)]
-struct Spent {
-    prompt_tokens: Option<u64>,
-    completion_tokens: Option<u64>,
-    completion_tokens_details: Option<Details>,
-}
+/// No reply and no prompt has more tokens; what claims so counts as so many, and sums stay numbers.
+pub(super) const TOKENS_MAX: u64 = 1 << 40;
 
-#[derive(Deserialize)]
-struct Details {
-    reasoning_tokens: Option<u64>,
-}
-
-pub(super) fn read(body: &str) -> Read {
+/// Reads the body of a chat completion.
+pub fn read(body: &str) -> Read {
     let body: Body = match serde_json::from_str(body) {
         Ok(body) => body,
         Err(error) => return Read::Useless(format!("the reply is not a chat completion: {error}")),
     };
     let choice = body.choices.and_then(|choices| choices.into_iter().next());
-    if let (None, Some(error)) = (&choice, body.error.filter(|error| !error.is_null())) {
+    let error = &body.error;
+    if choice.is_none() && !error.is_null() {
         let code =
             ["code", "status"].iter().find_map(|name| error[*name].as_u64()).and_then(|code| code.try_into().ok());
-        return Read::Error(code, words(&error));
+        return Read::Error(code, words(error));
     }
     let Some(choice) = choice else { return Read::Useless("the reply holds no choice".into()) };
     let Some(message) = choice.message else { return Read::Useless("the reply holds no message".into()) };
-    let finish = match choice.finish_reason.as_deref() {
+    let finish = match choice.finish_reason.as_str() {
         // Some servers give no reason for an ordinary end.
         None | Some("stop" | "eos" | "end_turn" | "stop_sequence") => Finish::Stop,
         Some("length" | "max_tokens") => Finish::Length,
@@ -137,24 +134,29 @@ pub(super) fn read(body: &str) -> Read {
         }
         Some(other) => Finish::Other(other.chars().take(80).collect()),
     };
-    let finish = match message.refusal.filter(|words| !words.trim().is_empty()) {
+    let some = |value: Value| Some(text(value)).filter(|text| !text.trim().is_empty());
+    let finish = match some(message.refusal) {
         Some(words) => Finish::Filtered(words.trim().chars().take(300).collect()),
         None => finish,
     };
-    let content = message.content.map(text).unwrap_or_default();
-    let said = message.reasoning_content.or(message.reasoning).filter(|text| !text.trim().is_empty());
-    let (thinking, answer) = match said {
+    let content = text(message.content);
+    let (thinking, answer) = match some(message.reasoning_content).or_else(|| some(message.reasoning)) {
         Some(thinking) => (Some(thinking.trim().to_string()), content.trim().to_string()),
         None => apart(&content),
     };
-    let usage = body.usage.and_then(|spent| {
-        Some(Usage {
-            prompt_tokens: spent.prompt_tokens?,
-            completion_tokens: spent.completion_tokens.unwrap_or(0),
-            reasoning_tokens: spent.completion_tokens_details.and_then(|d| d.reasoning_tokens).unwrap_or(0),
-        })
+    let usage = tokens(&body.usage["prompt_tokens"]).map(|prompt_tokens| Usage {
+        prompt_tokens,
+        completion_tokens: tokens(&body.usage["completion_tokens"]).unwrap_or(0),
+        reasoning_tokens: tokens(&body.usage["completion_tokens_details"]["reasoning_tokens"]).unwrap_or(0),
     });
-    Read::Completion(Completion { thinking, answer, finish, usage, model: body.model.map(Cow::into_owned) })
+    let model = body.model.as_str().map(String::from);
+    Read::Completion(Completion { thinking, answer, finish, usage, model })
+}
+
+/// A number of tokens, also where it is written as `12.0`.
+fn tokens(value: &Value) -> Option<u64> {
+    let tokens = value.as_u64().or_else(|| value.as_f64().filter(|tokens| *tokens >= 0.0).map(|tokens| tokens as u64));
+    tokens.map(|tokens| tokens.min(TOKENS_MAX))
 }
 
 /// A text, or the text parts of a list of parts.
@@ -185,6 +187,21 @@ fn apart(content: &str) -> (Option<String>, String) {
 pub(super) fn words(error: &Value) -> String {
     let message = error["message"].as_str().or_else(|| error.as_str()).map_or_else(|| error.to_string(), String::from);
     one_line(&message)
+}
+
+/// The words of the body of a reply that is an error.
+pub fn error_words(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(body);
+    match serde_json::from_str::<Value>(&text) {
+        Ok(value) if !value["error"].is_null() => {
+            let code = value["error"]["code"].as_str().map(|code| format!(" ({})", one_line(code)));
+            format!("{}{}", words(&value["error"]), code.unwrap_or_default())
+        }
+        Ok(value) => words(&value),
+        // A page for people.
+        Err(_) if text.trim_start().starts_with('<') => String::new(),
+        Err(_) => one_line(&text),
+    }
 }
 
 pub(super) fn one_line(text: &str) -> String {

@@ -186,15 +186,36 @@ impl Sender {
             .help("if it is meant, write the new address as `url` of the endpoint")
     }
 
+    /// Whether there is a key to be looked at.
+    pub fn has_key(&self) -> bool {
+        self.key.is_some()
+    }
+
     /// Sends a request and reads all of the answer, whatever its status.
     pub fn ask(&self, method: &str, path: &str, body: Option<&Value>, pace: &Pace) -> Result<Answer, Broken> {
+        self.ask_as(self.key.as_ref(), method, path, body, pace)
+    }
+
+    /// The same as somebody without a key.
+    pub fn ask_as_nobody(&self, path: &str, pace: &Pace) -> Result<Answer, Broken> {
+        self.ask_as(None, "GET", path, None, pace)
+    }
+
+    fn ask_as(
+        &self,
+        key: Option<&Key>,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+        pace: &Pace,
+    ) -> Result<Answer, Broken> {
         let url = format!("{}{path}", self.endpoint.url.trim_end_matches('/'));
         let mut request = Request::builder()
             .method(method)
             .uri(&url)
             .header("accept-encoding", "identity")
             .header("accept", "application/json");
-        if let Some(Key(key)) = &self.key {
+        if let Some(Key(key)) = key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
         let malformed = |_| Broken { why: "the address is malformed".into(), sent: false, lasting: true };
@@ -244,18 +265,7 @@ impl Sender {
 
     /// The words of an error's body.
     pub fn words(&self, body: &[u8]) -> String {
-        let text = String::from_utf8_lossy(body);
-        let words = match serde_json::from_str::<Value>(&text) {
-            Ok(value) if !value["error"].is_null() => {
-                let code = value["error"]["code"].as_str().map(|code| format!(" ({})", one_line(code)));
-                format!("{}{}", reply::words(&value["error"]), code.unwrap_or_default())
-            }
-            Ok(value) => reply::words(&value),
-            // A page for people.
-            Err(_) if text.trim_start().starts_with('<') => String::new(),
-            Err(_) => one_line(&text),
-        };
-        self.clean(words)
+        self.clean(reply::error_words(body))
     }
 
     /// The text without the key, should a server have echoed it. Keys are long; a dummy that a local

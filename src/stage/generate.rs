@@ -15,11 +15,12 @@ use crate::data::{BadRows, Format, Record, write_jsonl};
 use crate::grade::extract;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
-use crate::remote::{Ask, Completion, Endpoint, Finish};
+use crate::remote::{Ask, Completion, Endpoint, Finish, Sampling};
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 
 const PARSERS: &[&str] = &["text", "sections", "boxed", "think-answer", "regex"];
 
@@ -257,6 +258,8 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
+impl Spec {}
+
 /// What became of one completion.
 struct Made {
     text: String,
@@ -274,7 +277,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         return Err(Problem::new("generate::empty", "the dataset has no records"));
     }
     let parser = Parser::new(&spec.parse)?;
-    let asker = Asker::new(ctx, &spec)?;
+    let asker = Asker::new(&spec, ctx.sources.get("prompt_file").map(PathBuf::as_path))?;
     let all = match &spec.endpoint {
         Some(endpoint) => by_endpoint(ctx, &spec, endpoint, &asker, &parser, &records)?,
         None => by_model(ctx, &spec, &asker, &parser, &records)?,
@@ -346,13 +349,7 @@ fn by_endpoint(
     parser: &Parser,
     records: &[Record],
 ) -> Result<Vec<Made>, Problem> {
-    let messages = every(records, |record| {
-        if asker.takes_ids(record) {
-            return Err("`input_ids` mean nothing to an endpoint; the stage needs a `prompt`".into());
-        }
-        let (user, system) = asker.ask(record)?;
-        Ok(asking::messages(user, system))
-    })?;
+    let messages = conversations(asker, records)?;
     let ask = |i: usize| Ask { messages: messages[i / spec.n].clone(), sample: (i % spec.n) as u64, attempt: 0 };
     let asks = (0..records.len() * spec.n).map(ask).collect();
     let mut asking = Asking::new(ctx, endpoint)?;
@@ -366,6 +363,57 @@ fn by_endpoint(
     })?;
     asking::write_usage(ctx, &json!(asking.bill()))?;
     Ok(made)
+}
+
+/// What every record asks an endpoint.
+fn conversations(asker: &Asker, records: &[Record]) -> Result<Vec<Value>, Problem> {
+    every(records, |record| {
+        if asker.takes_ids(record) {
+            return Err("`input_ids` mean nothing to an endpoint; the stage needs a `prompt`".into());
+        }
+        let (user, system) = asker.ask(record)?;
+        Ok(asking::messages(user, system))
+    })
+}
+
+/// A request that is still to be sent.
+pub(super) struct Pending {
+    pub key: String,
+    pub prompt_bound: u64,
+    /// How often it is sent at most, the replies of all but the last not parsing.
+    pub tries: u64,
+}
+
+/// What a stage with these parameters would ask its endpoint, given the replies that are kept.
+pub(super) fn pending(
+    params: &Params,
+    prompt_file: Option<&Path>,
+    records: &[Record],
+    kept: &mut dyn FnMut(&Ask, &Sampling) -> Result<Option<Completion>, Problem>,
+) -> Result<Vec<Pending>, Problem> {
+    let spec: Spec = super::read_params(KIND.name, params.clone())?;
+    let model = spec.endpoint.as_ref().map_or("", |endpoint| &endpoint.model);
+    let (parser, asker) = (Parser::new(&spec.parse)?, Asker::new(&spec, prompt_file)?);
+    let sampling = spec.decoding().remotely();
+    let attempts = if parser.fields.is_empty() { 1 } else { spec.max_parse_attempts.unwrap_or(1) };
+    let mut pending = Vec::new();
+    for messages in conversations(&asker, records)? {
+        for sample in 0..spec.n as u64 {
+            for attempt in 0..attempts {
+                let ask = Ask { messages: messages.clone(), sample, attempt };
+                let Some(completion) = kept(&ask, &sampling)? else {
+                    let key = ask.key(model, &sampling);
+                    pending.push(Pending { key, prompt_bound: ask.prompt_bound(), tries: attempts - attempt });
+                    break;
+                };
+                let (one, final_word) = judged(&parser, &Ok(completion));
+                if one.parsed.is_ok() || final_word {
+                    break;
+                }
+            }
+        }
+    }
+    Ok(pending)
 }
 
 /// What a reply comes to, and whether asking again would be of no use.
@@ -417,8 +465,8 @@ struct Asker {
 }
 
 impl Asker {
-    fn new(ctx: &Context, spec: &Spec) -> Result<Asker, Problem> {
-        let prompt = match (&spec.prompt, ctx.sources.get("prompt_file")) {
+    fn new(spec: &Spec, prompt_file: Option<&Path>) -> Result<Asker, Problem> {
+        let prompt = match (&spec.prompt, prompt_file) {
             (Some(text), _) => Some(Template::new("prompt", text)?),
             (None, Some(path)) => {
                 let text = std::fs::read_to_string(path)
@@ -520,6 +568,13 @@ fn output(spec: &Spec, record: &Record, id: &str, fields: Vec<(String, String)>,
         out.insert(spec.completion.clone(), Value::String(text));
     }
     out
+}
+
+/// The fields that a table `parse` makes of a completion: `Err` if the table is none, `Ok(Err)` if the text lacks
+/// what it asks for.
+pub fn parsed(parse: &Params, text: &str) -> Result<Result<Vec<(String, String)>, String>, Problem> {
+    let parse: Parse = super::read_params("parse", parse.clone())?;
+    Ok(Parser::new(&parse)?.fields(text))
 }
 
 /// Takes completions apart.

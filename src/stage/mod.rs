@@ -18,6 +18,7 @@ mod asking;
 pub mod bundled;
 pub mod check;
 pub mod command;
+pub mod counts;
 pub mod dataset;
 mod decoding;
 pub mod dpo;

@@ -1,5 +1,6 @@
 //! The program as its users meet it: exit codes, what is printed where, the words of messages.
 
+mod counts;
 mod grade;
 mod messages;
 mod needs;
@@ -84,7 +85,7 @@ macro_rules! assert_transcript {
             (r" +\d+(\.\d+)?(ms|s)\b", " [TIME]"),
             (r"peak [0-9.]+ [KMG]iB", "peak [MEMORY]"),
             (r"they take heads of .*", "they take heads of [SIZES]"),
-            (r"[0-9.]+ [KMGT]iB (here|free now|in all)", "[MEMORY] $1"),
+            (r"[0-9.]+ [KMGT]iB (here|free there|free now|in all)", "[MEMORY] $1"),
             (r"\d{4}-\d\d-\d\dT[0-9:.]+Z", "[WHEN]"),
         ]}, {
             insta::assert_snapshot!($project.transcript(&$arguments));

@@ -4,7 +4,9 @@ mod eval;
 mod faults;
 mod judge;
 mod paid;
+mod plan;
 mod probe;
+mod replies;
 mod server;
 mod study;
 

@@ -66,6 +66,18 @@ fn a_bad_key_names_its_variable_and_not_itself() {
 }
 
 #[test]
+fn a_list_that_anybody_may_read_proves_no_key() {
+    let server = Server::start();
+    server.fault("", Fault::Status(401, "", "{\"error\": {\"message\": \"invalid key\"}}"));
+    missing(&endpoint(&server, json!({"api_key_env": KEY_VARIABLE})), "remote::bad_key");
+    assert_eq!(server.faults_left(), 0);
+    server.guard_list(true);
+    server.seen();
+    probe(&endpoint(&server, json!({"api_key_env": KEY_VARIABLE}))).unwrap();
+    assert_eq!(server.asked().len(), 0, "a list for those with a key costs nothing and tells enough");
+}
+
+#[test]
 fn a_server_that_is_not_there_is_said_to_be_so() {
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let server = Server::start();

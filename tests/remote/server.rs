@@ -39,6 +39,8 @@ pub type Model = Arc<dyn Fn(&Value) -> (Value, &'static str) + Send + Sync>;
 struct State {
     model: Model,
     models: Option<Vec<String>>,
+    /// Only those with a key may read the list.
+    guarded: bool,
     latency: Duration,
     faults: VecDeque<(String, Fault)>,
     seen: Vec<Seen>,
@@ -75,6 +77,7 @@ impl Server {
         let state = State {
             model: Arc::new(echo),
             models: Some(vec!["teacher-large".into(), "teacher-small".into(), "other".into()]),
+            guarded: false,
             latency: Duration::ZERO,
             faults: VecDeque::new(),
             seen: Vec::new(),
@@ -107,6 +110,11 @@ impl Server {
     /// `None`: the server has no list.
     pub fn models(&self, models: Option<&[&str]>) {
         self.lock().models = models.map(|names| names.iter().map(ToString::to_string).collect());
+    }
+
+    /// Whether the list of models is for those alone who bring a key.
+    pub fn guard_list(&self, guarded: bool) {
+        self.lock().guarded = guarded;
     }
 
     pub fn latency(&self, latency: Duration) {
@@ -163,7 +171,9 @@ impl Server {
             self.lock().seen.push(seen.clone());
             if seen.path.ends_with("/models") {
                 let models = self.lock().models.clone();
+                let refused = self.lock().guarded && seen.authorization.is_none();
                 match models {
+                    _ if refused => self.respond(&mut stream, 401, "", b"{\"error\": \"no key\"}")?,
                     Some(names) => {
                         let ids: Vec<Value> = names.iter().map(|name| json!({"id": name})).collect();
                         self.respond(&mut stream, 200, "", json!({"data": ids}).to_string().as_bytes())?;
