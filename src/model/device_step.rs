@@ -224,7 +224,7 @@ impl DeviceModel {
             decided => decided,
         };
         if let Some(shape) = &shape {
-            let bytes = fit::device_bytes(model, extent, fit::kept(model, recompute));
+            let bytes = fit::region_bytes(model, extent, fit::kept(model, recompute));
             if let Some((region, lease)) = self.steps.room(self.gpu(), shape, bytes)? {
                 if let Some(half) = self.capture_there(model, batch, region, recompute)? {
                     given.named(half.there.launch())?;
