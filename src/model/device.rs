@@ -569,14 +569,29 @@ impl DeviceModel {
         x: &Buffer<bf16>,
     ) -> Result<Adapted, Problem> {
         let linear = &layer.linears[which];
+        let mut y = self.gpu.alloc(dims(linear, x.len()).m * linear.shape[0])?;
+        let low = self.linear_into(&mut y, model, layer, device, which, x)?;
+        Ok((y, low))
+    }
+
+    /// The same, where there is room for y.
+    fn linear_into(
+        &self,
+        y: &mut Buffer<bf16>,
+        model: &Model,
+        layer: &Layer,
+        device: &DeviceLayer,
+        which: usize,
+        x: &Buffer<bf16>,
+    ) -> Result<Option<Buffer<bf16>>, Problem> {
+        let linear = &layer.linears[which];
         let dims = dims(linear, x.len());
-        let mut y = self.gpu.alloc(dims.m * dims.n)?;
         let lora = self.lora(model, linear.lora);
         let mut low = lora.as_ref().map(|lora| self.gpu.alloc(dims.m * lora.rank)).transpose()?;
         let bias = device.biases[which].as_ref().map(|bias| self.vector(bias));
         let weight = self.matrix(&device.weights[which]);
-        lora_matmul::forward(&mut y, low.as_mut(), x, weight, bias, lora, dims, Rows::Sequences, false)?;
-        Ok((y, low))
+        lora_matmul::forward(y, low.as_mut(), x, weight, bias, lora, dims, Rows::Sequences, false)?;
+        Ok(low)
     }
 
     /// q, k and v of normed rows, q and k turned by their positions, each with A x of its adapter.
@@ -597,15 +612,16 @@ impl DeviceModel {
         Ok([q, k, v])
     }
 
-    /// The layer's output and what is computed on the way from attention to it.
+    /// y = the layer's output; returns what is computed on the way from attention to it.
     fn after_attention(
         &self,
+        y: &mut Buffer<bf16>,
         model: &Model,
         layer: &Layer,
         device: &DeviceLayer,
         x: &Buffer<bf16>,
         attended: &Buffer<bf16>,
-    ) -> Result<(Buffer<bf16>, AfterAttention), Problem> {
+    ) -> Result<AfterAttention, Problem> {
         let linear = |which: usize, x: &Buffer<bf16>| self.linear(model, layer, device, which, x);
         let (mut middle, low_o) = linear(O, attended)?;
         residual::add(&mut middle, x)?;
@@ -614,10 +630,10 @@ impl DeviceModel {
         let (up, low_up) = linear(UP, &norm2)?;
         let mut gated = self.gpu.alloc(gate.len())?;
         swiglu::forward(&mut gated, &gate, &up)?;
-        let (mut y, low_down) = linear(DOWN, &gated)?;
-        residual::add(&mut y, &middle)?;
+        let low_down = self.linear_into(y, model, layer, device, DOWN, &gated)?;
+        residual::add(y, &middle)?;
         let low = [low_o, low_gate, low_up, low_down];
-        Ok((y, AfterAttention { middle, rstd2, norm2, gate, up, gated, low }))
+        Ok(AfterAttention { middle, rstd2, norm2, gate, up, gated, low })
     }
 
     /// The layer's output, and its insides.
@@ -629,6 +645,8 @@ impl DeviceModel {
         x: &Buffer<bf16>,
         sequences: &DeviceSequences,
     ) -> Result<(Buffer<bf16>, Saved), Problem> {
+        // Before its insides, or in a region it would leave a hole when they go.
+        let mut y = self.gpu.alloc(x.len())?;
         let (norm1, rstd1) = self.norm(x, &device.norm1, model)?;
         let projected = self.project(model, layer, device, &norm1, &sequences.table, &sequences.positions)?;
         let [(q, low_q), (k, low_k), (v, low_v)] = projected;
@@ -636,7 +654,7 @@ impl DeviceModel {
         let (mut attended, mut lse) = (self.gpu.alloc(q.len())?, self.gpu.alloc(q.len() / head_dim)?);
         let dims = attention_dims(model);
         attention::forward(&mut attended, &mut lse, &q, &k, &v, &sequences.cu_seqlens, sequences.longest, dims)?;
-        let (y, after) = self.after_attention(model, layer, device, x, &attended)?;
+        let after = self.after_attention(&mut y, model, layer, device, x, &attended)?;
         let AfterAttention { middle, rstd2, norm2, gate, up, gated, low: [low_o, low_gate, low_up, low_down] } = after;
         let low = [low_q, low_k, low_v, low_o, low_gate, low_up, low_down];
         Ok((y, Saved { rstd1, norm1, q, k, v, attended, lse, middle, rstd2, norm2, gate, up, gated, low }))

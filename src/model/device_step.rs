@@ -224,7 +224,7 @@ impl DeviceModel {
             decided => decided,
         };
         if let Some(shape) = &shape {
-            let bytes = fit::device_bytes(model, extent, fit::kept(model, recompute));
+            let bytes = fit::region_bytes(model, extent, fit::kept(model, recompute));
             if let Some((region, lease)) = self.steps.room(self.gpu(), shape, bytes)? {
                 if let Some(half) = self.capture_there(model, batch, region, recompute)? {
                     given.named(half.there.launch())?;
@@ -301,7 +301,7 @@ impl DeviceModel {
         self.launch_back(model, walk, given, dlogprobs, sums)
     }
 
-    /// `None` if there is not the memory to.
+    /// `None` if the memory does not suffice, or the driver refuses.
     fn capture_there(
         &self,
         model: &Model,
@@ -311,7 +311,7 @@ impl DeviceModel {
     ) -> Result<Option<Half>, Problem> {
         let extent = Extent::of(batch);
         let table = self.table(model, extent.longest)?;
-        let Some(all) = unless_short(region.alloc(Inputs::len(extent)))? else { return Ok(None) };
+        let Some(all) = unless_refused(region.alloc(Inputs::len(extent)))? else { return Ok(None) };
         let mut inputs = Inputs::over(all, extent);
         inputs.write(batch)?;
         let mut walked = None;
@@ -319,11 +319,11 @@ impl DeviceModel {
             walked = Some(self.way_there(model, inputs, extent.longest, table, recompute)?);
             Ok(())
         });
-        let done = unless_short(graph)?.zip(walked);
+        let done = unless_refused(graph)?.zip(walked);
         Ok(done.map(|(there, (logprobs, walk))| Half { logprobs: region.view(&logprobs), region, walk, there }))
     }
 
-    /// `None` if there is not the memory to.
+    /// `None` if the memory does not suffice, or the driver refuses.
     fn capture_back(
         &self,
         model: &Model,
@@ -338,7 +338,7 @@ impl DeviceModel {
             dx = self.way_back(model, walk, sums)?;
             Ok(())
         });
-        let Some(back) = unless_short(back)? else { return Ok(None) };
+        let Some(back) = unless_refused(back)? else { return Ok(None) };
         let dx = dx.map(|dx| region.view(&dx));
         let sums = sums.iter().map(Buffer::share).collect();
         Ok(Some(Box::new(Step { region, inputs, logprobs, there, back, dx, sums })))
@@ -363,10 +363,10 @@ impl DeviceModel {
     }
 }
 
-/// `None` in place of a problem that a step launched kernel by kernel may not have.
-fn unless_short<T>(done: Result<T, Problem>) -> Result<Option<T>, Problem> {
+/// `None` in place of a problem that a step launched kernel by kernel need not have.
+fn unless_refused<T>(done: Result<T, Problem>) -> Result<Option<T>, Problem> {
     match done {
-        Err(problem) if ["cuda::capture", "cuda::out_of_memory"].contains(&problem.code) => Ok(None),
+        Err(problem) if ["cuda::capture", "cuda::out_of_memory", "cuda::driver"].contains(&problem.code) => Ok(None),
         done => done.map(Some),
     }
 }
@@ -451,7 +451,7 @@ impl All {
         let Some(bytes) = [self.most, bytes].into_iter().find(fits) else { return Ok(None) };
         self.shapes.forget();
         self.region = None;
-        self.region = unless_short(Region::new(gpu, bytes))?;
+        self.region = unless_refused(Region::new(gpu, bytes))?;
         Ok(self.region.clone())
     }
 }

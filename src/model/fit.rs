@@ -47,10 +47,15 @@ pub(super) fn kept(model: &Model, recompute: Recompute) -> usize {
 /// Layers that keep their insides on a device however little memory there is.
 pub const LEAST_ON_DEVICE: usize = 1;
 
-/// Device memory that must be free for a micro-batch while `kept` layers keep their insides, or that a captured one
-/// works in. An eighth too much, for what pools and the driver cut off: at worst a layer is computed again that need not
-/// be.
+/// Device memory that must be free for a micro-batch while `kept` layers keep their insides. An eighth too much, for
+/// what pools and the driver cut off: at worst a layer is computed again that need not be.
 pub fn device_bytes(model: &Model, extent: Extent, kept: usize) -> usize {
+    let bytes = working(model, true, extent, kept);
+    bytes + bytes / 8
+}
+
+/// The same of one that is captured: its region.
+pub fn region_bytes(model: &Model, extent: Extent, kept: usize) -> usize {
     planned(model, true, extent, kept, |plan| plan.region())
 }
 

@@ -331,11 +331,11 @@ impl Plan<'_> {
         u64::try_from(sums.max().unwrap_or(0)).unwrap_or(u64::MAX)
     }
 
-    /// The region that a captured step works in on a device: an eighth more than its buffers take together, for what
-    /// is lost between them.
+    /// The region that a captured step works in on a device: a quarter more than its buffers take together, for what is
+    /// lost between them. In a few shapes that is a fifth.
     pub fn region(&self) -> usize {
         let bytes = usize::try_from(self.working()).unwrap_or(usize::MAX);
-        bytes.saturating_add(bytes / 8)
+        bytes.saturating_add(bytes / 4)
     }
 
     /// Everything that is there at the moment that takes most of `place`.

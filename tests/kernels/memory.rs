@@ -167,8 +167,8 @@ fn planned_steps_with_the_region_of_captured_ones_are_what_the_buffers_take() {
     for (lengths, targets, kept) in [
         (&[60, 40, 20][..], &lora::TARGETS[..], NONE),
         (&[60, 40, 20], &lora::TARGETS[..7], ALL),
-        (&[37], &["q_proj", "v_proj"], LAST),
-        (&[60, 60], &["lm_head"], NONE),
+        (&[30, 7], &["q_proj", "v_proj"], LAST),
+        (&[61, 59], &["lm_head"], NONE),
     ] {
         let (spec, gpu) = (spec(targets), Gpu::new(Box::new(PORTABLE)));
         let mut model = Model::random(config(true), 3, Dtype::Bf16);
@@ -189,13 +189,9 @@ fn planned_steps_with_the_region_of_captured_ones_are_what_the_buffers_take() {
         let plain = step(&rows);
         let captured = [step(&rows), step(&rows)];
         assert!(captured[0].now > plain.now && captured[0].now == captured[1].now, "captured, and then launched again");
-        // Another shape that takes as much, or nearly.
+        // Another shape that takes as much.
         let mut other = rows;
         other.lengths.rotate_left(1);
-        if other.lengths == lengths {
-            other.rows.pop();
-            other.targets.pop();
-        }
         step(&other);
         let (config, state_sizes) = (config(true), |values| train::Kind::AdamW.state_sizes(values));
         let extent = Extent::of(&other.batch());

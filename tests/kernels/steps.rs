@@ -3,13 +3,13 @@
 use crate::bench::Bench;
 use crate::model::{Rows, bench, config, model, rows, run, training};
 use crate::support::{
-    Asked, Emulated, Limited, PORTABLE, Watched, Watcher, before_launches, gpu, kind, on_device,
+    Asked, Emulated, HOPPER, Limited, PORTABLE, Watched, Watcher, before_launches, gpu, kind, on_device,
     on_each_kind_of_device, with_free_bytes,
 };
-use pipe::cuda::Gpu;
+use pipe::cuda::{Capability, Dim, Driver, Gpu, Mark, Queue, TensorMap, TensorView};
 use pipe::files::Files;
 use pipe::model::memory::Extent;
-use pipe::model::{Device, Gradients, Model, Placed, PlacedGradients, Recompute, fit};
+use pipe::model::{Config, Device, Gradients, LoraSpec, Model, Placed, PlacedGradients, Recompute, fit, lora};
 use pipe::problem::Problem;
 use pipe::random::Stream;
 use pipe::stage;
@@ -17,7 +17,7 @@ use pipe::tensor::Dtype;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// What the host asked a device for. From the `after`-th graph on that is refused as lost.
@@ -342,7 +342,7 @@ fn all_shapes_work_in_one_region_that_is_as_large_as_the_largest_needs() {
     let placed = placed(&gpu, |_| ());
     let mut grads = placed.zero_gradients().unwrap();
     let lengths = [20, 60, 33, 41];
-    let bytes = |tokens| fit::device_bytes(&placed, Extent::of(&sequence(tokens).batch()), 0);
+    let bytes = |tokens| fit::region_bytes(&placed, Extent::of(&sequence(tokens).batch()), 0);
     let mut taken = Vec::new();
     for _ in 0..4 {
         for tokens in lengths {
@@ -412,11 +412,190 @@ fn steps_that_fit_still_fit() {
     step(&model, &sequence(70), &mut grads);
     let (least, step) = (alone.usage().peak, fit::device_bytes(&model, Extent::of(&sequence(70).batch()), 0));
     let captured = Mutex::new(Vec::new());
-    for more in [step / 8, step, 2 * step, 4 * step] {
+    for more in [step / 8, step, 2 * step, 5 * step] {
         let gpu = Limited::to(least + more);
         assert!(run(&gpu) == law, "{more} bytes more than a step takes");
         captured.lock().unwrap().push(gpu.usage().peak);
     }
     let peaks = captured.into_inner().unwrap();
     assert!(peaks.is_sorted() && peaks[0] < peaks[3], "{peaks:?}");
+}
+
+/// A device that does nothing, at once, with as much memory as is asked for: what is asked of it can be counted at any
+/// size.
+struct Idle {
+    capability: Capability,
+    next: AtomicU64,
+    launches: Arc<AtomicUsize>,
+    graphs: Arc<AtomicUsize>,
+}
+
+impl Driver for Idle {
+    fn name(&self) -> String {
+        "nothing".into()
+    }
+
+    fn capability(&self) -> Capability {
+        self.capability
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64, Problem> {
+        Ok(self.next.fetch_add(bytes.next_multiple_of(512) as u64, Ordering::Relaxed))
+    }
+
+    fn free(&self, _: u64) {}
+
+    fn memory(&self) -> Result<(usize, usize), Problem> {
+        Ok((1 << 50, 1 << 50))
+    }
+
+    fn upload(&self, _: u64, _: &[u8]) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    fn download(&self, _: u64, _: &mut [u8]) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    fn zero(&self, _: u64, _: usize) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    fn tensor_map(&self, _: &TensorView) -> Result<TensorMap, Problem> {
+        Ok(TensorMap([0; 16]))
+    }
+
+    unsafe fn launch(&self, _: &'static str, _: Dim, _: Dim, _: u32, _: &mut [*mut c_void]) -> Result<(), Problem> {
+        self.launches.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    /// Memory of the host is written to, so it is there, and stays.
+    fn alloc_host(&self, bytes: usize) -> Result<u64, Problem> {
+        Ok(Box::leak(vec![0u64; bytes.div_ceil(8)].into_boxed_slice()).as_ptr() as u64)
+    }
+
+    fn free_host(&self, _: u64) {}
+
+    unsafe fn queue_upload(&self, _: Queue, _: u64, _: u64, _: usize) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    unsafe fn queue_download(&self, _: Queue, _: u64, _: u64, _: usize) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    fn mark(&self, _: Queue) -> Result<Mark, Problem> {
+        Ok(Mark(0))
+    }
+
+    fn queue_wait(&self, _: Queue, _: Mark) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    fn wait(&self, _: Mark) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    fn forget(&self, _: Mark) {}
+
+    fn begin_capture(&self) -> Result<(), Problem> {
+        Ok(())
+    }
+
+    fn end_capture(&self) -> Result<u64, Problem> {
+        Ok(1)
+    }
+
+    unsafe fn launch_graph(&self, _: u64) -> Result<(), Problem> {
+        self.graphs.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn free_graph(&self, _: u64) {}
+}
+
+/// A model of these layers, hidden size, intermediate size and vocabulary on a device that does nothing; launches and
+/// graphs of each of three equal steps.
+fn asked_of_nothing(
+    [layers, hidden, inner, vocabulary]: [usize; 4],
+    capability: Capability,
+    change: impl FnOnce(&mut Model),
+    steps: &[Rows],
+) -> Vec<[[usize; 2]; 3]> {
+    let map = json!({
+        "model_type": "qwen2", "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
+        "tie_word_embeddings": true,
+    });
+    let mut model = Model::random(Config::parse(&map.to_string()).unwrap(), 3, Dtype::Bf16);
+    change(&mut model);
+    let (launches, graphs) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+    let (next, counts) = (AtomicU64::new(1 << 20), [launches.clone(), graphs.clone()]);
+    let gpu = Gpu::new(Box::new(Idle { capability, next, launches, graphs }));
+    let placed = Placed::new(model, &Device::Cuda(gpu)).unwrap();
+    let mut grads = placed.zero_gradients().unwrap();
+    counts.iter().for_each(|count| count.store(0, Ordering::Relaxed));
+    let mut once = |rows: &Rows| {
+        step(&placed, rows, &mut grads);
+        counts.each_ref().map(|count| count.swap(0, Ordering::Relaxed))
+    };
+    steps.iter().map(|rows| [once(rows), once(rows), once(rows)]).collect()
+}
+
+fn adapter(targets: &[&str], rank: usize) -> LoraSpec {
+    LoraSpec { rank, alpha: 8.0, targets: targets.iter().map(|target| target.to_string()).collect() }
+}
+
+/// So many tokens in equal sequences, of which every `every`-th token is learned.
+fn equal(sequences: usize, tokens: usize, every: usize) -> Rows {
+    let ids: Vec<u32> = (0..(sequences * tokens) as u32).map(|i| i % 101).collect();
+    let rows: Vec<usize> = (0..ids.len()).step_by(every).collect();
+    Rows { targets: rows.iter().map(|row| ids[*row]).collect(), ids, lengths: vec![tokens; sequences], rows }
+}
+
+#[test]
+fn a_region_holds_the_step_it_was_made_for_whatever_its_shape() {
+    let (portable, hopper) = (PORTABLE.0, HOPPER.0);
+    // Wide as Qwen2.5's: the intermediate size is five times the hidden one, the vocabulary 170 times.
+    let wide = [5, 64, 344, 10_880];
+    let steps = [(1, 1, 1), (1, 37, 1), (3, 50, 2), (1, 700, 40), (2, 2600, 1), (1, 9000, 3)]
+        .map(|(sequences, tokens, every)| equal(sequences, tokens, every));
+    let recomputed = [Recompute::All, Recompute::None, Recompute::First(3)];
+    let of = |capability, change: &dyn Fn(&mut Model)| {
+        for recompute in recomputed {
+            let change = |model: &mut Model| {
+                change(model);
+                model.recompute = recompute;
+            };
+            for (counts, rows) in asked_of_nothing(wide, capability, change, &steps).iter().zip(&steps) {
+                let [[launches, 0], [the_same, 2], [0, 2]] = *counts else {
+                    panic!("{recompute:?}, {:?}, {} rows: {counts:?}", rows.lengths, rows.rows.len())
+                };
+                assert_eq!(launches, the_same);
+            }
+        }
+    };
+    for capability in [portable, hopper] {
+        for targets in [&lora::TARGETS[..], &["q_proj", "v_proj"], &["lm_head"]] {
+            for rank in [8, 64] {
+                of(capability, &|model| model.add_lora(&adapter(targets, rank), 4).unwrap());
+            }
+        }
+        of(capability, &|model| model.train_all().unwrap());
+    }
+}
+
+/// The layers and the vocabulary of Qwen2.5-0.5B and 7B, which is all that the number of launches depends on.
+#[test]
+fn a_step_of_qwen_is_thousands_of_launches_or_two_graphs() {
+    for (layers, vocabulary, launches) in [(24, 151_936, 2295), (28, 152_064, 2671)] {
+        let change = |model: &mut Model| model.add_lora(&adapter(&lora::TARGETS, 8), 4).unwrap();
+        let counts = asked_of_nothing([layers, 16, 16, vocabulary], PORTABLE.0, change, &[sequence(512)]);
+        assert_eq!(counts[0], [[launches, 0], [launches, 2], [0, 2]], "{layers} layers");
+    }
 }
