@@ -255,7 +255,7 @@ fn every_accepted_manifest_key_is_read() {
     };
     // `lora` is read as the model's own `LoraSpec`.
     let lora = fs::read_to_string(root().join("src/model/lora.rs")).expect("lora.rs");
-    let shared = ["training", "decoding", "inputs", "readings"].map(stage).concat() + &lora;
+    let shared = ["training", "decoding", "thinking", "judge", "inputs", "readings"].map(stage).concat() + &lora;
     let mut wrong = Vec::new();
     for kind in pipe::stage::KINDS {
         let own = stage(kind.name);
@@ -268,6 +268,9 @@ fn every_accepted_manifest_key_is_read() {
                 // Once where it is declared, once more where it is asked for.
                 true => text.matches(&format!("{name}\"")).count() >= 2,
                 false => text.lines().any(|line| {
+                    if line.contains(&format!("serde(rename = \"{name}\")")) {
+                        return true;
+                    }
                     let line = line.trim_start().trim_start_matches("pub ").trim_start_matches("r#");
                     line.strip_prefix(name.as_str()).is_some_and(|rest| rest.starts_with(": "))
                 }),

@@ -335,10 +335,37 @@ fn a_table_may_take_an_endpoint_or_a_model_and_a_profile_the_other() {
 #[test]
 fn what_is_wrong_in_a_table_is_said_of_the_table() {
     let judge = "judge = { endpoint = \"referee\", max_attempts = 2 }";
-    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { max_tokens = 9 }")), @"");
-    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { endpoint = \"referee\", model = \"local\" }")), @"");
-    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { endpoint = \"referee\", dtype = \"bf16\" }")), @"");
-    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { endpoint = \"refere\" }")), @"");
-    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { model = \"locl\" }")), @"");
-    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { model = \"task\" }")), @"");
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { max_tokens = 9 }")), @r#"
+error[manifest::missing_key]: `judge` of stage `made` needs `model` or `endpoint`
+  m.toml:19 "{ max_tokens = 9 }"
+  note: `model`: The model that judges, on this machine.
+  note: `endpoint`: The server that judges: an `[endpoint.NAME]`.
+"#);
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { endpoint = \"referee\", model = \"local\" }")), @r#"
+error[manifest::one_of_two]: `judge` of stage `made` has both `model` and `endpoint`
+  m.toml:19 "model"
+  m.toml:19 "endpoint"
+  help: keep one of the two
+"#);
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { endpoint = \"referee\", dtype = \"bf16\" }")), @r#"
+error[manifest::key_without_effect]: `judge.dtype` of stage `made` goes with `model`, and `judge` has `endpoint`
+  m.toml:19 "dtype"
+  help: take it out
+"#);
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { endpoint = \"refere\" }")), @r#"
+error[manifest::unknown_endpoint]: `judge.endpoint` of stage `made` names `refere`, and there is no such endpoint
+  m.toml:19 "\"refere\""
+  help: an endpoint with a similar name exists: `referee`
+"#);
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { model = \"locl\" }")), @r#"
+error[plan::missing_stage]: `judge.model` of stage `made` names `locl`, and there is no such stage
+  m.toml:19 "\"locl\""
+  help: a stage with a similar name exists: `local`
+"#);
+    assert_snapshot!(told(&JUDGED.replace(judge, "judge = { model = \"task\" }")), @r#"
+error[plan::wrong_artifact]: `judge.model` of stage `made` takes a model, and `task` yields a dataset
+  m.toml:19 "\"task\""
+  note: `task` is of kind `dataset`
+  help: stages that fit: `local`
+"#);
 }

@@ -284,7 +284,7 @@ fn s1s_judge_is_shown_the_gold_answer_and_those_before() {
     server.model(|body| {
         let text = question(body);
         if !is_judge(body) {
-            // Four samples of one problem, by their seeds; then one that ends the original.
+            // Samples of one problem, by their seeds; the last of these ends the original.
             let answers = ["\\boxed{x=5}", "\\boxed{x=6}", "\\boxed{6}", "\\fbox{5}"];
             return (json!(answers[(body["seed"].as_u64().unwrap() % 4) as usize]), "stop");
         }
@@ -350,9 +350,10 @@ fn letters_that_are_not_bare_go_to_s1s_judge_and_no_letter_is_a() {
             let at: usize = question(body).trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap();
             return (json!(["Answer: B", "Answer: the second, (B)", "Answer: none of them", "Answer: ?"][at]), "stop");
         }
-        let said = match question(body) {
-            text if text.contains("second") => "B",
-            text if text.contains("none") => "-1",
+        let (parts, _) = parts(question(body));
+        let said = match parts[0].1.as_str() {
+            "the second, (B)" => "B",
+            "none of them" => "-1",
             _ => "I cannot say",
         };
         (json!(said), "stop")
