@@ -291,7 +291,8 @@ pub fn show(global: &Global, engine: &Engine, found: &Found, browse: &Browse) ->
             true => &["id", "sample", "verdict", "extracted", "gold", "tokens", "finish", "found by", "decided by"],
             false => &["id", "state", "what"],
         };
-        let summary = format!("{} of {}", rows.len(), report::count(all, what));
+        let cut = if rows.len() < matching { format!("{matching} that match, of ") } else { String::new() };
+        let summary = format!("{} of {cut}{}", rows.len(), report::count(all, what));
         if !rows.is_empty() {
             print(&grid(head, &rows, if source.graded { 2 } else { 1 }))?;
         }
