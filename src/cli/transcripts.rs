@@ -291,7 +291,8 @@ pub fn show(global: &Global, engine: &Engine, found: &Found, browse: &Browse) ->
             true => &["id", "sample", "verdict", "extracted", "gold", "tokens", "finish", "found by", "decided by"],
             false => &["id", "state", "what"],
         };
-        let summary = format!("{} of {}", rows.len(), report::count(all, what));
+        let cut = if rows.len() < matching { format!("{matching} that match, of ") } else { String::new() };
+        let summary = format!("{} of {cut}{}", rows.len(), report::count(all, what));
         if !rows.is_empty() {
             print(&grid(head, &rows, if source.graded { 2 } else { 1 }))?;
         }
@@ -413,17 +414,16 @@ fn of_sample(item: &Item) -> Parts {
     }
     // What else an evaluation has to say of a sample.
     for (name, value) in &item.fields {
+        let elsewhere = SHOWN.contains(&name.as_str()) || (name == "thinking" && value.is_string());
+        if elsewhere {
+            continue;
+        }
+        let part = |(name, part): (&String, &Value)| format!("{name} {}", text_of(Some(part)));
         let text = match value {
-            Value::Object(parts) => parts
-                .iter()
-                .map(|(name, part)| format!("{name} {}", text_of(Some(part))))
-                .collect::<Vec<_>>()
-                .join(", "),
+            Value::Object(parts) => parts.iter().map(part).collect::<Vec<_>>().join(", "),
             other => text_of(Some(other)),
         };
-        if !SHOWN.contains(&name.as_str()) && !(name == "thinking" && value.is_string()) {
-            facts.push((short(&name.replace('_', " "), ID), short(&text, TEXT)));
-        }
+        facts.push((short(&name.replace('_', " "), ID), short(&text, TEXT)));
     }
     (facts, sections)
 }

@@ -76,7 +76,7 @@ pub const KIND: Kind = Kind {
             "interval",
             Type::Bool,
             "false",
-            "Show the 95 % interval beside each accuracy: `46.6 ± 3.4` (its longer side), or both sides where they differ by more than a tenth. In CSV its two ends.",
+            "Show the 95 % interval beside each accuracy: `46.6 ± 3.4` (its longer side), or both sides where they differ by more than a quarter. In CSV its two ends.",
         ),
         Key::default(
             "counts",

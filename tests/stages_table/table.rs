@@ -272,6 +272,18 @@ fn what_was_counted_is_noted_only_where_it_occurs_and_is_asked_for() {
 }
 
 #[test]
+fn one_width_says_the_longer_side_up_to_a_quarter_apart() {
+    for (low, high, shown) in [(46.0, 54.0, "±4.0"), (47.0, 54.0, "±4.0"), (47.1, 54.0, "−2.9 +4.0")] {
+        let mut bench = Bench::new();
+        let scores = json!({ "accuracy": 50.0, "ci_low": low, "ci_high": high });
+        bench.artifact("eval", &[("task", "a")], "scores.json", &scores.to_string());
+        let params = json!({ "rows": ["stage"], "columns": ["task"], "value": "accuracy", "interval": true });
+        bench.run(&KIND, run, params).expect("a table");
+        assert!(bench.read("table.txt").contains(&format!("50.0 {shown}\n")), "{}", bench.read("table.txt"));
+    }
+}
+
+#[test]
 fn an_interval_that_does_not_hold_its_number_is_not_shown() {
     let mut bench = Bench::new();
     let scores = json!({ "accuracy": 50.0, "ci_low": 51.0, "ci_high": 55.0 });

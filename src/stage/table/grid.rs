@@ -50,10 +50,10 @@ pub struct Interval {
 }
 
 impl Interval {
-    /// The longer side, if the other is within a tenth of it: what `±` can say without saying too little.
+    /// The longer side, if the other is within a quarter of it: what `±` can say without saying too little.
     pub fn one_width(self) -> Option<f64> {
         let (longer, shorter) = (self.below.max(self.above), self.below.min(self.above));
-        (longer - shorter <= 0.1 * longer).then_some(longer)
+        (longer - shorter <= 0.25 * longer).then_some(longer)
     }
 }
 
