@@ -549,7 +549,7 @@ impl<'a> Reader<'a> {
                 .and_then(|data| self.count(data))
                 .and_then(|(records, _)| counts::calls_at_most(&cell.params, asked.endpoint.clone(), records)),
         };
-        let until = if known.is_some() { None } else { data };
+        let until = data.filter(|data| self.look.files(*data).is_none());
         Ok(Row { cell: id, work: work.map(Box::new).map(Work::Calls), until })
     }
 

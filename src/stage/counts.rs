@@ -230,11 +230,7 @@ pub fn calls(
     let endpoint = endpoint(params).ok_or_else(unfit)?;
     let max_tokens = whole(params, "max_tokens").ok_or_else(unfit)?;
     let mut own = Replies::default();
-    let pending = generate::pending(params, prompt_file, records, &mut |ask, sampling| {
-        let reply = line.kept(ask, sampling)?;
-        reply.iter().for_each(|reply| own.add(ask.prompt_bound(), reply));
-        Ok(reply)
-    })?;
+    let pending = generate::pending(params, prompt_file, records, line, &mut own)?;
     let (mut once, mut most) = (Requests::default(), Requests::default());
     for Pending { key, prompt_bound, tries } in pending {
         let first = asked.insert(key);

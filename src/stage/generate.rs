@@ -15,7 +15,7 @@ use crate::data::{BadRows, Format, Record, write_jsonl};
 use crate::grade::extract;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
-use crate::remote::{Ask, Completion, Endpoint, Finish, Sampling};
+use crate::remote::{Ask, Completion, Endpoint, Finish, Line, Replies};
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -384,12 +384,13 @@ pub(super) struct Pending {
     pub tries: u64,
 }
 
-/// What a stage with these parameters would ask its endpoint, given the replies that are kept.
+/// What a stage with these parameters would ask its endpoint. The replies to it that are there are added to `kept`.
 pub(super) fn pending(
     params: &Params,
     prompt_file: Option<&Path>,
     records: &[Record],
-    kept: &mut dyn FnMut(&Ask, &Sampling) -> Result<Option<Completion>, Problem>,
+    line: &Line,
+    kept: &mut Replies,
 ) -> Result<Vec<Pending>, Problem> {
     let spec: Spec = super::read_params(KIND.name, params.clone())?;
     let model = spec.endpoint.as_ref().map_or("", |endpoint| &endpoint.model);
@@ -401,11 +402,12 @@ pub(super) fn pending(
         for sample in 0..spec.n as u64 {
             for attempt in 0..attempts {
                 let ask = Ask { messages: messages.clone(), sample, attempt };
-                let Some(completion) = kept(&ask, &sampling)? else {
+                let Some(completion) = line.kept(&ask, &sampling)? else {
                     let key = ask.key(model, &sampling);
                     pending.push(Pending { key, prompt_bound: ask.prompt_bound(), tries: attempts - attempt });
                     break;
                 };
+                kept.add(ask.prompt_bound(), &completion);
                 let (one, final_word) = judged(&parser, &Ok(completion));
                 if one.parsed.is_ok() || final_word {
                     break;
