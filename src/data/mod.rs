@@ -8,6 +8,7 @@
 //! names every such row, unless the caller asked for less, and then it is counted.
 
 pub mod chat;
+mod csv;
 pub mod inspect;
 pub mod order;
 pub mod records;

@@ -28,50 +28,58 @@ pub const KIND: Kind = Kind {
         Key::required("model", Type::Ref(&[ArtifactType::Model]), "The model that answers."),
         Key::required(
             "task",
-            Type::Ref(&[ArtifactType::Dataset]),
-            "The problems: a question and its answer, with `choices` for multiple choice.",
+            Type::Task(&[ArtifactType::Dataset]),
+            "The problems: a question and its answer, with `choices` for multiple choice. A `[task.NAME]`, whose keys lie beneath those of the stage, or a dataset.",
         ),
-        Key::optional(
+        Key::or(
             "prompt",
+            "prompt_file",
             Type::Str,
-            "What the model is asked: a minijinja template over the record, with `question` and, for choices, `options` (`A) ...` a line). Absent: the question, and below it the options.",
-        ),
-        decoding::SYSTEM,
-        decoding::FORMAT,
-        decoding::PREFILL,
-        Key::optional("question", Type::Str, "The field of the question. Absent: `prompt`, `question` or `problem`."),
+            "What the model is asked: a minijinja template over the record, with `question` and, for choices, `options` (`A) ...` a line). Absent, and no `prompt_file`: the question, and below it the options.",
+        )
+        .of_task(),
+        Key::or("prompt_file", "prompt", Type::Source(&["path"]), "The same from a file.").of_task(),
+        decoding::SYSTEM.of_task(),
+        decoding::FORMAT.of_task(),
+        decoding::PREFILL.of_task(),
+        Key::optional("question", Type::Str, "The field of the question. Absent: `prompt`, `question` or `problem`.")
+            .of_task(),
         Key::default(
             "answer",
             Type::Str,
             "\"answer\"",
             "The field of the right answer. For choices a letter, an index from 0, or the choice itself.",
-        ),
+        )
+        .of_task(),
         Key::optional(
             "choices",
             Type::List(&Type::Str),
-            "Fields that hold the choices, the right one first. Absent: the record's list `choices`, if it has one.",
-        ),
+            "Fields that hold the choices, the right one first. Absent or `[]`: the record's list `choices`, if it has one.",
+        )
+        .of_task(),
         Key::default(
             "shuffle_choices",
             Type::Bool,
             "true",
             "Put choices in an order drawn from `seed` and the record's id, kept in the transcript.",
-        ),
+        )
+        .of_task(),
         Key::default(
             "grader",
             Type::Choice(&["auto", "math", "numeric", "choice", "s1"]),
             "\"auto\"",
             "`choice`: a letter. `numeric`: a number or expression. `math`: also lists, intervals, equations, words. `auto`: `choice` where a record has choices or its answer is one capital letter, else `math`. `s1`: as `auto`, scored as the s1 study did without a judge: equal text, whole numbers by value, no letter is A.",
-        ),
-        Key::default("n", Type::Int { min: 1, max: 100_000 }, "1", "Samples per problem."),
-        decoding::MAX_TOKENS,
-        decoding::TEMPERATURE,
-        decoding::TOP_P,
-        decoding::TOP_K,
-        decoding::REPETITION_PENALTY,
-        decoding::SEED,
-        decoding::STOP,
-        Key::optional("limit", Type::Int { min: 1, max: i64::MAX }, "Only the first so many problems."),
+        )
+        .of_task(),
+        Key::default("n", Type::Int { min: 1, max: 100_000 }, "1", "Samples per problem.").of_task(),
+        decoding::MAX_TOKENS.of_task(),
+        decoding::TEMPERATURE.of_task(),
+        decoding::TOP_P.of_task(),
+        decoding::TOP_K.of_task(),
+        decoding::REPETITION_PENALTY.of_task(),
+        decoding::SEED.of_task(),
+        decoding::STOP.of_task(),
+        Key::optional("limit", Type::Int { min: 1, max: i64::MAX }, "Only the first so many problems.").of_task(),
         decoding::DTYPE,
         decoding::BATCH,
     ],
@@ -84,6 +92,7 @@ pub const KIND: Kind = Kind {
 #[serde(deny_unknown_fields)]
 struct Spec {
     prompt: Option<String>,
+    prompt_file: Option<String>,
     system: Option<String>,
     format: Format,
     prefill: Option<String>,
@@ -136,7 +145,7 @@ fn rules(params: &Params) -> Vec<Broken> {
         });
     }
     let fields = params.get("choices").and_then(Value::as_array).map(Vec::len);
-    if fields.is_some_and(|fields| !(2..=26).contains(&fields)) {
+    if fields.is_some_and(|fields| !matches!(fields, 0 | 2..=26)) {
         broken.push(Broken {
             key: "choices",
             message: "a choice is between 2 and 26 fields".into(),
@@ -179,7 +188,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         ..Decoding::default()
     };
     let templates = Templates {
-        prompt: spec.prompt.as_deref().map(|text| Template::new("prompt", text)).transpose()?,
+        prompt: Template::asked(ctx, spec.prompt.as_deref(), spec.prompt_file.as_deref())?,
         system: spec.system.as_deref().map(|text| Template::new("system", text)).transpose()?,
     };
     let (mut questions, mut bad, mut seen) = (Vec::new(), BadRows::default(), HashSet::new());
@@ -330,7 +339,7 @@ impl Spec {
 
     /// The choices of a record and the index of the right one.
     fn listed_choices(&self, record: &Record) -> Result<Option<(Vec<String>, usize)>, Bad> {
-        if let Some(fields) = &self.choices {
+        if let Some(fields) = self.choices.as_ref().filter(|fields| !fields.is_empty()) {
             let text = |name: &String| {
                 decoding::text_field(record, &[name]).map(|t| t.trim().to_string()).ok_or_else(|| missing(record, name))
             };
