@@ -19,11 +19,15 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vec<(usize, Record)>, Pr
     } else {
         return Ok(Vec::new());
     };
-    let (mut records, mut bad, mut total, mut begun) = (Vec::new(), BadRows::default(), 0, 1);
+    let (mut records, mut bad, mut total) = (Vec::new(), BadRows::default(), 0);
+    // The reader's own count of lines lags behind where lines end in CRLF or are blank.
+    let (mut line, mut counted) = (1, 0);
     while reader.read_byte_record(&mut row).map_err(|error| unreadable(&error))? {
         total += 1;
-        let line = row.position().map_or(0, |position| position.line() as usize);
-        begun = line;
+        let from = row.position().map_or(counted, |position| position.byte() as usize);
+        let start = from + bytes[from..].iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+        line += bytes[counted..start].iter().filter(|byte| **byte == b'\n').count();
+        counted = start;
         let place = format!("line {line}");
         if row.len() != header.len() {
             let what = format!("{} fields, and the header has {}", row.len(), header.len());
@@ -48,7 +52,7 @@ pub(super) fn read(bytes: &[u8], path: &Path) -> Result<Vec<(usize, Record)>, Pr
     if bytes.iter().filter(|&&byte| byte == b'"').count() % 2 == 1 {
         let what = "a quoted field never ends: the file has an odd number of double quotes";
         return Err(Problem::new("data::not_csv", what)
-            .at_line(path, begun)
+            .at_line(path, line)
             .note("the last row that could be told apart begins here")
             .help("within a quoted field a double quote is written twice"));
     }

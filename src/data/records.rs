@@ -25,10 +25,15 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>, Problem> {
 /// As [`read_records`], each with its 1-based line (JSON Lines, CSV) or row (array, Parquet), for messages.
 pub fn read_numbered(path: &Path) -> Result<Vec<(usize, Record)>, Problem> {
     let bytes = std::fs::read(path).map_err(|error| Problem::io("data::unreadable", "read", path, &error))?;
+    parse_numbered(&bytes, path)
+}
+
+/// The same of what has been read from `path`.
+pub fn parse_numbered(bytes: &[u8], path: &Path) -> Result<Vec<(usize, Record)>, Problem> {
     let records = if bytes.starts_with(b"PAR1") {
         read_parquet(path)?
     } else {
-        let text = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&bytes);
+        let text = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
         match text.iter().find(|byte| !byte.is_ascii_whitespace()) {
             _ if path.extension().is_some_and(|end| end.eq_ignore_ascii_case("csv")) => csv::read(text, path)?,
             Some(b'[') => read_array(text, path)?,

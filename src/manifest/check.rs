@@ -5,8 +5,8 @@
 //! its `{axis}` has been replaced ([`Mode::Filled`]).
 
 use super::endpoint::ENDPOINT;
-use super::task;
 use super::spec::{ArtifactType, Key, Kind, Params, Presence, Type};
+use super::task;
 use super::template::{self, Reference};
 use super::value::{Entry, Node, Origin, Table, Value};
 use super::{RESERVED, Text, problem, words};

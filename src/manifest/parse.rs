@@ -128,7 +128,10 @@ impl<'a> Loader<'a> {
                 let unreadable = problem("manifest::unreadable", format!("cannot read `{}`: {error}", path.display()));
                 match from {
                     Some(from) => {
-                        let help = "`include` is relative to the file it stands in";
+                        let help = match error.kind() {
+                            io::ErrorKind::InvalidData => "save the file as UTF-8",
+                            _ => "`include` is relative to the file it stands in",
+                        };
                         self.report(unreadable.help(help), from);
                     }
                     None => self.problems.push(unreadable),
@@ -267,7 +270,8 @@ impl<'a> Loader<'a> {
         }
         let names = || task::SHIPPED.iter().map(|(name, _)| *name);
         let Some((_, text)) = task::SHIPPED.iter().find(|(shipped, _)| *shipped == name) else {
-            let mut unknown = problem("manifest::unknown_task", format!("no task file `{name}` comes with the program"));
+            let mut unknown =
+                problem("manifest::unknown_task", format!("no task file `{name}` comes with the program"));
             if let Some(near) = words::nearest(name, names()) {
                 unknown = unknown.help(format!("one with a similar name does: `{}{near}`", task::SCHEME));
             }

@@ -18,14 +18,11 @@ pub const SHIPPED: &[(&str, &str)] = &[
     ("math500", include_str!("../../pipelines/tasks/math500.toml")),
     ("gpqa-diamond", include_str!("../../pipelines/tasks/gpqa-diamond.toml")),
     ("gsm8k", include_str!("../../pipelines/tasks/gsm8k.toml")),
+    ("mini", include_str!("../../pipelines/tasks/mini.toml")),
 ];
 
 /// The key of a task that is no stage's.
-pub const DATA: Key = Key::required(
-    "data",
-    Type::Ref(&[ArtifactType::Dataset]),
-    "The dataset stage of the problems.",
-);
+pub const DATA: Key = Key::required("data", Type::Ref(&[ArtifactType::Dataset]), "The dataset stage of the problems.");
 
 pub(super) static KEYS: &[Key] = &[DATA];
 

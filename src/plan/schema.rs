@@ -195,8 +195,11 @@ fn table(keys: impl Iterator<Item = &'static Key> + Clone, partial: bool) -> Jso
     let properties: Map<String, Json> =
         keys.clone().map(|key| (key.name.to_string(), key_schema(key, partial))).collect();
     let mut table = json!({ "type": "object", "additionalProperties": false, "properties": properties });
-    let required: Vec<&str> =
-        keys.clone().filter(|key| matches!(key.presence, Presence::Required) && !key.task).map(|key| key.name).collect();
+    let required: Vec<&str> = keys
+        .clone()
+        .filter(|key| matches!(key.presence, Presence::Required) && !key.task)
+        .map(|key| key.name)
+        .collect();
     if !partial && !required.is_empty() {
         table["required"] = json!(required);
     }

@@ -18,7 +18,7 @@ use crate::data::{BadRows, Eos, Format, Overlength, Record, Side, write_jsonl};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::{Exit, Problem};
 use crate::random::Stream;
-use crate::stage::{Context, training};
+use crate::stage::{Context, bundled, training};
 use read::{read, read_input};
 use regex::Regex;
 use serde::Deserialize;
@@ -45,8 +45,8 @@ pub const KIND: Kind = Kind {
     keys: &[
         Key::optional(
             "source",
-            Type::Source(&["hf", "path"]),
-            "A JSON Lines, JSON, CSV (with a header) or Parquet file, a folder of them, or a dataset on the hub (`hf:OWNER/NAME`). Either this or `concat`.",
+            Type::Source(&["hf", "path", "init"]),
+            "A JSON Lines, JSON, CSV (with a header) or Parquet file, a folder of them, or a dataset on the hub (`hf:OWNER/NAME`); or one that is bundled, such as `init:mini-math500`. Either this or `concat`.",
         ),
         Key::optional(
             "file",
@@ -73,7 +73,11 @@ pub const KIND: Kind = Kind {
         Key::optional(
             "extract",
             Type::Map(&Type::Table(&[
-                Key::required("from", Type::Str, "The text looked at; may be a dotted path, or a name that `columns` gave."),
+                Key::required(
+                    "from",
+                    Type::Str,
+                    "The text looked at; may be a dotted path, or a name that `columns` gave.",
+                ),
                 Key::required(
                     "pattern",
                     Type::Str,
@@ -329,6 +333,11 @@ fn rules(params: &Params) -> Vec<Broken> {
         (false, false) => say("source", "a dataset needs `source` or `concat`", example),
         _ => {}
     }
+    let bundled = params.get("source").and_then(Value::as_str).and_then(|source| source.strip_prefix("init:"));
+    if let Some(name) = bundled.filter(|name| bundled::dataset(name).is_none()) {
+        let names: Vec<&str> = bundled::DATASETS.iter().map(|(name, _)| *name).collect();
+        say("source", &format!("there is no bundled dataset `{name}`"), &format!("bundled: {}", names.join(", ")));
+    }
     for key in ["file", "split"] {
         if params.contains_key(key) && !params.contains_key("source") {
             say(
@@ -366,7 +375,11 @@ fn rules(params: &Params) -> Vec<Broken> {
     }
     for (name, extract) in params.get("extract").and_then(Value::as_object).into_iter().flatten() {
         if let Some(Err(error)) = extract.get("pattern").and_then(Value::as_str).map(Regex::new) {
-            say("extract", &format!("`{name}`: not a regular expression: {error}"), "see https://docs.rs/regex/#syntax");
+            say(
+                "extract",
+                &format!("`{name}`: not a regular expression: {error}"),
+                "see https://docs.rs/regex/#syntax",
+            );
         }
     }
     broken

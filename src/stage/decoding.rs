@@ -378,8 +378,7 @@ impl Template {
         let path = ctx.sources.get("prompt_file").ok_or_else(|| {
             Problem::new("generate::prompt_file", format!("`{file}` was not resolved to a file")).exit(Exit::Missing)
         })?;
-        let bytes =
-            std::fs::read(path).map_err(|error| Problem::io("generate::prompt_file", "read", path, &error))?;
+        let bytes = std::fs::read(path).map_err(|error| Problem::io("generate::prompt_file", "read", path, &error))?;
         let text = String::from_utf8(bytes).map_err(|error| {
             let at = error.utf8_error().valid_up_to() + 1;
             Problem::new("data::not_utf8", format!("`prompt_file` is not UTF-8 at byte {at}"))

@@ -205,7 +205,14 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         });
         match made {
             Ok(question) => questions.push(question),
-            Err((code, what)) => bad.push(code, &line, &what),
+            Err((code, what)) => {
+                bad.push(code, &line, &what);
+                if code == "eval::field" {
+                    bad.help(
+                        "`question`, `answer` and `choices`, of the stage or of its task, name fields of the records",
+                    );
+                }
+            }
         }
     }
     bad.finish(records.len(), None)?;

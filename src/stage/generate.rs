@@ -739,12 +739,22 @@ mod tests {
     }
 
     #[test]
+    fn values_of_an_object_are_fields() {
+        let spec = json!({"kind": "json", "fields": {"answer": "result.value", "whole": "text"}});
+        let text = "<think>{\"result\": {\"value\": 1}}</think>So:\n```json\n{\"result\": {\"value\": 2.50}}\n```";
+        assert_eq!(parse(spec.clone(), text), pairs(&[("answer", "2.50"), ("whole", text)]));
+        assert_eq!(parse(spec.clone(), "{\"result\": 2}"), Err("the JSON object has no `result.value`".into()));
+        assert_eq!(parse(spec, "{\"result\": {\"value\": \"\"}}"), Err("`result.value` is empty".into()));
+    }
+
+    #[test]
     fn rules_between_keys_are_checked_before_anything_runs() {
         let keys =
             |params: Value| -> Vec<&'static str> { rules(params.as_object().unwrap()).iter().map(|b| b.key).collect() };
-        assert_eq!(keys(json!({"prompt": "{{ a", "prompt_file": "path:x", "parse": {}})), ["prompt_file", "prompt"]);
+        assert_eq!(keys(json!({"prompt": "{{ a", "parse": {}})), ["prompt"]);
         assert_eq!(keys(json!({"parse": {"kind": "regex"}})), ["parse.pattern"]);
         assert_eq!(keys(json!({"parse": {"kind": "sections"}})), ["parse.fields"]);
+        assert_eq!(keys(json!({"parse": {"kind": "json"}})), ["parse.fields"]);
         assert_eq!(keys(json!({"parse": {"kind": "boxed", "fields": {"a": "thinking"}}})), ["parse.fields"]);
         assert_eq!(
             keys(json!({"parse": {"kind": "regex", "pattern": "(?<a>x)", "fields": {"b": "c"}}})),

@@ -4,6 +4,7 @@ mod grade;
 mod messages;
 mod needs;
 mod run;
+mod tasks;
 mod views;
 
 use std::path::{Path, PathBuf};

@@ -194,7 +194,8 @@ impl Resolver<'_> {
     ) -> Option<(usize, Vec<(String, String)>)> {
         let owner = format!("stage `{}`", self.stage_of(stage).name);
         let parsed = Reference::parse(text).ok().filter(|_| reference.task);
-        let Some((parsed, task)) = parsed.and_then(|parsed| Some((parsed.clone(), self.manifest.task(&parsed.stage)?.1)))
+        let Some((parsed, task)) =
+            parsed.and_then(|parsed| Some((parsed.clone(), self.manifest.task(&parsed.stage)?.1)))
         else {
             return self.named(&owner, Some(stage), reference, text);
         };

@@ -111,7 +111,13 @@ impl<'m> Resolver<'m> {
     }
 
     /// The parameters at a point, made once per distinct values of the axes that strings use.
-    fn filling(&mut self, stage: usize, kind: &'static Kind, fillings: &mut Fillings<'_>, point: &Point) -> Arc<Filling> {
+    fn filling(
+        &mut self,
+        stage: usize,
+        kind: &'static Kind,
+        fillings: &mut Fillings<'_>,
+        point: &Point,
+    ) -> Arc<Filling> {
         let key: Vec<Option<ValueId>> = fillings.axes.iter().map(|axis| at(point, *axis)).collect();
         if let Some(known) = fillings.made.get(&key) {
             return known.clone();

@@ -2,11 +2,11 @@
 
 use super::{Extract, Row, Spec, lookup};
 use crate::data::records::kind_of;
-use crate::data::{BadRows, Record, read_numbered};
+use crate::data::{BadRows, Record, parse_numbered, read_numbered};
 use crate::digest::Digest;
 use crate::files::Files;
 use crate::problem::{Exit, Problem};
-use crate::stage::{Artifact, Context};
+use crate::stage::{Artifact, Context, bundled};
 use regex::Regex;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -17,18 +17,13 @@ pub(super) fn read(ctx: &Context, spec: &Spec) -> Result<Vec<Row>, Problem> {
     let inputs = ctx.inputs("concat");
     let mut rows = Vec::new();
     if let Some(source) = &spec.source {
-        let path = ctx.sources.get("source").ok_or_else(|| {
-            Problem::new("dataset::source", format!("`{source}` was not fetched")).exit(Exit::Missing)
-        })?;
-        let files = choose_files(path, spec.file.as_deref(), spec.split.as_deref())?;
         let mut ids = Ids::default();
-        for file in &files {
-            let mut numbered = read_numbered(file)?;
+        for (file, mut numbered) in sourced(ctx, spec, source)? {
             let made: Vec<String> = numbered.iter().map(|(_, record)| ids.made(record)).collect();
-            name_ids(&mut numbered, &spec.id, file)?;
-            map_columns(&mut numbered, &spec.columns, &file.display().to_string(), file)?;
-            extract(&mut numbered, &spec.extract, file)?;
-            ids.fill(&mut numbered, made, file, true)?;
+            name_ids(&mut numbered, &spec.id, &file)?;
+            map_columns(&mut numbered, &spec.columns, &file.display().to_string(), &file)?;
+            extract(&mut numbered, &spec.extract, &file)?;
+            ids.fill(&mut numbered, made, &file, true)?;
             rows.extend(numbered.into_iter().map(|(_, record)| Row { record, origin: 0 }));
         }
     }
@@ -44,6 +39,21 @@ pub(super) fn read(ctx: &Context, spec: &Spec) -> Result<Vec<Row>, Problem> {
         rows.extend(numbered.into_iter().map(|(_, record)| Row { record, origin }));
     }
     Ok(rows)
+}
+
+/// The records of each file that a source stands for.
+fn sourced(ctx: &Context, spec: &Spec, source: &str) -> Result<Vec<(PathBuf, Vec<(usize, Record)>)>, Problem> {
+    if let Some(bytes) = source.strip_prefix("init:").and_then(bundled::dataset) {
+        let name = PathBuf::from(source);
+        let records = parse_numbered(bytes, &name)?;
+        return Ok(vec![(name, records)]);
+    }
+    let path = ctx
+        .sources
+        .get("source")
+        .ok_or_else(|| Problem::new("dataset::source", format!("`{source}` was not fetched")).exit(Exit::Missing))?;
+    let files = choose_files(path, spec.file.as_deref(), spec.split.as_deref())?;
+    files.into_iter().map(|file| read_numbered(&file).map(|records| (file, records))).collect()
 }
 
 fn read_artifact(input: &Artifact) -> Result<Vec<(usize, Record)>, Problem> {
@@ -230,11 +240,7 @@ fn name_ids(rows: &mut [(usize, Record)], name: &str, file: &Path) -> Result<(),
 }
 
 /// New field = what a pattern finds in a text.
-fn extract(
-    rows: &mut [(usize, Record)],
-    fields: &BTreeMap<String, Extract>,
-    file: &Path,
-) -> Result<(), Problem> {
+fn extract(rows: &mut [(usize, Record)], fields: &BTreeMap<String, Extract>, file: &Path) -> Result<(), Problem> {
     let mut bad = BadRows::default();
     for (new, Extract { from, pattern }) in fields {
         let regex = Regex::new(pattern).map_err(|error| {

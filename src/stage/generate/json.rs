@@ -126,12 +126,16 @@ mod tests {
         assert_eq!(get(fenced, "a"), Ok("in".into()));
         assert_eq!(get("```python\nx = {\"a\": 1}\n```", "a"), Ok("1".into()));
         assert_eq!(get("no fence ends: ```json\n{\"a\": 1}", "a"), Ok("1".into()));
-        assert_eq!(get("so \\boxed{5} and {\"a\": {\"b\": [{\"c\": true}, 2]}} \\frac{}{}", "a.b.0.c"), Ok("true".into()));
+        assert_eq!(
+            get("so \\boxed{5} and {\"a\": {\"b\": [{\"c\": true}, 2]}} \\frac{}{}", "a.b.0.c"),
+            Ok("true".into())
+        );
     }
 
     #[test]
     fn numbers_stay_as_they_are_written_and_strings_lose_their_quotes() {
-        let text = r#"{ "n" : 1.50 , "big":12345678901234567890123, "e":1e-3,"l": [1, 2 ],"q": "a \"b\" \\ {c}", "n.m": 7}"#;
+        let text =
+            r#"{ "n" : 1.50 , "big":12345678901234567890123, "e":1e-3,"l": [1, 2 ],"q": "a \"b\" \\ {c}", "n.m": 7}"#;
         for (path, wanted) in [
             ("n", "1.50"),
             ("big", "12345678901234567890123"),
