@@ -68,10 +68,12 @@ fn header(row: &ByteRecord, path: &Path) -> Result<Vec<String>, Problem> {
         match std::str::from_utf8(field) {
             Err(_) => wrong.push(format!("column {} is not UTF-8", at + 1)),
             Ok("") => wrong.push(format!("column {} has no name", at + 1)),
-            Ok(name) => match names.iter().position(|known| known == name) {
-                Some(first) => wrong.push(format!("columns {} and {} are both called `{name}`", first + 1, at + 1)),
-                None => {}
-            },
+            Ok(name) => wrong.extend(
+                names
+                    .iter()
+                    .position(|known| known == name)
+                    .map(|first| format!("columns {} and {} are both called `{name}`", first + 1, at + 1)),
+            ),
         }
         names.push(String::from_utf8_lossy(field).into_owned());
     }

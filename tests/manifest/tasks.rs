@@ -337,7 +337,9 @@ error[plan::cycle]: two stages wait for each other: one -> two -> one
 fn the_task_files_that_come_with_the_program_need_nothing_beside_a_model() {
     let names: Vec<&str> = task::SHIPPED.iter().map(|(name, _)| *name).collect();
     let include: Vec<String> = names.iter().map(|name| format!("\"task:{name}\"")).collect();
-    let tasks: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
+    // The file of the mini study has three.
+    let tasks = names.iter().map(|name| if *name == "mini" { "mini-aime24" } else { *name });
+    let tasks: Vec<String> = tasks.map(|name| format!("\"{name}\"")).collect();
     let text = format!(
         "manifest = 1\ninclude = [{}, \"task:gsm8k\"]\n[stage.base]\nkind = \"model\"\nsource = \"init:mini-3B\"\n\
          [stage.eval]\nkind = \"eval\"\naxes = {{ task = [{}] }}\nmodel = \"base\"\ntask = \"{{task}}\"\n",

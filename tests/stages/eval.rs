@@ -159,10 +159,7 @@ fn gpqa_in_its_own_columns_is_asked_by_letters_in_an_order_of_the_record() {
     assert!(golds.len() > 1, "the right one moves: {golds:?}");
     for line in &lines {
         let prompt = line["prompt"].as_str().unwrap();
-        assert!(
-            prompt.contains(&format!("\n\nA) "))
-                && prompt.contains(&format!("{}) right", line["gold"].as_str().unwrap()))
-        );
+        assert!(prompt.contains("\n\nA) ") && prompt.contains(&format!("{}) right", line["gold"].as_str().unwrap())));
     }
     // All that lack a column are named at once.
     for at in [3, 7] {
