@@ -8,6 +8,7 @@
 //! names every such row, unless the caller asked for less, and then it is counted.
 
 pub mod chat;
+mod csv;
 pub mod inspect;
 pub mod order;
 pub mod records;
@@ -15,7 +16,7 @@ pub mod segments;
 pub mod tokenizer;
 
 pub use order::{batches, epoch_order, equal_parts, micro_batches};
-pub use records::{Record, read_numbered, read_records, write_jsonl};
+pub use records::{Record, parse_numbered, read_numbered, read_records, write_jsonl};
 pub use segments::{Eos, Format, Limits, Notes, Overlength, Pair, Sample, Side, is_preference, pairs, prompt, samples};
 pub use tokenizer::Tokenizer;
 

@@ -1,12 +1,12 @@
 //! Datasets on disk: JSON Lines, a JSON array, or Parquet, told apart by their first bytes (a file in
-//! the store has no extension), read whole into memory.
+//! the store has no extension), or CSV, by the end of its name. Read whole into memory.
 //!
 //! Text is strict JSON in UTF-8. A byte order mark, CRLF line ends and blank lines are accepted,
 //! anything else that is not an object per line is an error; all bad lines come in one message.
 //! Numbers keep every bit of an f64 and fields keep their order, so that reading and writing again
 //! gives the same bytes.
 
-use super::BadRows;
+use super::{BadRows, csv};
 use crate::problem::Problem;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::{Map, Value};
@@ -17,19 +17,25 @@ use std::path::Path;
 /// One record of a dataset; fields in the order of the file.
 pub type Record = Map<String, Value>;
 
-/// All records of a `.jsonl`, `.json` (array of objects) or `.parquet` file. Never empty.
+/// All records of a `.jsonl`, `.json` (array of objects), `.csv` or `.parquet` file. Never empty.
 pub fn read_records(path: &Path) -> Result<Vec<Record>, Problem> {
     Ok(read_numbered(path)?.into_iter().map(|(_, record)| record).collect())
 }
 
-/// As [`read_records`], each with its 1-based line (JSON Lines) or row (array, Parquet), for messages.
+/// As [`read_records`], each with its 1-based line (JSON Lines, CSV) or row (array, Parquet), for messages.
 pub fn read_numbered(path: &Path) -> Result<Vec<(usize, Record)>, Problem> {
     let bytes = std::fs::read(path).map_err(|error| Problem::io("data::unreadable", "read", path, &error))?;
+    parse_numbered(&bytes, path)
+}
+
+/// The same of what has been read from `path`.
+pub fn parse_numbered(bytes: &[u8], path: &Path) -> Result<Vec<(usize, Record)>, Problem> {
     let records = if bytes.starts_with(b"PAR1") {
         read_parquet(path)?
     } else {
-        let text = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&bytes);
+        let text = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
         match text.iter().find(|byte| !byte.is_ascii_whitespace()) {
+            _ if path.extension().is_some_and(|end| end.eq_ignore_ascii_case("csv")) => csv::read(text, path)?,
             Some(b'[') => read_array(text, path)?,
             _ => read_lines(text, path)?,
         }

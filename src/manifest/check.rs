@@ -6,6 +6,7 @@
 
 use super::endpoint::ENDPOINT;
 use super::spec::{ArtifactType, Key, Kind, Params, Presence, Type};
+use super::task;
 use super::template::{self, Reference};
 use super::value::{Entry, Node, Origin, Table, Value};
 use super::{RESERVED, Text, problem, words};
@@ -61,6 +62,8 @@ pub(crate) struct RefUse {
     pub arity: Arity,
     /// Of type `Ref`: a model comes with its whole chain.
     pub chain: bool,
+    /// May name a task, and means the data of it then.
+    pub task: bool,
     /// The whole type, where the key takes other things than a stage too: whether the text names one
     /// is known once its axes are filled in (see [`names_stage`]).
     pub also: Option<&'static [Type]>,
@@ -78,7 +81,7 @@ pub(crate) struct SourceUse {
 }
 
 /// What a walk came to.
-#[derive(Default)]
+#[derive(Default, Clone)]
 pub(crate) struct Found {
     pub problems: Vec<Problem>,
     pub templates: Vec<Template>,
@@ -107,6 +110,8 @@ pub(crate) struct Check<'a> {
     pub endpoints: Option<&'a Endpoints>,
     pub layer: Layer<'a>,
     pub mode: Mode,
+    /// Keys that a task may give are not missing: which task it is comes out later.
+    pub open: bool,
     pub found: Found,
     /// Values of [`Presence::Default`], parsed once.
     pub defaults: &'a mut HashMap<&'static str, Value>,
@@ -121,7 +126,8 @@ impl<'a> Check<'a> {
         mode: Mode,
         defaults: &'a mut HashMap<&'static str, Value>,
     ) -> Self {
-        Check { files, owner, endpoints: None, layer, mode, found: Found::default(), defaults, steps: Vec::new() }
+        let (found, steps) = (Found::default(), Vec::new());
+        Check { files, owner, endpoints: None, layer, mode, open: false, found, defaults, steps }
     }
 
     /// Checks the keys of a stage, reserved ones left aside, and returns the parameters. `at`: the
@@ -130,7 +136,8 @@ impl<'a> Check<'a> {
         for entry in &table.entries {
             let reserved = RESERVED.iter().any(|(name, _)| *name == entry.key);
             if !reserved && !kind.keys.iter().any(|key| key.name == entry.key) {
-                self.unknown(kind.name, &entry.key, &entry.at, kind.keys, true);
+                let what = format!("kind `{}`", kind.name);
+                self.unknown("", &what, &entry.key, &entry.at, kind.keys.iter(), RESERVED);
             }
         }
         self.keys(kind.keys, table, at)
@@ -140,7 +147,7 @@ impl<'a> Check<'a> {
     pub fn endpoint(&mut self, table: &Table, at: &Origin) -> Params {
         for entry in &table.entries {
             if !ENDPOINT.iter().any(|key| key.name == entry.key) {
-                self.unknown("", &entry.key, &entry.at, ENDPOINT, false);
+                self.unknown("", "an endpoint", &entry.key, &entry.at, ENDPOINT.iter(), &[]);
             }
         }
         let params = self.keys(ENDPOINT, table, at);
@@ -152,6 +159,35 @@ impl<'a> Check<'a> {
             self.bad(problem("plan::unknown_axis", message).help(help), &template.origin);
         }
         params
+    }
+
+    /// Checks the keys of a task, and returns the reference to its data. `kinds`: where its other keys come from.
+    pub fn task(&mut self, kinds: &[&'static Kind], table: &Table, at: &Origin) -> Option<RefUse> {
+        let known = || task::KEYS.iter().chain(task::keys(kinds));
+        let mut given = Table::default();
+        for entry in &table.entries {
+            match known().any(|key| key.name == entry.key) {
+                true => given.entries.push(entry.clone()),
+                false => self.unknown("", "a task", &entry.key, &entry.at, known(), &[]),
+            }
+        }
+        self.keys(task::KEYS, &given, at);
+        let data = self.found.refs.pop();
+        if let Some(data) = data.as_ref().filter(|data| !template::axes(&data.text).is_empty()) {
+            let axis = template::axes(&data.text)[0].1;
+            let message = format!("`data` of {} uses axis `{axis}`, and a task has none", self.owner);
+            let help = "name the stage; the axes it has come along with it";
+            self.bad(problem("plan::unknown_axis", message).help(help), &data.origin);
+            return None;
+        }
+        // The rest is a part of a stage, wherever it stands.
+        let mode = std::mem::replace(&mut self.mode, Mode::Piece);
+        if let Some(kind) = task::asks(kinds) {
+            given.remove(task::DATA.name);
+            self.keys(kind.keys, &given, at);
+        }
+        self.mode = mode;
+        data
     }
 
     /// Checks one value against a type. `steps`: its dotted key.
@@ -175,7 +211,7 @@ impl<'a> Check<'a> {
                 continue;
             }
             let got = match (table.get(key.name), &key.presence) {
-                (Some(entry), Presence::Either(other)) => {
+                (Some(entry), Presence::Either(other) | Presence::Or(other)) => {
                     self.both(keys, key.name, other, entry, table);
                     self.value(&entry.value, &key.ty)
                 }
@@ -187,7 +223,9 @@ impl<'a> Check<'a> {
                     Got::Bad
                 }
                 (None, Presence::Required) if self.mode == Mode::Whole => {
-                    self.missing(key, at);
+                    if !(self.open && key.task) {
+                        self.missing(key, at);
+                    }
                     Got::Bad
                 }
                 (None, Presence::Default(text)) if self.mode == Mode::Whole => {
@@ -231,6 +269,10 @@ impl<'a> Check<'a> {
             (Type::Source(schemes), Value::Str(text)) => self.source(text, schemes, node),
             (Type::Endpoint, Value::Str(text)) => self.named_endpoint(text, node),
             (Type::Ref(types), Value::Str(text)) => self.reference(text, types, Arity::One, true, node),
+            (Type::Task(types), Value::Str(text)) => {
+                let got = self.reference(text, types, Arity::One, false, node);
+                self.names_task(got)
+            }
             (Type::Refs(types), Value::Str(text)) => self.reference(text, types, Arity::One, false, node),
             (Type::Gather(types), Value::Str(text)) => self.reference(text, types, Arity::All, false, node),
             (Type::Refs(_) | Type::Gather(_), Value::List(items)) => self.references(items, ty, node),
@@ -267,7 +309,8 @@ impl<'a> Check<'a> {
                 for entry in &table.entries {
                     if !keys.iter().any(|key| key.name == entry.key) {
                         let owner = self.dotted();
-                        self.unknown(&owner, &entry.key, &entry.at, keys, false);
+                        let what = format!("`{owner}`");
+                        self.unknown(&owner, &what, &entry.key, &entry.at, keys.iter(), &[]);
                     }
                 }
                 Got::Json(Json::Object(self.keys(keys, table, &node.origin)))
@@ -331,6 +374,10 @@ impl<'a> Check<'a> {
     fn template(&mut self, text: &str, node: &Node, ty: &'static Type) -> Got {
         match ty {
             Type::Ref(types) => return self.push_ref(text, types, Arity::One, true, node),
+            Type::Task(types) => {
+                let got = self.push_ref(text, types, Arity::One, false, node);
+                return self.names_task(got);
+            }
             Type::Refs(types) => return self.push_ref(text, types, Arity::One, false, node),
             Type::Gather(types) => return self.push_ref(text, types, Arity::All, false, node),
             Type::Bool | Type::Int { .. } | Type::Float { .. } if template::whole(text).is_none() => {
@@ -385,12 +432,21 @@ impl<'a> Check<'a> {
             slot: self.dotted(),
             arity,
             chain,
+            task: false,
             takes: types,
             also: None,
             text: text.to_string(),
             origin: node.origin.clone(),
         });
         Got::Taken
+    }
+
+    /// The reference just found may name a task.
+    fn names_task(&mut self, got: Got) -> Got {
+        if let (Got::Taken, Some(reference)) = (&got, self.found.refs.last_mut()) {
+            reference.task = true;
+        }
+        got
     }
 
     fn source(&mut self, text: &str, schemes: &[&str], node: &Node) -> Got {
@@ -534,14 +590,20 @@ impl<'a> Check<'a> {
         self.bad(missing, at);
     }
 
-    fn unknown(&mut self, owner: &str, name: &str, at: &Origin, keys: &'static [Key], top: bool) {
-        let mut known: Vec<&str> = keys.iter().map(|key| key.name).collect();
-        let near = words::nearest(
-            name,
-            known.iter().copied().chain(RESERVED.iter().filter(|_| top).map(|(reserved, _)| *reserved)),
-        );
+    /// `table`: the dotted key of the table it stands in; empty: the owner itself. `what`: whose keys are listed.
+    fn unknown(
+        &mut self,
+        table: &str,
+        what: &str,
+        name: &str,
+        at: &Origin,
+        keys: impl Iterator<Item = &'static Key>,
+        reserved: &[(&'static str, &'static str)],
+    ) {
+        let mut known: Vec<&str> = keys.map(|key| key.name).collect();
+        let near = words::nearest(name, known.iter().copied().chain(reserved.iter().map(|(reserved, _)| *reserved)));
         known.sort_unstable();
-        let place = if top || owner.is_empty() { self.owner.clone() } else { format!("`{owner}` of {}", self.owner) };
+        let place = if table.is_empty() { self.owner.clone() } else { format!("`{table}` of {}", self.owner) };
         let (code, message) = match self.layer {
             Layer::File => ("manifest::unknown_key", format!("unknown key `{name}` in {place}")),
             Layer::Profile(profile) => (
@@ -557,11 +619,6 @@ impl<'a> Check<'a> {
         if let Some(near) = near {
             unknown = unknown.help(format!("a key with a similar name exists: `{near}`"));
         }
-        let what = match (top, owner) {
-            (true, _) => format!("kind `{owner}`"),
-            (false, "") => "an endpoint".to_string(),
-            (false, _) => format!("`{owner}`"),
-        };
         unknown = unknown.note(format!("keys of {what}: {}", known.join(", ")));
         self.bad(unknown, at);
     }
@@ -591,7 +648,7 @@ impl<'a> Check<'a> {
 }
 
 /// What a key goes with and what is there instead of it.
-fn beside(key: &Key, keys: &[Key], table: &Table) -> Option<(&'static str, &'static str)> {
+pub(super) fn beside(key: &Key, keys: &[Key], table: &Table) -> Option<(&'static str, &'static str)> {
     let needs = key.with?;
     let Presence::Either(other) = keys.iter().find(|key| key.name == needs)?.presence else { return None };
     (table.get(needs).is_none() && table.get(other).is_some()).then_some((needs, other))
@@ -602,14 +659,14 @@ fn is_first(keys: &[Key], name: &str, other: &str) -> bool {
 }
 
 fn is_ref(ty: &Type) -> bool {
-    matches!(ty, Type::Ref(_) | Type::Refs(_) | Type::Gather(_))
+    matches!(ty, Type::Ref(_) | Type::Task(_) | Type::Refs(_) | Type::Gather(_))
 }
 
 /// Whether the first of `types` that `text` fits is a reference.
 pub(crate) fn names_stage(types: &[Type], text: &str) -> bool {
     for ty in types {
         let fits = match ty {
-            Type::Ref(_) | Type::Refs(_) | Type::Gather(_) => {
+            Type::Ref(_) | Type::Task(_) | Type::Refs(_) | Type::Gather(_) => {
                 if Reference::parse(text).is_ok() {
                     return true;
                 }
@@ -714,6 +771,7 @@ fn takes(ty: &Type) -> String {
         Type::Str => "a string".into(),
         Type::Choice(choices) => format!("one of {}", words::list(choices.iter().copied())),
         Type::Ref(types) => stage(types),
+        Type::Task(types) => format!("the name of a task, or {}", stage(types)),
         Type::Refs(types) | Type::Gather(types) => format!("{}, or a list of them", stage(types)),
         Type::Source(schemes) => {
             let list: Vec<String> = schemes.iter().map(|scheme| format!("`{scheme}:...`")).collect();

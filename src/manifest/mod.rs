@@ -9,7 +9,8 @@
 //! Laying over, in this order: included files, the file itself (a name may be declared once among
 //! them), the chosen profiles, `--set`. Tables merge key by key, everything else is replaced; a value
 //! keeps the place it was written at. A profile or `--set` that gives a stage another `kind`
-//! replaces the stage's keys altogether, because keys of one kind mean nothing to another.
+//! replaces the stage's keys altogether, because keys of one kind mean nothing to another. Beneath the keys of
+//! a stage that names a task lie those of the task, laid over in the same way.
 //!
 //! This module reads no file by itself: `load` is given a function that does.
 mod check;
@@ -17,6 +18,7 @@ pub mod endpoint;
 mod overlay;
 mod parse;
 pub mod spec;
+pub mod task;
 pub mod template;
 pub mod value;
 pub mod words;
@@ -30,6 +32,7 @@ use spec::{Kind, Params};
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use task::Task;
 use value::{FileId, Origin, Table};
 
 /// The version of the manifest language that `manifest = N` names.
@@ -49,6 +52,8 @@ pub const RESERVED: &[(&str, &str)] = &[
 /// A file of the manifest, or the pseudo file of `--set`.
 pub struct Text {
     pub path: PathBuf,
+    /// Where relative paths in it begin.
+    pub folder: PathBuf,
     pub text: String,
 }
 
@@ -83,6 +88,7 @@ pub struct Manifest {
     pub stages: Vec<Stage>,
     /// The endpoints by name, resolved.
     pub(crate) endpoints: Endpoints,
+    pub(crate) tasks: Vec<Task>,
     /// Sorted by place.
     pub problems: Vec<Problem>,
     /// Names of all profiles, sorted.
@@ -94,7 +100,7 @@ pub struct Manifest {
 
 /// Reads the manifest at `path` and what it includes, lays over `profiles` in their order and then
 /// `sets` (each `stage.NAME.KEY=VALUE` or
-/// `endpoint.NAME.KEY=VALUE`; a value that is not TOML is a bare string).
+/// `endpoint.NAME.KEY=VALUE` or `task.NAME.KEY=VALUE`; a value that is not TOML is a bare string).
 ///
 /// `read` gives the text of a file; the paths it gets are `path`, and those of `include` joined to
 /// the folder of the including file.
@@ -119,6 +125,10 @@ impl Manifest {
     /// The text a problem's place is about, for excerpts.
     pub fn text(&self, file: &Path) -> Option<&str> {
         text(&self.files, file)
+    }
+
+    pub(crate) fn task(&self, name: &str) -> Option<(usize, &Task)> {
+        self.tasks.iter().enumerate().find(|(_, task)| task.name == name)
     }
 
     pub(crate) fn path_of(&self, file: FileId) -> &Path {

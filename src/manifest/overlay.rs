@@ -3,10 +3,11 @@
 //! Each piece is checked where it stands, chosen or not, so that a profile cannot rot unseen; what
 //! is missing is known only after everything is laid over.
 
-use super::check::{Check, Endpoints, Layer, Mode};
+use super::check::{Check, Endpoints, Layer, Mode, RefUse};
 use super::endpoint;
-use super::parse::{Loader, RawProfile, RawStage};
-use super::spec::{Key, Kind, Params, Presence, Type};
+use super::parse::{Loader, RawProfile, RawStage, Sort};
+use super::spec::{Key, Kind, Params, Type};
+use super::task::{self, Task};
 use super::value::{Entry, Node, Origin, Reader, Table, Value};
 use super::{Found, Manifest, RESERVED, SET_FILE, Stage, problem, sort, template, words};
 use crate::problem::Problem;
@@ -38,12 +39,14 @@ struct Checked {
 
 pub(super) fn lay_over(path: &Path, loader: Loader<'_>, profiles: &[String], sets: &[String]) -> Manifest {
     let mut layers = Layers { loader, stages: Vec::new(), defaults: HashMap::new() };
+    layers.loader.shared_names();
     layers.files();
-    layers.endpoint_pieces();
+    layers.other_pieces();
     let raw = std::mem::take(&mut layers.loader.profiles);
     let kinds = layers.profiles(&raw);
     for profile in &raw {
-        profile.endpoints.iter().for_each(|endpoint| layers.endpoint_piece(endpoint, Layer::Profile(&profile.name)));
+        let layer = Layer::Profile(&profile.name);
+        profile.others.iter().for_each(|(sort, table)| layers.other_piece(*sort, table, layer));
     }
     let mut title = layers.loader.title.take();
     for name in profiles {
@@ -52,7 +55,7 @@ pub(super) fn lay_over(path: &Path, loader: Loader<'_>, profiles: &[String], set
         }
         for (profile, kinds) in raw.iter().zip(&kinds).filter(|(profile, _)| profile.name == *name) {
             title = profile.title.clone().or(title);
-            profile.endpoints.iter().for_each(|endpoint| layers.lay_endpoint(endpoint));
+            profile.others.iter().for_each(|(sort, table)| layers.lay_other(*sort, table));
             for (stage, &kind) in profile.stages.iter().zip(kinds) {
                 if let Some(&at) = layers.loader.by_name.get(&stage.name) {
                     layers.lay(at, &stage.table, kind, &stage.table.get("kind").map(|entry| entry.at.clone()));
@@ -346,8 +349,7 @@ impl Layers<'_> {
                 laid.table.entries.retain(|entry| RESERVED.iter().any(|(name, _)| *name == entry.key));
             }
         }
-        make_room(laid.kind.map_or(&[], |kind| kind.keys), &mut laid.table, piece);
-        laid.table.overlay(piece);
+        lay_over_table(laid.kind.map_or(&[] as &[_], |kind| kind.keys), &mut laid.table, piece);
         laid.table.remove("kind");
         let name = &self.loader.stages[at].name;
         let stage = RawStage { name: name.clone(), at: self.loader.stages[at].at.clone(), table: laid.table.clone() };
@@ -396,7 +398,7 @@ impl Layers<'_> {
         };
         match path.as_slice() {
             [(top, _)] if top == "title" && matches!(node.value, Value::Str(_)) => *title = Some(node),
-            [(top, _), (name, at), rest @ ..] if top == "stage" || top == "endpoint" => {
+            [(top, _), (name, at), rest @ ..] if top == "stage" || Sort::named(top).is_some() => {
                 let node = rest.iter().rev().fold(node, |node, (key, at)| Node {
                     origin: at.clone(),
                     value: Value::Table(Table {
@@ -410,17 +412,18 @@ impl Layers<'_> {
                     return self.loader.problems.push(bad);
                 };
                 let named = RawStage { name: name.clone(), at: at.clone(), table };
-                if top == "stage" {
-                    self.set_stage(&named);
-                } else {
-                    self.endpoint_piece(&named, Layer::Set);
-                    self.lay_endpoint(&named);
+                match Sort::named(top) {
+                    None => self.set_stage(&named),
+                    Some(sort) => {
+                        self.other_piece(sort, &named, Layer::Set);
+                        self.lay_other(sort, &named);
+                    }
                 }
             }
             _ => {
                 let nothing =
                     problem("manifest::set_touches_nothing", format!("`--set {set}` names nothing that can be set"))
-                        .help("`title`, `stage.NAME.KEY` or `endpoint.NAME.KEY`");
+                        .help("`title`, `stage.NAME.KEY`, `task.NAME.KEY` or `endpoint.NAME.KEY`");
                 let nothing = self.loader.at(nothing, &line, "");
                 self.loader.problems.push(nothing);
             }
@@ -434,20 +437,31 @@ impl Layers<'_> {
         (params, check.found.problems)
     }
 
-    fn endpoint_pieces(&mut self) {
-        let raw = std::mem::take(&mut self.loader.endpoints);
-        for endpoint in &raw {
-            let (_, problems) = self.check_endpoint(endpoint, Layer::File, Mode::Piece);
-            self.loader.problems.extend(problems);
-        }
-        self.loader.endpoints = raw;
+    fn check_task(&mut self, task: &RawStage, layer: Layer<'_>, mode: Mode) -> (Option<RefUse>, Vec<Problem>) {
+        let owner = format!("task `{}`", task.name);
+        let mut check = Check::new(&self.loader.files, owner, layer, mode, &mut self.defaults);
+        let data = check.task(self.loader.kinds, &task.table, &task.at);
+        (data, check.found.problems)
+    }
+
+    fn check_piece(&mut self, sort: Sort, piece: &RawStage, layer: Layer<'_>) {
+        let problems = match sort {
+            Sort::Endpoint => self.check_endpoint(piece, layer, Mode::Piece).1,
+            Sort::Task => self.check_task(piece, layer, Mode::Piece).1,
+        };
+        self.loader.problems.extend(problems);
+    }
+
+    fn other_pieces(&mut self) {
+        let raw = std::mem::take(&mut self.loader.others);
+        raw.iter().for_each(|(sort, table)| self.check_piece(*sort, table, Layer::File));
+        self.loader.others = raw;
     }
 
     /// A piece of a profile or of `--set`, chosen or not.
-    fn endpoint_piece(&mut self, piece: &RawStage, layer: Layer<'_>) {
-        if self.loader.endpoints.iter().any(|endpoint| endpoint.name == piece.name) {
-            let (_, problems) = self.check_endpoint(piece, layer, Mode::Piece);
-            return self.loader.problems.extend(problems);
+    fn other_piece(&mut self, sort: Sort, piece: &RawStage, layer: Layer<'_>) {
+        if self.loader.others.iter().any(|(of, known)| *of == sort && known.name == piece.name) {
+            return self.check_piece(sort, piece, layer);
         }
         if self.loader.incomplete {
             return;
@@ -456,27 +470,52 @@ impl Layers<'_> {
             Layer::Profile(profile) => ("manifest::profile_touches_nothing", format!("profile `{profile}` changes")),
             _ => ("manifest::set_touches_nothing", "`--set` names".to_string()),
         };
-        let mut nothing = problem(code, format!("{who} endpoint `{}`, which does not exist", piece.name));
-        let names = || self.loader.endpoints.iter().map(|endpoint| endpoint.name.as_str());
+        let word = sort.word();
+        let mut nothing = problem(code, format!("{who} {word} `{}`, which does not exist", piece.name));
+        let others = &self.loader.others;
+        let names = || others.iter().filter(|(of, _)| *of == sort).map(|(_, known)| known.name.as_str());
         nothing = match words::nearest(&piece.name, names()) {
-            Some(near) => nothing.help(format!("an endpoint with a similar name exists: `{near}`")),
-            None if names().next().is_none() => nothing.note("the manifest declares no endpoint"),
-            None => nothing.note(format!("endpoints: {}", words::list(names()))),
+            Some(near) => nothing.help(format!("{} with a similar name exists: `{near}`", sort.noun())),
+            None if names().next().is_none() => nothing.note(format!("the manifest declares no {word}")),
+            None => nothing.note(format!("{word}s: {}", words::list(names()))),
         };
         let nothing = self.loader.at(nothing, &piece.at, "");
         self.loader.problems.push(nothing);
     }
 
-    fn lay_endpoint(&mut self, piece: &RawStage) {
-        if let Some(endpoint) = self.loader.endpoints.iter_mut().find(|endpoint| endpoint.name == piece.name) {
-            endpoint.table.overlay(&piece.table);
+    fn lay_other(&mut self, sort: Sort, piece: &RawStage) {
+        let keys = match sort {
+            Sort::Endpoint => &[],
+            Sort::Task => task::asks(self.loader.kinds).map_or(&[] as &[_], |kind| kind.keys),
+        };
+        let mut others = self.loader.others.iter_mut();
+        if let Some((_, known)) = others.find(|(of, known)| *of == sort && known.name == piece.name) {
+            lay_over_table(keys, &mut known.table, &piece.table);
         }
+    }
+
+    /// The tables of a sort as they are after everything was laid over.
+    fn take(&mut self, sort: Sort) -> Vec<RawStage> {
+        let others = std::mem::take(&mut self.loader.others);
+        let (taken, left) = others.into_iter().partition(|(of, _)| *of == sort);
+        self.loader.others = left;
+        Vec::into_iter(taken).map(|(_, table)| table).collect()
+    }
+
+    fn tasks(&mut self) -> Vec<Task> {
+        let mut tasks = Vec::new();
+        for raw in self.take(Sort::Task) {
+            let (data, problems) = self.check_task(&raw, Layer::File, Mode::Whole);
+            self.say_new(problems);
+            tasks.push(Task { name: raw.name, table: raw.table, data });
+        }
+        tasks
     }
 
     /// The endpoints as they are after everything was laid over, and what only the whole can tell.
     fn endpoints(&mut self) -> Endpoints {
         let mut endpoints = Endpoints::new();
-        for raw in std::mem::take(&mut self.loader.endpoints) {
+        for raw in self.take(Sort::Endpoint) {
             let (params, mut problems) = self.check_endpoint(&raw, Layer::File, Mode::Whole);
             if problems.is_empty() {
                 for broken in endpoint::rules(&params) {
@@ -515,7 +554,7 @@ impl Layers<'_> {
 
     /// What only the whole can tell: missing keys. And the parameters.
     fn finish(mut self, path: &Path, title: Option<Node>, profiles: Vec<String>) -> Manifest {
-        let endpoints = self.endpoints();
+        let (endpoints, tasks) = (self.endpoints(), self.tasks());
         let mut stages = Vec::with_capacity(self.stages.len());
         let raw = std::mem::take(&mut self.loader.stages);
         for (raw, laid) in raw.into_iter().zip(std::mem::take(&mut self.stages)) {
@@ -524,6 +563,7 @@ impl Layers<'_> {
                 let owner = format!("stage `{}`", raw.name);
                 let mut check = Check::new(&self.loader.files, owner, Layer::File, Mode::Whole, &mut self.defaults);
                 check.endpoints = Some(&endpoints);
+                check.open = !tasks.is_empty() && kind.task_key().is_some_and(|key| laid.table.get(key).is_some());
                 params = check.stage(kind, &laid.table, &raw.at);
                 found = check.found;
             }
@@ -554,12 +594,19 @@ impl Layers<'_> {
             files: self.loader.files,
             stages,
             endpoints,
+            tasks,
             problems,
             profiles,
             incomplete: self.loader.incomplete,
             by_name: self.loader.by_name,
         }
     }
+}
+
+/// Lays a piece over a table with these keys.
+fn lay_over_table(keys: &[Key], under: &mut Table, piece: &Table) {
+    make_room(keys, under, piece);
+    under.overlay(piece);
 }
 
 fn same_place(a: &Problem, b: &Problem) -> bool {
@@ -625,7 +672,7 @@ fn set_value(text: &str, file: usize, shift: usize, problems: &mut Vec<Problem>)
 fn make_room(keys: &[Key], laid: &mut Table, piece: &Table) {
     for key in keys {
         let Some(comes) = piece.get(key.name) else { continue };
-        if let Presence::Either(other) = key.presence
+        if let Some(other) = key.rival()
             && piece.get(other).is_none()
         {
             laid.remove(other);

@@ -1,7 +1,7 @@
 //! Files and their includes to raw stages and profiles.
 
 use super::value::{Entry, FileId, Node, Origin, Reader, Table, Value};
-use super::{SET_FILE, Text, VERSION, problem, spec::Kind, template, words};
+use super::{SET_FILE, Text, VERSION, problem, spec::Kind, task, template, words};
 use crate::problem::Problem;
 use std::collections::HashMap;
 use std::io;
@@ -11,9 +11,44 @@ use toml::de::DeTable;
 /// Includes within includes beyond this are taken for a mistake (and would use up the stack).
 const DEPTH_MAX: usize = 64;
 
-const TOP: [&str; 6] = ["manifest", "title", "include", "endpoint", "stage", "profile"];
+const TOP: [&str; 7] = ["manifest", "title", "include", "endpoint", "task", "stage", "profile"];
 
-/// A `[stage.NAME]`, or an `[endpoint.NAME]`.
+/// What tables by name there are beside the stages: `[endpoint.NAME]`, `[task.NAME]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sort {
+    Endpoint,
+    Task,
+}
+
+impl Sort {
+    pub fn named(word: &str) -> Option<Sort> {
+        [Sort::Endpoint, Sort::Task].into_iter().find(|sort| sort.word() == word)
+    }
+
+    pub fn word(self) -> &'static str {
+        match self {
+            Sort::Endpoint => "endpoint",
+            Sort::Task => "task",
+        }
+    }
+
+    /// With its article.
+    pub fn noun(self) -> &'static str {
+        match self {
+            Sort::Endpoint => "an endpoint",
+            Sort::Task => "a task",
+        }
+    }
+
+    fn twice(self) -> &'static str {
+        match self {
+            Sort::Endpoint => "manifest::duplicate_endpoint",
+            Sort::Task => "manifest::duplicate_task",
+        }
+    }
+}
+
+/// A `[stage.NAME]`, or a table of another sort.
 pub(super) struct RawStage {
     pub name: String,
     pub at: Origin,
@@ -25,7 +60,7 @@ pub(super) struct RawProfile {
     pub name: String,
     pub title: Option<Node>,
     pub stages: Vec<RawStage>,
-    pub endpoints: Vec<RawStage>,
+    pub others: Vec<(Sort, RawStage)>,
 }
 
 pub(super) struct Loader<'a> {
@@ -38,7 +73,7 @@ pub(super) struct Loader<'a> {
     open: Vec<(FileId, Option<Origin>)>,
     pub title: Option<Node>,
     pub stages: Vec<RawStage>,
-    pub endpoints: Vec<RawStage>,
+    pub others: Vec<(Sort, RawStage)>,
     pub by_name: HashMap<String, usize>,
     pub profiles: Vec<RawProfile>,
     pub problems: Vec<Problem>,
@@ -55,7 +90,7 @@ impl<'a> Loader<'a> {
             open: Vec::new(),
             title: None,
             stages: Vec::new(),
-            endpoints: Vec::new(),
+            others: Vec::new(),
             by_name: HashMap::new(),
             profiles: Vec::new(),
             problems: Vec::new(),
@@ -93,7 +128,10 @@ impl<'a> Loader<'a> {
                 let unreadable = problem("manifest::unreadable", format!("cannot read `{}`: {error}", path.display()));
                 match from {
                     Some(from) => {
-                        let help = "`include` is relative to the file it stands in";
+                        let help = match error.kind() {
+                            io::ErrorKind::InvalidData => "save the file as UTF-8",
+                            _ => "`include` is relative to the file it stands in",
+                        };
                         self.report(unreadable.help(help), from);
                     }
                     None => self.problems.push(unreadable),
@@ -101,12 +139,7 @@ impl<'a> Loader<'a> {
                 return;
             }
         };
-        let file = self.files.len();
-        self.seen.insert(normal, file);
-        self.files.push(Text { path: path.to_path_buf(), text });
-        self.open.push((file, from.cloned()));
-        self.file(file);
-        self.open.pop();
+        self.read_in(path, folder(path), text, from);
     }
 
     fn include_cycle(&mut self, depth: usize, from: Option<&Origin>) {
@@ -170,11 +203,6 @@ impl<'a> Loader<'a> {
                         self.stage(stage);
                     }
                 }
-                ("endpoint", Value::Table(endpoints)) => {
-                    for endpoint in endpoints.entries {
-                        self.endpoint(endpoint);
-                    }
-                }
                 ("profile", Value::Table(profiles)) => {
                     for profile in profiles.entries {
                         self.profile(profile);
@@ -184,13 +212,17 @@ impl<'a> Loader<'a> {
                 ("stage", other) => {
                     self.wrong_type("`stage`", "tables (`[stage.NAME]`)", &other, &entry.value.origin);
                 }
-                ("endpoint", other) => {
-                    self.wrong_type("`endpoint`", "tables (`[endpoint.NAME]`)", &other, &entry.value.origin);
-                }
                 ("profile", other) => {
                     self.wrong_type("`profile`", "tables (`[profile.NAME]`)", &other, &entry.value.origin);
                 }
-                (key, _) => self.unknown_top(key, "the manifest", &TOP, &entry.at),
+                (key, value) => match (Sort::named(key), value) {
+                    (Some(sort), Value::Table(tables)) => tables.entries.into_iter().for_each(|t| self.other(sort, t)),
+                    (Some(sort), other) => {
+                        let takes = format!("tables (`[{}.NAME]`)", sort.word());
+                        self.wrong_type(&format!("`{key}`"), &takes, &other, &entry.value.origin);
+                    }
+                    (None, _) => self.unknown_top(key, "the manifest", &TOP, &entry.at),
+                },
             }
         }
     }
@@ -215,34 +247,78 @@ impl<'a> Loader<'a> {
     }
 
     fn include(&mut self, path: &Path, include: &Node) {
-        let folder = folder(path);
+        let folder = folder(path).to_path_buf();
         let Value::List(files) = &include.value else {
             return self.wrong_type("`include`", "a list of files", &include.value, &include.origin);
         };
         for node in files {
             match &node.value {
-                Value::Str(text) => self.open(&folder.join(text), Some(&node.origin)),
+                Value::Str(text) => match text.strip_prefix(task::SCHEME) {
+                    Some(name) => self.shipped(name, &folder, &node.origin),
+                    None => self.open(&folder.join(text), Some(&node.origin)),
+                },
                 other => self.wrong_type("`include`", "a list of files", other, &node.origin),
             }
         }
     }
 
-    fn endpoint(&mut self, entry: Entry) {
-        let Some(endpoint) = self.named_table("endpoint", entry) else { return };
-        if !template::is_stage_name(&endpoint.name) {
-            let bad = problem("manifest::bad_name", format!("`{}` cannot name an endpoint", endpoint.name))
-                .help("use letters, digits, `_` and `-`");
-            return self.report(bad, &endpoint.at);
+    /// A task file that is part of the program; what it names by path lies in `folder`, where it is included.
+    fn shipped(&mut self, name: &str, folder: &Path, from: &Origin) {
+        let path = PathBuf::from(format!("{}{name}", task::SCHEME));
+        if self.seen.contains_key(&path) {
+            return;
         }
-        match self.endpoints.iter().find(|known| known.name == endpoint.name) {
-            Some(first) => {
-                let twice =
-                    problem("manifest::duplicate_endpoint", format!("endpoint `{}` is declared twice", endpoint.name));
-                let twice = self.at(twice, &endpoint.at, "declared again");
+        let names = || task::SHIPPED.iter().map(|(name, _)| *name);
+        let Some((_, text)) = task::SHIPPED.iter().find(|(shipped, _)| *shipped == name) else {
+            let mut unknown =
+                problem("manifest::unknown_task", format!("no task file `{name}` comes with the program"));
+            if let Some(near) = words::nearest(name, names()) {
+                unknown = unknown.help(format!("one with a similar name does: `{}{near}`", task::SCHEME));
+            }
+            self.incomplete = true;
+            return self.report(unknown.note(format!("task files that come with it: {}", words::list(names()))), from);
+        };
+        self.read_in(&path, folder, text.to_string(), Some(from));
+    }
+
+    fn read_in(&mut self, path: &Path, folder: &Path, text: String, from: Option<&Origin>) {
+        let file = self.files.len();
+        self.seen.insert(normalise(path), file);
+        self.files.push(Text { path: path.to_path_buf(), folder: folder.to_path_buf(), text });
+        self.open.push((file, from.cloned()));
+        self.file(file);
+        self.open.pop();
+    }
+
+    fn other(&mut self, sort: Sort, entry: Entry) {
+        let word = sort.word();
+        let Some(table) = self.named_table(word, entry) else { return };
+        if !template::is_stage_name(&table.name) {
+            let bad = problem("manifest::bad_name", format!("`{}` cannot name {}", table.name, sort.noun()))
+                .help("use letters, digits, `_` and `-`");
+            return self.report(bad, &table.at);
+        }
+        match self.others.iter().find(|(of, known)| *of == sort && known.name == table.name) {
+            Some((_, first)) => {
+                let twice = problem(sort.twice(), format!("{word} `{}` is declared twice", table.name));
+                let twice = self.at(twice, &table.at, "declared again");
                 let twice = self.at(twice, &first.at, "first declared");
                 self.problems.push(twice.help("rename one of the two, or change the other's keys by a profile"));
             }
-            None => self.endpoints.push(endpoint),
+            None => self.others.push((sort, table)),
+        }
+    }
+
+    /// `task = "NAME"` names a task or a stage: where a name is both, nobody could say which.
+    pub fn shared_names(&mut self) {
+        for (_, task) in self.others.iter().filter(|(sort, _)| *sort == Sort::Task) {
+            let Some(&stage) = self.by_name.get(&task.name) else { continue };
+            let shared =
+                problem("manifest::shared_name", format!("`{}` is the name of a task and of a stage", task.name));
+            let shared = self.at(shared, &task.at, "the task");
+            let shared = self.at(shared, &self.stages[stage].at, "the stage");
+            let help = format!("rename one of the two, for instance the stage to `{}-problems`", task.name);
+            self.problems.push(shared.help(help));
         }
     }
 
@@ -272,7 +348,7 @@ impl<'a> Loader<'a> {
             let subject = format!("profile `{}`", entry.key);
             return self.wrong_type(&subject, "a table", &entry.value.value, &entry.value.origin);
         };
-        let mut profile = RawProfile { name: entry.key, title: None, stages: Vec::new(), endpoints: Vec::new() };
+        let mut profile = RawProfile { name: entry.key, title: None, stages: Vec::new(), others: Vec::new() };
         for entry in table.entries {
             match (entry.key.as_str(), &entry.value.value) {
                 ("title", Value::Str(_)) => profile.title = Some(entry.value),
@@ -283,16 +359,20 @@ impl<'a> Loader<'a> {
                     }
                 }
                 ("stage", other) => self.wrong_type("`stage`", "tables", other, &entry.value.origin),
-                ("endpoint", Value::Table(endpoints)) => {
-                    for endpoint in endpoints.entries.clone() {
-                        profile.endpoints.extend(self.named_table("endpoint", endpoint));
+                (key, value) => match (Sort::named(key), value) {
+                    (Some(sort), Value::Table(tables)) => {
+                        for table in tables.entries.clone() {
+                            profile.others.extend(self.named_table(key, table).map(|table| (sort, table)));
+                        }
                     }
-                }
-                ("endpoint", other) => self.wrong_type("`endpoint`", "tables", other, &entry.value.origin),
-                (key, _) => {
-                    let owner = format!("profile `{}`", profile.name);
-                    self.unknown_top(key, &owner, &["title", "endpoint", "stage"], &entry.at);
-                }
+                    (Some(_), other) => {
+                        self.wrong_type(&format!("`{key}`"), "tables", other, &entry.value.origin);
+                    }
+                    (None, _) => {
+                        let owner = format!("profile `{}`", profile.name);
+                        self.unknown_top(key, &owner, &["title", "endpoint", "task", "stage"], &entry.at);
+                    }
+                },
             }
         }
         self.profiles.push(profile);
@@ -336,7 +416,7 @@ impl<'a> Loader<'a> {
 
     /// The pseudo file that holds what `--set` gave.
     pub fn add_set_file(&mut self, text: String) -> FileId {
-        self.files.push(Text { path: PathBuf::from(SET_FILE), text });
+        self.files.push(Text { path: PathBuf::from(SET_FILE), folder: PathBuf::new(), text });
         self.files.len() - 1
     }
 }

@@ -89,6 +89,8 @@ pub struct Key {
     pub result: bool,
     /// The key without which this one means nothing: one of two of which a stage has exactly one.
     pub with: Option<&'static str>,
+    /// Says how a benchmark is asked or scored: a `[task.NAME]` may give it to the stages that name the task.
+    pub task: bool,
 }
 
 pub enum Presence {
@@ -100,6 +102,8 @@ pub enum Presence {
     /// Exactly one of this key and that one, which says the same of this. A profile that gives one takes
     /// the other out, and the keys that go with it.
     Either(&'static str),
+    /// As `Either`, but a stage may have neither.
+    Or(&'static str),
 }
 
 pub enum Type {
@@ -119,6 +123,9 @@ pub enum Type {
     Choice(&'static [&'static str]),
     /// Exactly one cell per cell of this stage; axes are joined. `axes`: brings the axes along.
     Ref(&'static [ArtifactType]),
+    /// As `Ref`, or the name of a `[task.NAME]`: that stands for the cell its `data` names, and gives the
+    /// stage the keys of the task (see [`Key::of_task`]) that it has not itself.
+    Task(&'static [ArtifactType]),
     /// One reference or a list of them; one cell each.
     Refs(&'static [ArtifactType]),
     /// All cells of one stage or of several, with their labels; only axes this stage declares are joined.
@@ -136,20 +143,38 @@ pub enum Type {
 }
 
 impl Key {
+    /// The other of two keys of which a stage has one.
+    pub const fn rival(&self) -> Option<&'static str> {
+        match self.presence {
+            Presence::Either(other) | Presence::Or(other) => Some(other),
+            _ => None,
+        }
+    }
+
     pub const fn required(name: &'static str, ty: Type, doc: &'static str) -> Key {
-        Key { name, ty, presence: Presence::Required, doc, result: true, with: None }
+        Key { name, ty, presence: Presence::Required, doc, result: true, with: None, task: false }
     }
 
     pub const fn optional(name: &'static str, ty: Type, doc: &'static str) -> Key {
-        Key { name, ty, presence: Presence::Optional, doc, result: true, with: None }
+        Key { name, ty, presence: Presence::Optional, doc, result: true, with: None, task: false }
     }
 
     pub const fn default(name: &'static str, ty: Type, value: &'static str, doc: &'static str) -> Key {
-        Key { name, ty, presence: Presence::Default(value), doc, result: true, with: None }
+        Key { name, ty, presence: Presence::Default(value), doc, result: true, with: None, task: false }
     }
 
     pub const fn either(name: &'static str, other: &'static str, ty: Type, doc: &'static str) -> Key {
-        Key { name, ty, presence: Presence::Either(other), doc, result: true, with: None }
+        Key { name, ty, presence: Presence::Either(other), doc, result: true, with: None, task: false }
+    }
+
+    pub const fn or(name: &'static str, other: &'static str, ty: Type, doc: &'static str) -> Key {
+        Key { name, ty, presence: Presence::Or(other), doc, result: true, with: None, task: false }
+    }
+
+    /// A `[task.NAME]` may give it.
+    pub const fn of_task(mut self) -> Key {
+        self.task = true;
+        self
     }
 
     /// Means something only beside `other`.
@@ -162,6 +187,13 @@ impl Key {
     pub const fn no_result(mut self) -> Key {
         self.result = false;
         self
+    }
+}
+
+impl Kind {
+    /// The key that names a task, if there is one.
+    pub fn task_key(&self) -> Option<&'static str> {
+        self.keys.iter().find(|key| matches!(key.ty, Type::Task(_))).map(|key| key.name)
     }
 }
 

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 /// | part | why it is in | left out on purpose |
 /// |---|---|---|
 /// | `kind`, `recipe` | what the stage does, and the version of its meaning | the stage's name, its description |
-/// | `KEY`, `KEY.KEY` | every resolved key that can change the result, defaults filled in, `{axis}` replaced; JSON, names sorted, floats in shortest form | comments, order of keys, keys marked as without effect (memory, pace), the file a key stands in |
+/// | `KEY`, `KEY.KEY` | every resolved key that can change the result, defaults filled in, `{axis}` replaced; JSON, names sorted, floats in shortest form | comments, order of keys, keys marked as without effect (memory, pace), the file or the task a key stands in |
 /// | `source.KEY` | digest of what a source came to | its path or name, mtimes |
 /// | `KEY` of an `init:` source | the text, beside the digest of what it stands for | |
 /// | `input.SLOT[i]` | digest of each input artifact: its content, not who made it | the fingerprint, stage name and time of the input |

@@ -7,6 +7,7 @@
 
 use crate::manifest::endpoint::ENDPOINT;
 use crate::manifest::spec::{Key, Kind, Presence, Type};
+use crate::manifest::task;
 use crate::manifest::value::{Table, Value};
 use crate::manifest::{RESERVED, VERSION, parse_default};
 use serde_json::{Map, Value as Json, json};
@@ -18,12 +19,14 @@ const SOME_AXIS: &str = r"\{[A-Za-z_][A-Za-z0-9_-]*\}";
 const STAGE_NAME: &str = "^[A-Za-z0-9_-]+$";
 
 /// The JSON Schema of manifests with these kinds.
-pub fn schema(kinds: &[&Kind]) -> Json {
+pub fn schema(kinds: &[&'static Kind]) -> Json {
     let mut definitions = Map::new();
     definitions.insert("stage".into(), stage(kinds));
     definitions.insert("overlay".into(), overlay(kinds));
     definitions.insert("endpoint".into(), keys(ENDPOINT, false));
     definitions.insert("endpoint-overlay".into(), keys(ENDPOINT, true));
+    definitions.insert("task".into(), task_schema(kinds, false));
+    definitions.insert("task-overlay".into(), task_schema(kinds, true));
     definitions.insert("axes".into(), axes());
     definitions.insert("skip".into(), skip());
     for kind in kinds {
@@ -41,13 +44,19 @@ pub fn schema(kinds: &[&Kind]) -> Json {
             "include": {
                 "type": "array",
                 "items": { "type": "string" },
-                "description": "Manifests whose stages and profiles are part of this one; relative to this file."
+                "description": "Manifests whose stages, tasks and profiles are part of this one; relative to this file. `task:NAME`: a task file that comes with the program."
             },
             "endpoint": {
                 "type": "object",
                 "description": "OpenAI-compatible servers that complete chats, by name.",
                 "propertyNames": { "pattern": STAGE_NAME },
                 "additionalProperties": { "$ref": "#/definitions/endpoint" }
+            },
+            "task": {
+                "type": "object",
+                "description": "Benchmarks, by name: what is asked, and how it is asked and scored. A stage that names one takes the keys it has not itself.",
+                "propertyNames": { "pattern": STAGE_NAME },
+                "additionalProperties": { "$ref": "#/definitions/task" }
             },
             "stage": {
                 "type": "object",
@@ -68,6 +77,11 @@ pub fn schema(kinds: &[&Kind]) -> Json {
                             "propertyNames": { "pattern": STAGE_NAME },
                             "additionalProperties": { "$ref": "#/definitions/endpoint-overlay" }
                         },
+                        "task": {
+                            "type": "object",
+                            "propertyNames": { "pattern": STAGE_NAME },
+                            "additionalProperties": { "$ref": "#/definitions/task-overlay" }
+                        },
                         "stage": {
                             "type": "object",
                             "propertyNames": { "pattern": STAGE_NAME },
@@ -81,12 +95,22 @@ pub fn schema(kinds: &[&Kind]) -> Json {
     })
 }
 
-fn names(kinds: &[&Kind]) -> Json {
+/// Keys of the kind that asks, none of which a task has to have, and its data.
+fn task_schema(kinds: &[&'static Kind], partial: bool) -> Json {
+    let mut table = table(task::keys(kinds), true);
+    table["properties"][task::DATA.name] = key_schema(&task::DATA, partial);
+    if !partial {
+        table["required"] = json!([task::DATA.name]);
+    }
+    table
+}
+
+fn names(kinds: &[&'static Kind]) -> Json {
     json!({ "enum": kinds.iter().map(|kind| kind.name).collect::<Vec<_>>(), "description": RESERVED[0].1 })
 }
 
 /// A stage of a file: its kind decides about the rest.
-fn stage(kinds: &[&Kind]) -> Json {
+fn stage(kinds: &[&'static Kind]) -> Json {
     let by_kind: Vec<Json> = kinds
         .iter()
         .map(|kind| {
@@ -99,7 +123,7 @@ fn stage(kinds: &[&Kind]) -> Json {
     json!({ "type": "object", "required": ["kind"], "properties": { "kind": names(kinds) }, "allOf": by_kind })
 }
 
-fn kind_schema(kind: &Kind) -> Json {
+fn kind_schema(kind: &'static Kind) -> Json {
     let mut table = keys(kind.keys, false);
     table["description"] = kind.about.into();
     table["properties"]["kind"] = json!({ "const": kind.name });
@@ -114,7 +138,7 @@ fn reserved(properties: &mut Json) {
 }
 
 /// A stage of a profile: some keys of a kind that is not written there, so any kind's will do.
-fn overlay(kinds: &[&Kind]) -> Json {
+fn overlay(kinds: &[&'static Kind]) -> Json {
     let mut alternatives: Map<String, Json> = Map::new();
     for key in kinds.iter().flat_map(|kind| kind.keys) {
         let schema = key_schema(key, true);
@@ -163,30 +187,38 @@ fn skip() -> Json {
 }
 
 /// A table of keys. `partial`: laid over another, so nothing is required.
-fn keys(keys: &[Key], partial: bool) -> Json {
+fn keys(keys: &'static [Key], partial: bool) -> Json {
+    table(keys.iter(), partial)
+}
+
+fn table(keys: impl Iterator<Item = &'static Key> + Clone, partial: bool) -> Json {
     let properties: Map<String, Json> =
-        keys.iter().map(|key| (key.name.to_string(), key_schema(key, partial))).collect();
+        keys.clone().map(|key| (key.name.to_string(), key_schema(key, partial))).collect();
     let mut table = json!({ "type": "object", "additionalProperties": false, "properties": properties });
-    let required: Vec<&str> =
-        keys.iter().filter(|key| matches!(key.presence, Presence::Required)).map(|key| key.name).collect();
+    let required: Vec<&str> = keys
+        .clone()
+        .filter(|key| matches!(key.presence, Presence::Required) && !key.task)
+        .map(|key| key.name)
+        .collect();
     if !partial && !required.is_empty() {
         table["required"] = json!(required);
     }
     // Each pair stands in the table twice.
-    let pairs = keys.iter().filter_map(|key| match key.presence {
-        Presence::Either(other) if key.name < other => {
+    let pairs = keys.filter_map(|key| match key.presence {
+        Presence::Either(other) if key.name < other && !partial => {
             Some(json!({ "oneOf": [{ "required": [key.name] }, { "required": [other] }] }))
         }
+        Presence::Or(other) if key.name < other => Some(json!({ "not": { "required": [key.name, other] } })),
         _ => None,
     });
     let pairs: Vec<Json> = pairs.collect();
-    if !partial && !pairs.is_empty() {
+    if !pairs.is_empty() {
         table["allOf"] = json!(pairs);
     }
     table
 }
 
-fn key_schema(key: &Key, partial: bool) -> Json {
+fn key_schema(key: &'static Key, partial: bool) -> Json {
     let mut schema = type_schema(&key.ty, partial);
     let pace = if key.result { "" } else { " Changes no result." };
     schema["description"] = format!("{}{pace}", key.doc).into();
@@ -196,7 +228,7 @@ fn key_schema(key: &Key, partial: bool) -> Json {
     schema
 }
 
-fn type_schema(ty: &Type, partial: bool) -> Json {
+fn type_schema(ty: &'static Type, partial: bool) -> Json {
     let or_axis = |schema: Json, pattern: &str| json!({ "anyOf": [schema, { "type": "string", "pattern": pattern }] });
     match ty {
         Type::Bool => or_axis(json!({ "type": "boolean" }), WHOLE_AXIS),
@@ -222,7 +254,7 @@ fn type_schema(ty: &Type, partial: bool) -> Json {
         }
         Type::Str => json!({ "type": "string" }),
         Type::Choice(choices) => or_axis(json!({ "enum": choices }), SOME_AXIS),
-        Type::Ref(_) | Type::Endpoint => json!({ "type": "string", "minLength": 1 }),
+        Type::Ref(_) | Type::Task(_) | Type::Endpoint => json!({ "type": "string", "minLength": 1 }),
         Type::Refs(_) | Type::Gather(_) => json!({
             "anyOf": [
                 { "type": "string", "minLength": 1 },

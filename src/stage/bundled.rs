@@ -1,5 +1,5 @@
-//! Small models and their tokenizer that come inside the program, so that a first run needs no
-//! download. `pipelines/mini-base.toml` makes the weights again.
+//! Small models, their tokenizer and problems for them that come inside the program, so that a first run
+//! needs no download. `pipelines/mini-base.toml` makes the weights again.
 
 use crate::digest::{Digest, Encoder};
 use crate::files::Files;
@@ -9,6 +9,18 @@ use std::path::Path;
 
 /// Names after `init:`.
 pub const MODELS: &[&str] = &["mini-3B", "mini-7B", "mini-14B", "mini-teacher"];
+
+/// Datasets after `init:`, JSON Lines.
+pub const DATASETS: &[(&str, &[u8])] = &[
+    ("mini-math500", include_bytes!("../../pipelines/mini/math500.jsonl")),
+    ("mini-aime24", include_bytes!("../../pipelines/mini/aime24.jsonl")),
+    ("mini-gpqa-diamond", include_bytes!("../../pipelines/mini/gpqa-diamond.jsonl")),
+];
+
+/// The bundled dataset of that name.
+pub fn dataset(name: &str) -> Option<&'static [u8]> {
+    DATASETS.iter().find_map(|(known, bytes)| (*known == name).then_some(*bytes))
+}
 
 /// Files to be written: from memory or from a folder.
 pub enum Bundle {
@@ -73,9 +85,12 @@ pub fn id_limit(name: &str) -> Option<usize> {
     crate::data::tokenizer::id_limit(bytes)
 }
 
-/// What is bundled under a source's text (`init:mini-3B`, or `init:mini` for the tokenizer), by content.
+/// What is bundled under a source's text (`init:mini-3B`, `init:mini` for the tokenizer, `init:mini-aime24`), by content.
 pub fn digest(text: &str) -> Option<Digest> {
     let name = text.strip_prefix("init:")?;
+    if let Some(bytes) = dataset(name) {
+        return Some(Digest::of(bytes));
+    }
     let Bundle::Embedded(files) = model(name).or_else(|| tokenizer(name))? else { return None };
     let mut encoder = Encoder::new("pipe bundle 1");
     for (name, bytes) in files {

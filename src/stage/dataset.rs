@@ -1,7 +1,7 @@
 //! `dataset`: records from outside, or from other datasets, made into the records a study trains on.
 //!
-//! The steps run in one order, whatever the order of the keys: read (`source` or `concat`), `columns`,
-//! `tag`, `filter`, `only_in`/`not_in`, `pair`, `sample`, `shuffle_seed`, `shortest`, `limit`,
+//! The steps run in one order, whatever the order of the keys: read (`source` or `concat`), `id`, `columns`,
+//! `extract`, `tag`, `filter`, `only_in`/`not_in`, `pair`, `sample`, `shuffle_seed`, `shortest`, `limit`,
 //! `select`/`drop`, `tokenize`. Another order is another stage.
 //!
 //! Every record has an `id`. Where a source has none it is made from the record's content, so it
@@ -18,7 +18,7 @@ use crate::data::{BadRows, Eos, Format, Overlength, Record, Side, write_jsonl};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::{Exit, Problem};
 use crate::random::Stream;
-use crate::stage::{Context, training};
+use crate::stage::{Context, bundled, training};
 use read::{read, read_input};
 use regex::Regex;
 use serde::Deserialize;
@@ -45,8 +45,8 @@ pub const KIND: Kind = Kind {
     keys: &[
         Key::optional(
             "source",
-            Type::Source(&["hf", "path"]),
-            "A JSON Lines, JSON or Parquet file, a folder of them, or a dataset on the hub (`hf:OWNER/NAME`). Either this or `concat`.",
+            Type::Source(&["hf", "path", "init"]),
+            "A JSON Lines, JSON, CSV (with a header) or Parquet file, a folder of them, or a dataset on the hub (`hf:OWNER/NAME`); or one that is bundled, such as `init:mini-math500`. Either this or `concat`.",
         ),
         Key::optional(
             "file",
@@ -59,11 +59,32 @@ pub const KIND: Kind = Kind {
             "Which files of a folder or repository: those of this split (`train.jsonl`, `train-00000-of-00002.parquet`, `train/...`).",
         ),
         Key::optional("concat", Type::Refs(DATASET), "Datasets, one after the other. Either this or `source`."),
+        Key::optional(
+            "id",
+            Type::Str,
+            "The field that holds a record's id; may be a dotted path. It becomes `id`. Absent: `id`, and where a record has none it is made of the record's content.",
+        ),
         Key::default(
             "columns",
             Type::Map(&Type::Str),
             "{}",
             "New name = old name. Old names may be dotted paths (`messages.0.content`). A plain old name moves, a dotted path is copied.",
+        ),
+        Key::optional(
+            "extract",
+            Type::Map(&Type::Table(&[
+                Key::required(
+                    "from",
+                    Type::Str,
+                    "The text looked at; may be a dotted path, or a name that `columns` gave.",
+                ),
+                Key::required(
+                    "pattern",
+                    Type::Str,
+                    "A regular expression. Its first group is taken, or all it matches if it has none; blanks around it go.",
+                ),
+            ])),
+            "New field = a part of a text: `{ answer = { from = \"solution\", pattern = '#### (.*)' } }`. A record where the pattern finds nothing is an error.",
         ),
         Key::default(
             "tag",
@@ -189,8 +210,12 @@ struct Spec {
     source: Option<String>,
     file: Option<String>,
     split: Option<String>,
+    #[serde(default = "id")]
+    id: String,
     #[serde(default)]
     columns: BTreeMap<String, String>,
+    #[serde(default)]
+    extract: BTreeMap<String, Extract>,
     #[serde(default)]
     tag: Map<String, Value>,
     #[serde(default)]
@@ -221,6 +246,13 @@ struct Tokenize {
     on_overlength: Overlength,
     #[serde(default)]
     truncate_side: Side,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Extract {
+    from: String,
+    pattern: String,
 }
 
 #[derive(Deserialize)]
@@ -301,6 +333,11 @@ fn rules(params: &Params) -> Vec<Broken> {
         (false, false) => say("source", "a dataset needs `source` or `concat`", example),
         _ => {}
     }
+    let bundled = params.get("source").and_then(Value::as_str).and_then(|source| source.strip_prefix("init:"));
+    if let Some(name) = bundled.filter(|name| bundled::dataset(name).is_none()) {
+        let names: Vec<&str> = bundled::DATASETS.iter().map(|(name, _)| *name).collect();
+        say("source", &format!("there is no bundled dataset `{name}`"), &format!("bundled: {}", names.join(", ")));
+    }
     for key in ["file", "split"] {
         if params.contains_key(key) && !params.contains_key("source") {
             say(
@@ -332,6 +369,15 @@ fn rules(params: &Params) -> Vec<Broken> {
             say(
                 "filter",
                 &format!("`{pattern}` is not a regular expression: {error}"),
+                "see https://docs.rs/regex/#syntax",
+            );
+        }
+    }
+    for (name, extract) in params.get("extract").and_then(Value::as_object).into_iter().flatten() {
+        if let Some(Err(error)) = extract.get("pattern").and_then(Value::as_str).map(Regex::new) {
+            say(
+                "extract",
+                &format!("`{name}`: not a regular expression: {error}"),
                 "see https://docs.rs/regex/#syntax",
             );
         }

@@ -15,7 +15,7 @@ use crate::data::{Format, Record, Tokenizer};
 use crate::digest::Encoder;
 use crate::manifest::spec::{Key, Type};
 use crate::model::{self, Ask, Config, Finish, Limits, LoadOptions, Model, Placed, Sampling};
-use crate::problem::Problem;
+use crate::problem::{Exit, Problem};
 use crate::remote;
 use crate::tensor::Dtype;
 use minijinja::value::Serde;
@@ -490,6 +490,29 @@ impl Template {
                 .help("fields of the record stand in double braces: `{{ question }}`")
         })?;
         Ok(Template(env))
+    }
+
+    /// What the keys `prompt` and `prompt_file` say is asked, if they do; `resolved` is where the file is. One newline at the end of a file is
+    /// not part of what is asked.
+    pub fn asked(
+        prompt: Option<&str>,
+        file: Option<&str>,
+        resolved: Option<&Path>,
+    ) -> Result<Option<Template>, Problem> {
+        let Some(file) = file else {
+            return prompt.map(|text| Template::new("prompt", text)).transpose();
+        };
+        let path = resolved.ok_or_else(|| {
+            Problem::new("generate::prompt_file", format!("`{file}` was not resolved to a file")).exit(Exit::Missing)
+        })?;
+        let bytes = std::fs::read(path).map_err(|error| Problem::io("generate::prompt_file", "read", path, &error))?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let at = error.utf8_error().valid_up_to() + 1;
+            Problem::new("data::not_utf8", format!("`prompt_file` is not UTF-8 at byte {at}"))
+                .at_file(path)
+                .help("save the file as UTF-8")
+        })?;
+        Template::new("prompt_file", &text).map(Some).map_err(|problem| problem.at_file(path))
     }
 
     /// `Err` says what is wrong with this record, without naming it.

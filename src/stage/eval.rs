@@ -26,6 +26,7 @@ use crate::remote::{Ask, Bill, Endpoint};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 use tally::Tally;
 
 pub const KIND: Kind = Kind {
@@ -38,52 +39,60 @@ pub const KIND: Kind = Kind {
         Key::either("endpoint", "model", Type::Endpoint, "The server that answers: an `[endpoint.NAME]`."),
         Key::required(
             "task",
-            Type::Ref(&[ArtifactType::Dataset]),
-            "The problems: a question and its answer, with `choices` for multiple choice.",
+            Type::Task(&[ArtifactType::Dataset]),
+            "The problems: a question and its answer, with `choices` for multiple choice. A `[task.NAME]`, whose keys lie beneath those of the stage, or a dataset.",
         ),
-        Key::optional(
+        Key::or(
             "prompt",
+            "prompt_file",
             Type::Str,
-            "What the model is asked: a minijinja template over the record, with `question` and, for choices, `options` (`A) ...` a line). Absent: the question, and below it the options.",
-        ),
-        decoding::SYSTEM,
-        decoding::FORMAT,
-        decoding::PREFILL,
-        Key::optional("question", Type::Str, "The field of the question. Absent: `prompt`, `question` or `problem`."),
+            "What the model is asked: a minijinja template over the record, with `question` and, for choices, `options` (`A) ...` a line). Absent, and no `prompt_file`: the question, and below it the options.",
+        )
+        .of_task(),
+        Key::or("prompt_file", "prompt", Type::Source(&["path"]), "The same from a file.").of_task(),
+        decoding::SYSTEM.of_task(),
+        decoding::FORMAT.of_task(),
+        decoding::PREFILL.of_task(),
+        Key::optional("question", Type::Str, "The field of the question. Absent: `prompt`, `question` or `problem`.")
+            .of_task(),
         Key::default(
             "answer",
             Type::Str,
             "\"answer\"",
             "The field of the right answer. For choices a letter, an index from 0, or the choice itself.",
-        ),
+        )
+        .of_task(),
         Key::optional(
             "choices",
             Type::List(&Type::Str),
-            "Fields that hold the choices, the right one first. Absent: the record's list `choices`, if it has one.",
-        ),
+            "Fields that hold the choices, the right one first. Absent or `[]`: the record's list `choices`, if it has one.",
+        )
+        .of_task(),
         Key::default(
             "shuffle_choices",
             Type::Bool,
             "true",
             "Put choices in an order drawn from `seed` and the record's id, kept in the transcript.",
-        ),
+        )
+        .of_task(),
         Key::default(
             "grader",
             Type::Choice(&["auto", "math", "numeric", "choice", "s1"]),
             "\"auto\"",
             "`choice`: a letter. `numeric`: a number or expression. `math`: also lists, intervals, equations, words. `auto`: `choice` where a record has choices or its answer is one capital letter, else `math`. `s1`: as `auto`, scored as the s1 study did: equal text, whole numbers by value, what else there is by the judge if there is one, no letter is A.",
-        ),
+        )
+        .of_task(),
         judge::KEY,
-        Key::default("n", Type::Int { min: 1, max: 100_000 }, "1", "Samples per problem."),
-        decoding::MAX_TOKENS,
-        thinking::KEY,
-        decoding::TEMPERATURE,
-        decoding::TOP_P,
-        decoding::TOP_K,
-        decoding::REPETITION_PENALTY,
-        decoding::SEED,
-        decoding::STOP,
-        Key::optional("limit", Type::Int { min: 1, max: i64::MAX }, "Only the first so many problems."),
+        Key::default("n", Type::Int { min: 1, max: 100_000 }, "1", "Samples per problem.").of_task(),
+        decoding::MAX_TOKENS.of_task(),
+        thinking::KEY.of_task(),
+        decoding::TEMPERATURE.of_task(),
+        decoding::TOP_P.of_task(),
+        decoding::TOP_K.of_task(),
+        decoding::REPETITION_PENALTY.of_task(),
+        decoding::SEED.of_task(),
+        decoding::STOP.of_task(),
+        Key::optional("limit", Type::Int { min: 1, max: i64::MAX }, "Only the first so many problems.").of_task(),
         Key::default(
             "on_missing",
             Type::Choice(&["error", "wrong"]),
@@ -104,6 +113,7 @@ pub const KIND: Kind = Kind {
 struct Spec {
     endpoint: Option<Endpoint>,
     prompt: Option<String>,
+    prompt_file: Option<String>,
     system: Option<String>,
     #[serde(default)]
     format: Format,
@@ -191,7 +201,7 @@ fn rules(params: &Params) -> Vec<Broken> {
         });
     }
     let fields = params.get("choices").and_then(Value::as_array).map(Vec::len);
-    if fields.is_some_and(|fields| !(2..=26).contains(&fields)) {
+    if fields.is_some_and(|fields| !matches!(fields, 0 | 2..=26)) {
         broken.push(Broken {
             key: "choices",
             message: "a choice is between 2 and 26 fields".into(),
@@ -249,7 +259,8 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         Some(judge) => Some(Judge::new(ctx, judge, spec.grader == Grader::S1)?),
         None => None,
     };
-    let questions = spec.questions(&records, tokenizer.as_ref())?;
+    let prompt_file = ctx.sources.get("prompt_file").map(PathBuf::as_path);
+    let questions = spec.questions(prompt_file, &records, tokenizer.as_ref())?;
     let (samples, bill) = match (&spec.endpoint, &tokenizer) {
         (Some(endpoint), _) => by_endpoint(ctx, &spec, endpoint, &questions)?,
         (None, Some(tokenizer)) => (by_model(ctx, &spec, tokenizer, &questions)?, None),
@@ -465,10 +476,15 @@ impl Spec {
 
     /// Every record made ready, for a model with this tokenizer or for an endpoint; all that cannot be are named at
     /// once, before anything is asked.
-    fn questions(&self, records: &[Record], tokenizer: Option<&Tokenizer>) -> Result<Vec<Question>, Problem> {
+    fn questions(
+        &self,
+        prompt_file: Option<&Path>,
+        records: &[Record],
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<Vec<Question>, Problem> {
         let decoding = self.decoding();
         let templates = Templates {
-            prompt: self.prompt.as_deref().map(|text| Template::new("prompt", text)).transpose()?,
+            prompt: Template::asked(self.prompt.as_deref(), self.prompt_file.as_deref(), prompt_file)?,
             system: self.system.as_deref().map(|text| Template::new("system", text)).transpose()?,
         };
         let (mut questions, mut bad, mut seen) = (Vec::new(), BadRows::default(), HashSet::new());
@@ -494,7 +510,14 @@ impl Spec {
             });
             match made {
                 Ok(question) => questions.push(question),
-                Err((code, what)) => bad.push(code, &line, &what),
+                Err((code, what)) => {
+                    bad.push(code, &line, &what);
+                    if code == "eval::field" {
+                        bad.help(
+                            "`question`, `answer` and `choices`, of the stage or of its task, name fields of the records",
+                        );
+                    }
+                }
             }
         }
         bad.finish(records.len(), None)?;
@@ -568,7 +591,7 @@ impl Spec {
 
     /// The choices of a record and the index of the right one.
     fn listed_choices(&self, record: &Record) -> Result<Option<(Vec<String>, usize)>, Bad> {
-        if let Some(fields) = &self.choices {
+        if let Some(fields) = self.choices.as_ref().filter(|fields| !fields.is_empty()) {
             let text = |name: &String| {
                 decoding::text_field(record, &[name]).map(|t| t.trim().to_string()).ok_or_else(|| missing(record, name))
             };

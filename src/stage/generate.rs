@@ -6,6 +6,8 @@
 //!
 //! What an endpoint makes is paid for once (`remote`), and `usage.json` says what it took.
 
+mod json;
+
 use super::Context;
 use super::asking::{self, Asking, Taken};
 use super::decoding::{self, Decoding, QUESTIONS, Request, Template};
@@ -22,7 +24,7 @@ use serde_json::{Map, Value, json};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-const PARSERS: &[&str] = &["text", "sections", "boxed", "think-answer", "regex"];
+const PARSERS: &[&str] = &["text", "sections", "boxed", "think-answer", "regex", "json"];
 
 pub const KIND: Kind = Kind {
     name: "generate",
@@ -33,12 +35,13 @@ pub const KIND: Kind = Kind {
         Key::either("model", "endpoint", Type::Ref(&[ArtifactType::Model]), "The model that completes, on this machine."),
         Key::either("endpoint", "model", Type::Endpoint, "The server that completes: an `[endpoint.NAME]`."),
         Key::required("data", Type::Ref(&[ArtifactType::Dataset]), "The records."),
-        Key::optional(
+        Key::or(
             "prompt",
+            "prompt_file",
             Type::Str,
             "What the model is asked: a minijinja template over the record (`{{ question }}`). Absent, and no `prompt_file`: the record's `input_ids` as they stand, its `messages`, or its `prompt`, `question` or `problem`.",
         ),
-        Key::optional("prompt_file", Type::Source(&["path"]), "The same from a file."),
+        Key::or("prompt_file", "prompt", Type::Source(&["path"]), "The same from a file."),
         decoding::SYSTEM,
         decoding::FORMAT,
         decoding::PREFILL,
@@ -80,13 +83,13 @@ pub const KIND: Kind = Kind {
                     "kind",
                     Type::Choice(PARSERS),
                     "\"text\"",
-                    "`text`: the completion as it is. `sections`: the texts under headings. `boxed`: the last `\\boxed{}`. `think-answer`: thinking and answer, in the s1 layout or as `<think>`. `regex`: the groups of `pattern`.",
+                    "`text`: the completion as it is. `sections`: the texts under headings. `boxed`: the last `\\boxed{}`. `think-answer`: thinking and answer, in the s1 layout or as `<think>`. `regex`: the groups of `pattern`. `json`: values of the last JSON object, in a fence or bare.",
                 ),
                 Key::default(
                     "fields",
                     Type::Map(&Type::Str),
                     "{}",
-                    "New field = what it gets: a heading (`sections`), a group (`regex`), `thinking` or `answer` (`think-answer`), `boxed`, or `text` (any kind: all of it). `{}`: thinking and answer by these names, `answer` for a box, the named groups of a pattern.",
+                    "New field = what it gets: a heading (`sections`), a group (`regex`), a name or dotted path (`json`), `thinking` or `answer` (`think-answer`), `boxed`, or `text` (any kind: all of it). `{}`: thinking and answer by these names, `answer` for a box, the named groups of a pattern.",
                 ),
                 Key::optional("pattern", Type::Str, "The regular expression of `regex`."),
             ]),
@@ -186,6 +189,7 @@ enum ParseKind {
     Boxed,
     ThinkAnswer,
     Regex,
+    Json,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -200,9 +204,6 @@ fn rules(params: &Params) -> Vec<Broken> {
     let mut say =
         |key: &'static str, message: String, help: &str| broken.push(Broken { key, message, help: help.into() });
     let text = |key: &str| params.get(key).and_then(Value::as_str);
-    if params.contains_key("prompt") && params.contains_key("prompt_file") {
-        say("prompt_file", "`prompt` and `prompt_file` both say what is asked".into(), "keep one of the two");
-    }
     for (key, template) in [("prompt", text("prompt")), ("system", text("system"))] {
         if let Some(Err(problem)) = template.map(|template| Template::new(key, template)) {
             say(key, problem.message, "fields of the record stand in double braces: `{{ question }}`");
@@ -236,7 +237,10 @@ fn rules(params: &Params) -> Vec<Broken> {
                 "fields = { prompt = \"New Question\" }",
             );
         }
-        ParseKind::Sections => {}
+        ParseKind::Json if sources.is_empty() => {
+            say("parse.fields", "`json` without `fields` gives nothing".into(), "fields = { answer = \"answer\" }");
+        }
+        ParseKind::Sections | ParseKind::Json => {}
         ParseKind::Regex => match parse.pattern.as_deref().map(Regex::new) {
             None => say("parse.pattern", "`regex` needs a `pattern`".into(), "pattern = 'Answer: (?<answer>.*)'"),
             Some(Err(error)) => {
@@ -468,20 +472,7 @@ struct Asker {
 
 impl Asker {
     fn new(spec: &Spec, prompt_file: Option<&Path>) -> Result<Asker, Problem> {
-        let prompt = match (&spec.prompt, prompt_file) {
-            (Some(text), _) => Some(Template::new("prompt", text)?),
-            (None, Some(path)) => {
-                let text = std::fs::read_to_string(path)
-                    .map_err(|error| Problem::io("generate::prompt_file", "read", path, &error))?;
-                Some(Template::new("prompt_file", &text)?)
-            }
-            (None, None) => match &spec.prompt_file {
-                Some(file) => {
-                    return Err(Problem::new("generate::prompt_file", format!("`{file}` was not resolved to a file")));
-                }
-                None => None,
-            },
-        };
+        let prompt = Template::asked(spec.prompt.as_deref(), spec.prompt_file.as_deref(), prompt_file)?;
         let system = spec.system.as_deref().map(|text| Template::new("system", text)).transpose()?;
         Ok(Asker { prompt, system })
     }
@@ -597,7 +588,7 @@ impl Parser {
         if fields.is_empty() {
             let same = |name: &str| (name.to_string(), name.to_string());
             fields = match parse.kind {
-                ParseKind::Text | ParseKind::Sections => Vec::new(),
+                ParseKind::Text | ParseKind::Sections | ParseKind::Json => Vec::new(),
                 ParseKind::Boxed => vec![("answer".into(), "boxed".into())],
                 ParseKind::ThinkAnswer => vec![same("thinking"), same("answer")],
                 ParseKind::Regex => pattern.iter().flat_map(Regex::capture_names).flatten().map(same).collect(),
@@ -631,6 +622,14 @@ impl Parser {
                 let headings: Vec<&str> =
                     self.fields.iter().map(|(_, from)| from.as_str()).filter(|from| *from != "text").collect();
                 sections(behind()?, &headings)?
+            }
+            ParseKind::Json => {
+                let object = json::last_object(behind()?)?;
+                let mut found = Vec::new();
+                for (_, from) in self.fields.iter().filter(|(_, from)| from != "text") {
+                    found.push((from.as_str(), json::value(object, from)?));
+                }
+                found
             }
             ParseKind::Regex => {
                 let behind = behind()?;
@@ -767,12 +766,22 @@ mod tests {
     }
 
     #[test]
+    fn values_of_an_object_are_fields() {
+        let spec = json!({"kind": "json", "fields": {"answer": "result.value", "whole": "text"}});
+        let text = "<think>{\"result\": {\"value\": 1}}</think>So:\n```json\n{\"result\": {\"value\": 2.50}}\n```";
+        assert_eq!(parse(spec.clone(), text), pairs(&[("answer", "2.50"), ("whole", text)]));
+        assert_eq!(parse(spec.clone(), "{\"result\": 2}"), Err("the JSON object has no `result.value`".into()));
+        assert_eq!(parse(spec, "{\"result\": {\"value\": \"\"}}"), Err("`result.value` is empty".into()));
+    }
+
+    #[test]
     fn rules_between_keys_are_checked_before_anything_runs() {
         let keys =
             |params: Value| -> Vec<&'static str> { rules(params.as_object().unwrap()).iter().map(|b| b.key).collect() };
-        assert_eq!(keys(json!({"prompt": "{{ a", "prompt_file": "path:x", "parse": {}})), ["prompt_file", "prompt"]);
+        assert_eq!(keys(json!({"prompt": "{{ a", "parse": {}})), ["prompt"]);
         assert_eq!(keys(json!({"parse": {"kind": "regex"}})), ["parse.pattern"]);
         assert_eq!(keys(json!({"parse": {"kind": "sections"}})), ["parse.fields"]);
+        assert_eq!(keys(json!({"parse": {"kind": "json"}})), ["parse.fields"]);
         assert_eq!(keys(json!({"parse": {"kind": "boxed", "fields": {"a": "thinking"}}})), ["parse.fields"]);
         assert_eq!(
             keys(json!({"parse": {"kind": "regex", "pattern": "(?<a>x)", "fields": {"b": "c"}}})),

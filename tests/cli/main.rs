@@ -5,6 +5,7 @@ mod grade;
 mod messages;
 mod needs;
 mod run;
+mod tasks;
 mod transcripts;
 mod views;
 

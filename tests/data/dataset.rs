@@ -264,6 +264,82 @@ fn an_id_moved_away_is_made_again_and_one_in_a_second_file_is_taken() {
 }
 
 #[test]
+fn a_csv_file_is_read_by_its_header_and_every_bad_row_is_named() {
+    let text =
+        "Record ID,Question,Correct Answer\r\nrec1,\"Which, of\nthese?\",\"the \"\"first\"\"\"\r\nrec2,Why?, so \r\n";
+    let stage = Stage::new().source("gpqa.csv", text);
+    let records = stage.run(json!({"source": "path:source", "id": "Record ID"})).unwrap();
+    assert_eq!(values(records.clone(), "id"), ["rec1", "rec2"]);
+    assert_eq!(values(records.clone(), "Question"), ["Which, of\nthese?", "Why?"]);
+    assert_eq!(values(records.clone(), "Correct Answer"), ["the \"first\"", " so "]);
+    assert!(!records[0].contains_key("Record ID"));
+    let bad = "Record ID,Question\nrec1\nrec2,x\nrec3,x,y\n";
+    let problem = Stage::new().source("bad.csv", bad).run(json!({"source": "path:source"})).unwrap_err();
+    assert_eq!(problem.code, "data::ragged_row");
+    assert_eq!(problem.notes, ["line 2: 1 fields, and the header has 2", "line 4: 3 fields, and the header has 2"]);
+    let problem = stage.run(json!({"source": "path:source", "id": "record id"})).unwrap_err();
+    assert_eq!(problem.code, "data::missing_field");
+    assert!(problem.places[0].file.ends_with(Path::new("gpqa.csv")) && problem.notes.len() == 2, "{problem}");
+    assert_eq!(problem.notes[1], "line 4: no `record id`; the record has `Record ID`, `Question`, `Correct Answer`");
+}
+
+#[test]
+fn the_gold_behind_the_hashes_is_taken_and_every_row_without_one_is_named() {
+    let lines = "{\"q\":\"a\",\"answer\":\"2+3=5\\n#### 5 \"}\n{\"q\":\"b\",\"answer\":\"1,000\\n#### 1,080\"}\n";
+    let keys = json!({
+        "source": "path:source",
+        "columns": {"prompt": "q", "solution": "answer"},
+        "extract": {"answer": {"from": "solution", "pattern": "####\\s*(\\S.*)"}},
+        "select": ["prompt", "answer"],
+    });
+    let stage = Stage::new().source("gsm8k.jsonl", lines);
+    let records = stage.run(keys.clone()).unwrap();
+    assert_eq!(values(records.clone(), "answer"), ["5", "1,080"]);
+    assert_eq!(values(records, "prompt"), ["a", "b"]);
+    let more = format!(
+        "{lines}{{\"q\":\"c\",\"answer\":\"so it is 7\"}}\n{{\"q\":\"d\",\"answer\":7}}\n{{\"q\":\"e\",\"answer\":\"####\"}}\n"
+    );
+    let problem = Stage::new().source("gsm8k.jsonl", &more).run(keys).unwrap_err();
+    assert_eq!(
+        problem.notes,
+        [
+            "line 3: the pattern of `answer` finds nothing in `solution`, which ends \"so it is 7\"",
+            "line 4: `solution` is a number, not a text",
+            "line 5: the pattern of `answer` finds nothing in `solution`, which ends \"####\"",
+        ]
+    );
+    assert_eq!(problem.help, ["`extract.answer` takes what `####\\s*(\\S.*)` finds in `solution`"]);
+    // Without a group all that matches is taken; from a name that is not there, nothing.
+    let whole = json!({"source": "path:source", "extract": {"n": {"from": "answer", "pattern": "\\d+$|\\d+ $"}}});
+    assert_eq!(values(stage.run(whole).unwrap(), "n"), ["5", "080"]);
+    let gone = json!({"source": "path:source", "extract": {"n": {"from": "gone", "pattern": "x"}}});
+    assert_eq!(stage.run(gone).unwrap_err().notes, ["line 1: no `gone`", "line 2: no `gone`"]);
+}
+
+#[test]
+fn text_that_is_not_utf8_is_named_by_line_in_either_format() {
+    for (name, bytes, wanted) in [
+        ("a.jsonl", b"{\"q\":\"x\"}\n{\"q\":\"\xe9\"}\n".as_slice(), "line 2: not UTF-8 at byte 7 of the line"),
+        ("a.csv", b"q,r\nx,y\nz,\xe9\n".as_slice(), "line 3: `r` is not UTF-8 at its byte 1"),
+    ] {
+        let stage = Stage::new().source(name, "");
+        std::fs::write(stage.dir.path().join("source").join(name), bytes).unwrap();
+        let problem = stage.run(json!({"source": "path:source"})).unwrap_err();
+        assert_eq!((problem.code, problem.notes[0].as_str()), ("data::not_utf8", wanted));
+    }
+}
+
+#[test]
+fn the_problems_of_the_mini_study_come_with_the_program() {
+    for (name, first) in [("mini-math500", "4"), ("mini-aime24", "59"), ("mini-gpqa-diamond", "A")] {
+        let records = Stage::new().run(json!({"source": format!("init:{name}"), "limit": 80})).unwrap();
+        assert_eq!((records.len(), &records[0]["answer"]), (80, &json!(first)), "{name}");
+    }
+    let broken = (dataset::KIND.rules)(json!({"source": "init:mini-gsm8k"}).as_object().unwrap());
+    assert_eq!(broken[0].message, "there is no bundled dataset `mini-gsm8k`");
+}
+
+#[test]
 fn keys_that_contradict_each_other_are_found_before_anything_runs() {
     let broken = |params: Value| -> Vec<&'static str> {
         (dataset::KIND.rules)(params.as_object().unwrap()).into_iter().map(|broken| broken.key).collect()
@@ -277,5 +353,7 @@ fn keys_that_contradict_each_other_are_found_before_anything_runs() {
         broken(json!({"concat": "other", "filter": [{"field": "a", "invert": false}, {"field": "a", "matches": "("}]})),
         ["filter", "filter"]
     );
+    let extract = json!({"source": "path:x", "extract": {"a": {"from": "b", "pattern": "("}}});
+    assert_eq!(broken(extract), ["extract"]);
     assert!(broken(json!({"source": "path:x", "split": "train", "sample": {"rows": 3}, "select": ["a"]})).is_empty());
 }

@@ -10,6 +10,7 @@ mod planning;
 mod prints;
 mod random;
 mod schema;
+mod tasks;
 
 use pipe::manifest::{self, Manifest, spec::Kind};
 use pipe::plan::{self, Cell, Plan};

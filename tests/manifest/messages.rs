@@ -47,15 +47,15 @@ fn unknown_keys_outside_of_stages() {
     assert_snapshot!(problems("tilte = \"x\"\n[stages.a]\nkind = \"model\"\n[profile.p]\ninclude = []\n"), @r#"
 error[manifest::unknown_key]: unknown key `tilte` in the manifest
   m.toml:2 "tilte"
-  note: keys of the manifest: manifest, title, include, endpoint, stage, profile
+  note: keys of the manifest: manifest, title, include, endpoint, task, stage, profile
   help: a key with a similar name exists: `title`
 error[manifest::unknown_key]: unknown key `stages` in the manifest
   m.toml:3 "stages"
-  note: keys of the manifest: manifest, title, include, endpoint, stage, profile
+  note: keys of the manifest: manifest, title, include, endpoint, task, stage, profile
   help: a key with a similar name exists: `stage`
 error[manifest::unknown_key]: unknown key `include` in profile `p`
   m.toml:6 "include"
-  note: keys of profile `p`: title, endpoint, stage
+  note: keys of profile `p`: title, endpoint, task, stage
 "#);
 }
 
@@ -458,7 +458,7 @@ error[manifest::empty_axis]: axis `size` of stage `base` has no values
   --set:4 "[]"
 error[manifest::set_touches_nothing]: `--set include=x` names nothing that can be set
   --set:5 "include=x"
-  help: `title`, `stage.NAME.KEY` or `endpoint.NAME.KEY`
+  help: `title`, `stage.NAME.KEY`, `task.NAME.KEY` or `endpoint.NAME.KEY`
 error[manifest::bad_set]: `--set stage.base=3` replaces a whole stage
   --set:6 "stage.base=3"
   help: name one of its keys: `--set stage.base.KEY=VALUE`

@@ -117,6 +117,63 @@ fn bad_problems_are_named_before_anything_is_decoded() {
 }
 
 #[test]
+fn what_is_asked_may_stand_in_a_file_and_an_empty_list_of_choices_is_none() {
+    let mut bench = Bench::with_model("task", &problems(&["7", "8"]));
+    let file = bench.write("ask.jinja", "Count: {{ question }}\n");
+    bench.sources.insert("prompt_file".into(), file);
+    let mut by_file = says("7");
+    (by_file["prompt_file"], by_file["choices"]) = (json!("path:ask.jinja"), json!([]));
+    bench.run(run, by_file.clone()).unwrap();
+    let inline = Bench::with_model("task", &problems(&["7", "8"]));
+    let mut keys = says("7");
+    keys["prompt"] = json!("Count: {{ question }}");
+    inline.run(run, keys).unwrap();
+    assert_eq!(bench.output("transcripts.jsonl"), inline.output("transcripts.jsonl"));
+    assert!(
+        bench.lines("transcripts.jsonl")[1]["prompt"].as_str().unwrap().contains("Count: Eva has 1 pens.<|im_end|>")
+    );
+    // A file that is no template, or no text, is found before the model is loaded.
+    for (bytes, code) in [(b"{{ question".as_slice(), "generate::template"), (b"\xff\xfe".as_slice(), "data::not_utf8")]
+    {
+        std::fs::write(bench.path("ask.jinja"), bytes).unwrap();
+        let problem = bench.run(run, by_file.clone()).unwrap_err();
+        assert_eq!(problem.code, code);
+        assert!(problem.places[0].file.ends_with("ask.jinja"), "{problem}");
+    }
+}
+
+#[test]
+fn gpqa_in_its_own_columns_is_asked_by_letters_in_an_order_of_the_record() {
+    let record = |i: usize| {
+        json!({"id": format!("rec{i}"), "Question": format!("Which, {i}?"), "Correct Answer": " right ",
+               "Incorrect Answer 1": "a", "Incorrect Answer 2": "b", "Incorrect Answer 3": "c"})
+    };
+    let mut records: Vec<Value> = (0..12).map(record).collect();
+    let mut keys = says("C");
+    keys["question"] = json!("Question");
+    keys["choices"] = json!(["Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]);
+    let bench = Bench::with_model("task", &records);
+    bench.run(run, keys.clone()).unwrap();
+    let lines = bench.lines("transcripts.jsonl");
+    let golds: std::collections::BTreeSet<&str> = lines.iter().map(|line| line["gold"].as_str().unwrap()).collect();
+    assert!(golds.len() > 1, "the right one moves: {golds:?}");
+    for line in &lines {
+        let prompt = line["prompt"].as_str().unwrap();
+        assert!(prompt.contains("\n\nA) ") && prompt.contains(&format!("{}) right", line["gold"].as_str().unwrap())));
+    }
+    // All that lack a column are named at once.
+    for at in [3, 7] {
+        records[at].as_object_mut().unwrap().remove("Incorrect Answer 2");
+    }
+    let problem = Bench::with_model("task", &records).run(run, keys).unwrap_err();
+    let wanted =
+        "no `Incorrect Answer 2`; the record has id, Question, Correct Answer, Incorrect Answer 1, Incorrect Answer 3";
+    assert_eq!((problem.code, problem.notes.len()), ("eval::field", 2));
+    assert_eq!(problem.notes[0], format!("line 4 (id `rec3`): {wanted}"));
+    assert!(problem.help[0].contains("`choices`") && problem.help[0].contains("task"), "{problem}");
+}
+
+#[test]
 fn the_same_bytes_come_out_again_and_after_an_interruption() {
     let golds: Vec<String> = (0..6).map(|i| i.to_string()).collect();
     let golds: Vec<&str> = golds.iter().map(String::as_str).collect();

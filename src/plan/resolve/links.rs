@@ -1,6 +1,7 @@
 //! The first pass: which stages each stage names.
 
 use super::{CELLS_MAX, CYCLES_MAX, Resolver};
+use crate::manifest::task::{SCHEME, SHIPPED, Task};
 use crate::manifest::template::{self, Reference};
 use crate::manifest::{Arity, RefUse, Stage, choices, names_stage, words};
 use crate::plan::axes::{Domain, ValueId};
@@ -12,6 +13,12 @@ impl Resolver<'_> {
     /// Which stages each stage names; returns those outside cycles, dependencies first.
     pub(super) fn links(&mut self) -> Vec<usize> {
         let count = self.manifest.stages.len();
+        // What a task names is wrong whether or not a stage names the task.
+        for task in &self.manifest.tasks {
+            if let Some(data) = &task.data {
+                self.named(&format!("task `{}`", task.name), None, data, &data.text);
+            }
+        }
         for stage in 0..count {
             for reference in &self.stage_of(stage).found.refs {
                 if template::axes(&reference.text).is_empty() {
@@ -59,6 +66,7 @@ impl Resolver<'_> {
         let mut add = |text: &str| {
             if reference.also.is_none_or(|types| names_stage(types, text))
                 && let Ok(parsed) = Reference::parse(text)
+                && let Some(parsed) = self.behind_task(reference, parsed)
                 && let Some((target, _)) = self.manifest.stage(&parsed.stage)
             {
                 let fixed: Vec<String> = parsed.fixed.into_iter().map(|(axis, _)| axis).collect();
@@ -91,6 +99,14 @@ impl Resolver<'_> {
             }
         }
         targets
+    }
+
+    /// The reference to the data of the task that `parsed` names; `parsed` itself if it names none.
+    fn behind_task(&self, reference: &RefUse, parsed: Reference) -> Option<Reference> {
+        let Some((_, task)) = self.manifest.task(&parsed.stage).filter(|_| reference.task) else { return Some(parsed) };
+        let mut data = Reference::parse(&task.data.as_ref()?.text).ok()?;
+        data.fixed.extend(parsed.fixed);
+        Some(data)
     }
 
     /// Own axes and those that references bring, in the order of a cell's name: inherited first.
@@ -149,7 +165,14 @@ impl Resolver<'_> {
                 self.candidates(reference, &self.domains[stage]).iter().any(|(target, _)| *target == need)
             };
             if let Some(reference) = self.stage_of(stage).found.refs.iter().find(names_it) {
-                let label = format!("{} needs {}", name(stage), name(need));
+                let mut label = format!("{} needs {}", name(stage), name(need));
+                let through = |task: &&Task| {
+                    let data = task.data.as_ref().and_then(|data| Reference::parse(&data.text).ok());
+                    data.is_some_and(|data| data.stage == name(need))
+                };
+                if let Some(task) = self.manifest.tasks.iter().filter(|_| reference.task).find(through) {
+                    label += &format!(" through task {}", task.name);
+                }
                 let file = self.manifest.path_of(reference.origin.file);
                 problem = problem.at_span(file, reference.origin.span.clone(), &label);
             }
@@ -169,11 +192,31 @@ impl Resolver<'_> {
         reference: &RefUse,
         text: &str,
     ) -> Option<(usize, Vec<(String, String)>)> {
-        let owner = &self.stage_of(stage).name;
+        let owner = format!("stage `{}`", self.stage_of(stage).name);
+        let parsed = Reference::parse(text).ok().filter(|_| reference.task);
+        let Some((parsed, task)) =
+            parsed.and_then(|parsed| Some((parsed.clone(), self.manifest.task(&parsed.stage)?.1)))
+        else {
+            return self.named(&owner, Some(stage), reference, text);
+        };
+        let data = task.data.as_ref()?;
+        let (target, mut fixed) = self.named(&format!("task `{}`", task.name), None, data, &data.text)?;
+        fixed.extend(parsed.fixed);
+        Some((target, fixed))
+    }
+
+    /// The same of a text that is the name of a stage and of no task. `stage`: the one whose reference it is.
+    fn named(
+        &mut self,
+        owner: &str,
+        stage: Option<usize>,
+        reference: &RefUse,
+        text: &str,
+    ) -> Option<(usize, Vec<(String, String)>)> {
         let parsed = match Reference::parse(text) {
             Ok(parsed) => parsed,
             Err(why) => {
-                let message = format!("`{}` of stage `{owner}` is not a reference: {why}", reference.slot);
+                let message = format!("`{}` of {owner} is not a reference: {why}", reference.slot);
                 let mut bad = self.problem("plan::bad_reference", message, &reference.origin);
                 if text != reference.text {
                     bad = bad.note(format!("`{}` comes to `{text}`", reference.text));
@@ -184,7 +227,7 @@ impl Resolver<'_> {
         };
         let Some((target, found)) = self.manifest.stage(&parsed.stage) else {
             if !self.manifest.incomplete {
-                self.missing_stage(owner, reference, &parsed.stage);
+                self.missing_stage(owner, stage, reference, &parsed.stage);
             }
             return None;
         };
@@ -192,16 +235,16 @@ impl Resolver<'_> {
         if !reference.takes.contains(&kind.yields) {
             let takes: Vec<&str> = reference.takes.iter().map(|ty| ty.noun()).collect();
             let message = format!(
-                "`{}` of stage `{owner}` takes {}, and `{}` yields {}",
+                "`{}` of {owner} takes {}, and `{}` yields {}",
                 reference.slot,
                 takes.join(" or "),
                 found.name,
                 kind.yields.noun()
             );
-            let fitting = self.manifest.stages.iter().filter(|stage| {
-                stage.name != *owner && stage.kind.is_some_and(|kind| reference.takes.contains(&kind.yields))
+            let fitting = self.manifest.stages.iter().enumerate().filter(|(at, fits)| {
+                Some(*at) != stage && fits.kind.is_some_and(|kind| reference.takes.contains(&kind.yields))
             });
-            let fitting: Vec<&str> = fitting.map(|stage| stage.name.as_str()).collect();
+            let fitting: Vec<&str> = fitting.map(|(_, stage)| stage.name.as_str()).collect();
             let mut wrong = self.problem("plan::wrong_artifact", message, &reference.origin);
             wrong = wrong.note(format!("`{}` is of kind `{}`", found.name, kind.name));
             if !fitting.is_empty() {
@@ -213,23 +256,38 @@ impl Resolver<'_> {
         Some((target, parsed.fixed))
     }
 
-    fn missing_stage(&mut self, owner: &str, reference: &RefUse, name: &str) {
-        let message = format!("`{}` of stage `{owner}` names `{name}`, and there is no such stage", reference.slot);
+    fn missing_stage(&mut self, owner: &str, stage: Option<usize>, reference: &RefUse, name: &str) {
+        let what = if reference.task { "task or stage" } else { "stage" };
+        let message = format!("`{}` of {owner} names `{name}`, and there is no such {what}", reference.slot);
         let mut missing = self.problem("plan::missing_stage", message, &reference.origin);
-        let others = || self.manifest.stages.iter().map(|stage| stage.name.as_str()).filter(|name| *name != owner);
+        let stages = || self.manifest.stages.iter().enumerate().filter(|(at, _)| Some(*at) != stage);
+        let stages = || stages().map(|(_, stage)| stage);
+        let tasks = || self.manifest.tasks.iter().filter(|_| reference.task).map(|task| task.name.as_str());
+        let names = || tasks().chain(stages().map(|stage| stage.name.as_str()));
         let yields_it = |stage: &&Stage| stage.kind.is_some_and(|kind| reference.takes.contains(&kind.yields));
         let words_too: Vec<&str> = reference.also.map(choices).into_iter().flatten().collect();
         if !words_too.is_empty() {
             missing = missing.note(format!("it takes a stage or one of {}", words::list(words_too.iter().copied())));
         }
-        missing = match words::nearest(name, others().chain(words_too)) {
+        if reference.task && SHIPPED.iter().any(|(shipped, _)| *shipped == name) {
+            missing = missing.help(format!("it comes with the program: `include = [\"{SCHEME}{name}\"]`"));
+        } else if self.manifest.task(name).is_some() {
+            missing = missing.note(format!("`{name}` is a task, and its problems are a stage of their own"));
+        }
+        missing = match words::nearest(name, names().chain(words_too)) {
+            Some(near) if tasks().any(|task| task == near) => {
+                missing.help(format!("a task with a similar name exists: `{near}`"))
+            }
             Some(near) if self.manifest.stage(near).is_none() => {
                 missing.help(format!("a similar word exists: `{near}`"))
             }
             Some(near) => missing.help(format!("a stage with a similar name exists: `{near}`")),
             None => {
-                let fitting = self.manifest.stages.iter().filter(yields_it).map(|stage| stage.name.as_str());
-                let fitting: Vec<&str> = fitting.filter(|name| *name != owner).collect();
+                let tasks: Vec<&str> = tasks().collect();
+                if !tasks.is_empty() {
+                    missing = missing.note(format!("tasks: {}", words::list(tasks)));
+                }
+                let fitting: Vec<&str> = stages().filter(yields_it).map(|stage| stage.name.as_str()).collect();
                 if fitting.is_empty() {
                     missing
                 } else {

@@ -4,23 +4,30 @@ use super::{Resolver, Row};
 use crate::manifest::spec::{Kind, Lineage, Params, Type};
 use crate::manifest::template;
 use crate::manifest::value::{Node, Origin, Table, Value};
-use crate::manifest::{Arity, Check, Layer, Mode, SET_FILE, Stage, Step, Template, names_stage};
+use crate::manifest::{Arity, Check, Found, Layer, Mode, Step, Template, names_stage};
 use crate::plan::axes::{AxisId, Interner, Point, ValueId, at};
 use crate::plan::{Axes, AxisValue, Cell, CellId, Input, Source};
+use crate::problem::Problem;
 use serde_json::Value as Json;
+use std::borrow::Cow;
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
-use std::path::PathBuf;
 use std::sync::Arc;
 
-impl Resolver<'_> {
+impl<'m> Resolver<'m> {
     pub(super) fn push_cells(&mut self, stage: usize, rows: Vec<Row>) {
         let owner = self.stage_of(stage);
         let Some(kind) = owner.kind else { return };
         let refs = &owner.found.refs;
-        let mut fillings = Fillings::new(owner, &mut self.ids);
+        let mut by_task: HashMap<Option<usize>, Fillings> = HashMap::new();
         self.made[stage] = self.cells.len()..self.cells.len() + rows.len();
         for row in rows {
-            let filling = self.filling(stage, kind, &mut fillings, &row.point);
+            let task = self.task_of(stage, &row.point);
+            let fillings = match by_task.entry(task) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => new.insert(self.fillings(stage, kind, task)),
+            };
+            let filling = self.filling(stage, kind, fillings, &row.point);
             let mut inputs: Vec<Input> = Vec::new();
             for (i, cells) in &row.picks {
                 let reference = &refs[*i];
@@ -56,18 +63,72 @@ impl Resolver<'_> {
         }
     }
 
+    /// The task that a stage names at a point, if it names one.
+    fn task_of(&self, stage: usize, point: &Point) -> Option<usize> {
+        let reference = self.stage_of(stage).found.refs.iter().find(|reference| reference.task)?;
+        let text = template::fill(&reference.text, |name| {
+            Some(self.ids.value_of(at(point, self.ids.known_axis(name)?)?).to_string())
+        });
+        let named = template::Reference::parse(&text.ok()?).ok()?;
+        self.manifest.task(&named.stage).map(|(task, _)| task)
+    }
+
+    /// The keys of a stage, those of a task beneath them.
+    fn fillings(&mut self, stage: usize, kind: &'static Kind, task: Option<usize>) -> Fillings<'m> {
+        let owner = self.stage_of(stage);
+        // Only where tasks are declared did the stage's own keys wait for one.
+        if owner.broken || !owner.found.refs.iter().any(|reference| reference.task) || self.manifest.tasks.is_empty() {
+            let keys = Keys {
+                table: Cow::Borrowed(&owner.table),
+                params: Cow::Borrowed(&owner.params),
+                found: Cow::Borrowed(&owner.found),
+                broken: owner.broken,
+            };
+            return Fillings::new(keys, &mut self.ids);
+        }
+        let task = task.map(|task| &self.manifest.tasks[task]);
+        let table = task.map_or_else(|| owner.table.clone(), |task| task.beneath(kind, &owner.table));
+        let files = &self.manifest.files;
+        let name = format!("stage `{}`", owner.name);
+        let mut check = Check::new(files, name, Layer::File, Mode::Whole, &mut self.defaults);
+        check.endpoints = Some(&self.manifest.endpoints);
+        let params = check.stage(kind, &table, &owner.at);
+        let mut found = check.found;
+        let broken = !found.problems.is_empty();
+        for mut problem in std::mem::take(&mut found.problems) {
+            let place = |problem: &Problem| problem.places.first().cloned();
+            let missing = problem.code == "manifest::missing_key";
+            if !missing && self.manifest.problems.iter().any(|said| place(said) == place(&problem)) {
+                continue;
+            }
+            if let Some(task) = task.filter(|_| missing) {
+                problem = problem.note(format!("task `{}` does not give it either", task.name));
+            }
+            self.report(problem);
+        }
+        let keys = Keys { table: Cow::Owned(table), params: Cow::Owned(params), found: Cow::Owned(found), broken };
+        Fillings::new(keys, &mut self.ids)
+    }
+
     /// The parameters at a point, made once per distinct values of the axes that strings use.
-    fn filling(&mut self, stage: usize, kind: &'static Kind, fillings: &mut Fillings, point: &Point) -> Arc<Filling> {
+    fn filling(
+        &mut self,
+        stage: usize,
+        kind: &'static Kind,
+        fillings: &mut Fillings<'_>,
+        point: &Point,
+    ) -> Arc<Filling> {
         let key: Vec<Option<ValueId>> = fillings.axes.iter().map(|axis| at(point, *axis)).collect();
         if let Some(known) = fillings.made.get(&key) {
             return known.clone();
         }
         let owner = self.stage_of(stage);
-        let mut params = owner.params.clone();
+        let Keys { table, params, found, broken } = &fillings.keys;
+        let mut params = Params::clone(params);
         let mut sources: Vec<Source> =
-            owner.found.sources.iter().map(|source| self.source(&source.key, &source.text, &source.origin)).collect();
-        let mut whole = !owner.broken;
-        for template in &owner.found.templates {
+            found.sources.iter().map(|source| self.source(&source.key, &source.text, &source.origin)).collect();
+        let mut whole = !broken;
+        for template in &found.templates {
             match self.fill(stage, template, point) {
                 Some((Some(json), filled)) => {
                     put(&mut params, &template.steps, json);
@@ -81,11 +142,11 @@ impl Resolver<'_> {
         let description = self.description(stage, point);
         if whole {
             let mut keys = params.clone();
-            for reference in &owner.found.refs {
+            for reference in &found.refs {
                 keys.entry(&reference.slot).or_insert_with(|| Json::String(reference.text.clone()));
             }
             for broken in (kind.rules)(&keys) {
-                let at = place_of(&owner.table, broken.key).unwrap_or(&owner.at);
+                let at = place_of(table, broken.key).unwrap_or(&owner.at);
                 let message = format!("stage `{}`: {}", owner.name, broken.message);
                 let mut rule = self.problem("manifest::rule", message, at);
                 if !broken.help.is_empty() {
@@ -100,11 +161,7 @@ impl Resolver<'_> {
     }
 
     fn source(&self, key: &str, text: &str, origin: &Origin) -> Source {
-        let file = self.manifest.path_of(origin.file);
-        let folder = match file.parent() {
-            Some(folder) if file.as_os_str() != SET_FILE => folder.to_path_buf(),
-            _ => PathBuf::new(),
-        };
+        let folder = self.manifest.files[origin.file].folder.clone();
         Source { key: key.to_string(), text: text.to_string(), folder }
     }
 
@@ -179,24 +236,33 @@ struct Filling {
     whole: bool,
 }
 
-struct Fillings {
-    /// The axes that strings of the stage use.
+/// The keys of a stage, or of a stage with a task beneath it.
+struct Keys<'m> {
+    table: Cow<'m, Table>,
+    params: Cow<'m, Params>,
+    found: Cow<'m, Found>,
+    broken: bool,
+}
+
+struct Fillings<'m> {
+    keys: Keys<'m>,
+    /// The axes that their strings use.
     axes: Vec<AxisId>,
     made: HashMap<Vec<Option<ValueId>>, Arc<Filling>>,
 }
 
-impl Fillings {
-    fn new(stage: &Stage, ids: &mut Interner) -> Fillings {
+impl<'m> Fillings<'m> {
+    fn new(keys: Keys<'m>, ids: &mut Interner) -> Fillings<'m> {
         let mut axes = BTreeSet::new();
-        let description = match stage.table.get("description").map(|entry| &entry.value.value) {
+        let description = match keys.table.get("description").map(|entry| &entry.value.value) {
             Some(Value::Str(text)) => text.as_str(),
             _ => "",
         };
-        let texts = stage.found.templates.iter().map(|template| template.text.as_str());
+        let texts = keys.found.templates.iter().map(|template| template.text.as_str());
         for text in texts.chain([description]) {
             axes.extend(template::axes(text).into_iter().map(|(_, name)| ids.axis(name)));
         }
-        Fillings { axes: axes.into_iter().collect(), made: HashMap::new() }
+        Fillings { keys, axes: axes.into_iter().collect(), made: HashMap::new() }
     }
 }
 

@@ -1,12 +1,12 @@
 //! From files and other datasets to rows with ids, their columns mapped.
 
-use super::{Row, Spec, lookup};
+use super::{Extract, Row, Spec, lookup};
 use crate::data::records::kind_of;
-use crate::data::{BadRows, Record, read_numbered};
+use crate::data::{BadRows, Record, parse_numbered, read_numbered};
 use crate::digest::Digest;
 use crate::files::Files;
 use crate::problem::{Exit, Problem};
-use crate::stage::{Artifact, Context};
+use crate::stage::{Artifact, Context, bundled};
 use regex::Regex;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -17,16 +17,13 @@ pub(super) fn read(ctx: &Context, spec: &Spec) -> Result<Vec<Row>, Problem> {
     let inputs = ctx.inputs("concat");
     let mut rows = Vec::new();
     if let Some(source) = &spec.source {
-        let path = ctx.sources.get("source").ok_or_else(|| {
-            Problem::new("dataset::source", format!("`{source}` was not fetched")).exit(Exit::Missing)
-        })?;
-        let files = choose_files(path, spec.file.as_deref(), spec.split.as_deref())?;
         let mut ids = Ids::default();
-        for file in &files {
-            let mut numbered = read_numbered(file)?;
+        for (file, mut numbered) in sourced(ctx, spec, source)? {
             let made: Vec<String> = numbered.iter().map(|(_, record)| ids.made(record)).collect();
-            map_columns(&mut numbered, &spec.columns, &file.display().to_string(), file)?;
-            ids.fill(&mut numbered, made, file, true)?;
+            name_ids(&mut numbered, &spec.id, &file)?;
+            map_columns(&mut numbered, &spec.columns, &file.display().to_string(), &file)?;
+            extract(&mut numbered, &spec.extract, &file)?;
+            ids.fill(&mut numbered, made, &file, true)?;
             rows.extend(numbered.into_iter().map(|(_, record)| Row { record, origin: 0 }));
         }
     }
@@ -35,11 +32,28 @@ pub(super) fn read(ctx: &Context, spec: &Spec) -> Result<Vec<Row>, Problem> {
         let place = Path::new(&input.stage).join("data.jsonl");
         let mut ids = Ids::default();
         let made: Vec<String> = numbered.iter().map(|(_, record)| ids.made(record)).collect();
+        name_ids(&mut numbered, &spec.id, &place)?;
         map_columns(&mut numbered, &spec.columns, &format!("`{}`", input.stage), &place)?;
+        extract(&mut numbered, &spec.extract, &place)?;
         ids.fill(&mut numbered, made, &place, false)?;
         rows.extend(numbered.into_iter().map(|(_, record)| Row { record, origin }));
     }
     Ok(rows)
+}
+
+/// The records of each file that a source stands for.
+fn sourced(ctx: &Context, spec: &Spec, source: &str) -> Result<Vec<(PathBuf, Vec<(usize, Record)>)>, Problem> {
+    if let Some(bytes) = source.strip_prefix("init:").and_then(bundled::dataset) {
+        let name = PathBuf::from(source);
+        let records = parse_numbered(bytes, &name)?;
+        return Ok(vec![(name, records)]);
+    }
+    let path = ctx
+        .sources
+        .get("source")
+        .ok_or_else(|| Problem::new("dataset::source", format!("`{source}` was not fetched")).exit(Exit::Missing))?;
+    let files = choose_files(path, spec.file.as_deref(), spec.split.as_deref())?;
+    files.into_iter().map(|file| read_numbered(&file).map(|records| (file, records))).collect()
 }
 
 fn read_artifact(input: &Artifact) -> Result<Vec<(usize, Record)>, Problem> {
@@ -65,7 +79,7 @@ fn choose_files(path: &Path, pattern: Option<&str>, split: Option<&str>) -> Resu
     let files = Files::from_dir(path).map_err(|error| Problem::io("data::unreadable", "list", path, &error))?;
     let data: Vec<(&str, &Path)> = files
         .iter()
-        .filter(|(name, _)| [".jsonl", ".json", ".parquet"].iter().any(|end| name.ends_with(end)))
+        .filter(|(name, _)| [".jsonl", ".json", ".csv", ".parquet"].iter().any(|end| name.ends_with(end)))
         .collect();
     let chosen: Vec<(&str, &Path)> = match (pattern, split) {
         (Some(pattern), _) => {
@@ -197,6 +211,66 @@ fn map_columns(
             record.shift_remove(old);
         }
         record.extend(found);
+    }
+    bad.finish(rows.len(), Some(file))
+}
+
+/// Makes the field called `name` the id, if another than `id` is to be it.
+fn name_ids(rows: &mut [(usize, Record)], name: &str, file: &Path) -> Result<(), Problem> {
+    if name == "id" {
+        return Ok(());
+    }
+    let mut bad = BadRows::default();
+    for (line, record) in rows.iter_mut() {
+        match lookup(record, name).cloned() {
+            Some(id) => {
+                record.shift_remove(name);
+                record.shift_remove("id");
+                record.shift_insert(0, "id".into(), id);
+            }
+            None => {
+                let names: Vec<String> = record.keys().map(|name| format!("`{name}`")).collect();
+                let what = format!("no `{name}`; the record has {}", names.join(", "));
+                bad.push("data::missing_field", &format!("line {line}"), &what);
+                bad.help("`id` names the field that holds the id of a record; without the key ids are made");
+            }
+        }
+    }
+    bad.finish(rows.len(), Some(file))
+}
+
+/// New field = what a pattern finds in a text.
+fn extract(rows: &mut [(usize, Record)], fields: &BTreeMap<String, Extract>, file: &Path) -> Result<(), Problem> {
+    let mut bad = BadRows::default();
+    for (new, Extract { from, pattern }) in fields {
+        let regex = Regex::new(pattern).map_err(|error| {
+            Problem::new("dataset::extract", format!("`{pattern}` is not a regular expression: {error}"))
+                .exit(Exit::Usage)
+        })?;
+        for (line, record) in rows.iter_mut() {
+            let found = match lookup(record, from) {
+                None => Err(("data::missing_field", format!("no `{from}`"))),
+                Some(Value::String(text)) => match regex.captures(text) {
+                    Some(captures) => {
+                        let group = captures.get(1).or_else(|| captures.get(0)).map_or("", |group| group.as_str());
+                        Ok(group.trim().to_string())
+                    }
+                    None => {
+                        let end: String = text.chars().rev().take(60).collect::<Vec<_>>().into_iter().rev().collect();
+                        let what = format!("the pattern of `{new}` finds nothing in `{from}`, which ends {end:?}");
+                        Err(("dataset::extract", what))
+                    }
+                },
+                Some(other) => Err(("data::wrong_type", format!("`{from}` is {}, not a text", kind_of(other)))),
+            };
+            match found {
+                Ok(text) => drop(record.insert(new.clone(), Value::String(text))),
+                Err((code, what)) => {
+                    bad.push(code, &format!("line {line}"), &what);
+                    bad.help(&format!("`extract.{new}` takes what `{pattern}` finds in `{from}`"));
+                }
+            }
+        }
     }
     bad.finish(rows.len(), Some(file))
 }
