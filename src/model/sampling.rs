@@ -112,13 +112,7 @@ impl Sampling {
 
 /// The lowest index of the largest value.
 pub fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = id;
-        }
-    }
-    best as u32
+    vector::argmax(logits) as u32
 }
 
 /// Likelier first, then lower ids: a total order, so that selection has one outcome.
