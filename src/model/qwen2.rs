@@ -219,7 +219,16 @@ impl Linear {
 
     /// `y = W x + b + scale B A x` for `rows` rows. Returns `A x` if there is an adapter.
     pub(super) fn forward(&self, model: &Model, y: &mut [f32], x: &[f32], rows: usize) -> Vec<f32> {
-        tensor::linear(y, x, rows, self.weight.as_ref().unwrap_or(&model.embed), false);
+        tensor::linear(y, x, rows, self.matrix(model), false);
+        self.add_rest(model, y, x, rows)
+    }
+
+    fn matrix<'a>(&'a self, model: &'a Model) -> &'a Matrix {
+        self.weight.as_ref().unwrap_or(&model.embed)
+    }
+
+    /// [`Linear::forward`] after `y = W x`.
+    fn add_rest(&self, model: &Model, y: &mut [f32], x: &[f32], rows: usize) -> Vec<f32> {
         if let Some(bias) = &self.bias {
             ops::bias_add(y, bias);
         }
@@ -260,7 +269,7 @@ impl Linear {
             tensor::gemm(da, rank, input, rows, 1.0, &dlow, true, x, false, true);
         }
         if let Some((dx, add)) = dx {
-            tensor::linear_backward(dx, dy, rows, self.weight.as_ref().unwrap_or(&model.embed), add);
+            tensor::linear_backward(dx, dy, rows, self.matrix(model), add);
             if let Some(LoraSlot { at, rank, .. }) = self.lora {
                 tensor::gemm(dx, rows, input, rank, 1.0, &dlow, false, &model.params[at].value, false, true);
             }
@@ -533,6 +542,25 @@ impl Model {
         }
     }
 
+    /// Some linears of one input.
+    fn together<const N: usize>(
+        &self,
+        layer: &Layer,
+        which: [usize; N],
+        x: &[f32],
+        low: &mut [Vec<f32>; 7],
+    ) -> [Vec<f32>; N] {
+        let linears = which.map(|which| &layer.linears[which]);
+        let rows = x.len() / linears[0].input();
+        let mut all = linears.map(|linear| vec![0.0; rows * linear.out()]);
+        let products = all.iter_mut().zip(linears).map(|(y, linear)| (&mut y[..], linear.matrix(self)));
+        tensor::linears(&mut products.collect::<Vec<_>>(), x, rows);
+        for ((y, linear), which) in all.iter_mut().zip(linears).zip(which) {
+            low[which] = linear.add_rest(self, y, x, rows);
+        }
+        all
+    }
+
     /// Normed input to queries and keys (turned) and values.
     pub(super) fn project(
         &self,
@@ -541,13 +569,7 @@ impl Model {
         rope: (&RopeTable, &[u32]),
         low: &mut [Vec<f32>; 7],
     ) -> [Vec<f32>; 3] {
-        let rows = norm.len() / self.config.hidden_size;
-        let mut qkv = [Q, K, V].map(|which| {
-            let linear = &layer.linears[which];
-            let mut y = vec![0.0; rows * linear.out()];
-            low[which] = linear.forward(self, &mut y, norm, rows);
-            y
-        });
+        let mut qkv = self.together(layer, [Q, K, V], norm, low);
         let (table, positions) = rope;
         ops::rope(&mut qkv[Q], self.config.num_attention_heads, table, positions, false);
         ops::rope(&mut qkv[K], self.config.num_key_value_heads, table, positions, false);
@@ -569,11 +591,7 @@ impl Model {
         add(x, &y);
         let middle = x.to_vec();
         let (norm2, rstd2) = self.rmsnorm(x, &layer.norm2);
-        let [gate, up] = [GATE, UP].map(|which| {
-            let mut y = vec![0.0; rows * layer.linears[which].out()];
-            low[which] = layer.linears[which].forward(self, &mut y, &norm2, rows);
-            y
-        });
+        let [gate, up] = self.together(layer, [GATE, UP], &norm2, low);
         let mut gated = vec![0.0; gate.len()];
         ops::swiglu_forward(&mut gated, &gate, &up);
         low[DOWN] = layer.linears[DOWN].forward(self, &mut y, &gated, rows);

@@ -152,13 +152,7 @@ pub(super) fn log_softmax(logits: &mut [f32]) -> impl Fn(f32) -> f32 + use<> {
 
 /// The lowest index of the largest value.
 pub fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = id;
-        }
-    }
-    best as u32
+    vector::argmax(logits) as u32
 }
 
 /// Likelier first, then lower ids: a total order, so that selection has one outcome.

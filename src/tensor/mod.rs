@@ -16,4 +16,4 @@ pub mod ops;
 pub mod vector;
 
 pub use isa::Isa;
-pub use matmul::{Dtype, Matrix, gemm, linear, linear_backward};
+pub use matmul::{Dtype, Matrix, gemm, linear, linear_backward, linears};

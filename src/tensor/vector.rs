@@ -103,6 +103,54 @@ by_isa! {
 }
 
 by_isa! {
+    /// Lanes hold the first place of their largest; the lowest of the lanes' places wins.
+    fn argmax_on(x: &[f32]) -> usize {
+        let mut largest = [f32::NEG_INFINITY; LANES];
+        let mut places = [u32::MAX; LANES];
+        for (at, chunk) in (0u32..).zip(x.chunks(LANES)) {
+            if let Ok(chunk) = <&[f32; LANES]>::try_from(chunk) {
+                for i in 0..LANES {
+                    let more = chunk[i] > largest[i];
+                    largest[i] = if more { chunk[i] } else { largest[i] };
+                    places[i] = if more { at } else { places[i] };
+                }
+            } else {
+                for (i, x) in chunk.iter().enumerate() {
+                    if *x > largest[i] {
+                        (largest[i], places[i]) = (*x, at);
+                    }
+                }
+            }
+        }
+        let mut best = (f32::NEG_INFINITY, 0);
+        for (i, (x, place)) in largest.into_iter().zip(places).enumerate() {
+            let place = place as usize * LANES + i;
+            if x > best.0 || x == best.0 && x > f32::NEG_INFINITY && place < best.1 {
+                best = (x, place);
+            }
+        }
+        best.1
+    }
+}
+
+by_isa! {
+    /// One chain of additions in f64: it takes as long as they do, the exponentials are done beside it.
+    fn exp_total_on(x: &[f32], shift: f32) -> f64 {
+        let mut total = 0.0;
+        let mut some = [0.0f32; 64];
+        for chunk in x.chunks(64) {
+            for (to, x) in some.iter_mut().zip(chunk) {
+                *to = exp1(*x - shift);
+            }
+            for x in &some[..chunk.len()] {
+                total += f64::from(*x);
+            }
+        }
+        total
+    }
+}
+
+by_isa! {
     pub(crate) fn dot_on(a: &[f32], b: &[f32]) -> f32 {
         let mut lanes = [0.0f32; LANES];
         let (mut a, mut b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
@@ -172,6 +220,16 @@ pub fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
 /// The largest element; minus infinity for none. NaNs are passed over.
 pub fn max(x: &[f32]) -> f32 {
     max_on(Isa::best(), x)
+}
+
+/// The first place of the largest element; 0 if no element is above minus infinity. NaNs are passed over.
+pub fn argmax(x: &[f32]) -> usize {
+    argmax_on(Isa::best(), x)
+}
+
+/// Sum of e^(x - shift) in f64, in order.
+pub fn exp_total(x: &[f32], shift: f32) -> f64 {
+    exp_total_on(Isa::best(), x, shift)
 }
 
 /// Sum of a * b.
@@ -260,6 +318,39 @@ mod tests {
                 let sum = exp_sum_on(isa, &mut x, 0.5);
                 x.iter().map(|x| x.to_bits()).chain([sum.to_bits()]).collect()
             });
+        }
+    }
+
+    #[test]
+    fn the_largest_is_found_at_its_first_place() {
+        let random = crate::random::Stream::named(4, &["argmax"]);
+        for len in [1, 15, 16, 17, 100, 1001] {
+            for case in 0..40 {
+                // Few different values, so that equal ones are common.
+                let x: Vec<f32> = (0..len).map(|i| (random.u64(case * 2000 + i) % 9) as f32 - 4.0).collect();
+                let want = (0..x.len()).fold(0, |best, i| if x[i] > x[best] { i } else { best });
+                for isa in Isa::available() {
+                    assert_eq!(argmax_on(isa, &x), want, "{isa:?} {x:?}");
+                }
+            }
+        }
+        assert_eq!(argmax(&[f32::NEG_INFINITY; 20]), 0);
+        assert_eq!(argmax(&[f32::NEG_INFINITY, f32::NAN, 1.0, -0.0, 1.0]), 2);
+        assert_eq!(argmax(&[-0.0, 0.0]), 0);
+        assert_eq!(argmax(&[]), 0);
+    }
+
+    #[test]
+    fn a_total_of_exponentials_is_their_sum_in_order() {
+        let random = crate::random::Stream::named(4, &["total"]);
+        for len in [0, 1, 63, 64, 65, 1000] {
+            let x: Vec<f32> = (0..len).map(|i| random.normal(i) as f32 * 5.0).collect();
+            let mut exponentials = x.clone();
+            exp_sum(&mut exponentials, 1.5);
+            let want: f64 = exponentials.iter().map(|x| f64::from(*x)).sum();
+            for isa in Isa::available() {
+                assert_eq!(exp_total_on(isa, &x, 1.5).to_bits(), (0.0 + want).to_bits(), "{isa:?} {len}");
+            }
         }
     }
 

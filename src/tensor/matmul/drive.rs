@@ -22,6 +22,11 @@ const LEFT_ROWS: usize = 1024;
 /// Below this many multiply-adds a product runs on the calling thread, and no task has fewer.
 const SERIAL: usize = 512 * 1024;
 
+/// Up to this many rows a product with stored panels waits for the memory they come from (or nearly).
+pub(super) const FEW_ROWS: usize = 32;
+/// Words of panels per task of such a product: what one core reads in the time of some hand-overs.
+const FEW_WORDS: usize = 64 * 1024;
+
 /// Element (i, p) is `data[i * row + p * column]`, times `factor`. One of the strides is 1.
 #[derive(Clone, Copy)]
 pub(super) struct Left<'a> {
@@ -66,7 +71,7 @@ pub(super) struct Product<'a> {
 
 /// C, shared by tasks that write disjoint parts.
 #[derive(Clone, Copy)]
-struct Out(*mut f32);
+pub(super) struct Out(*mut f32);
 // SAFETY: tasks get disjoint rectangles of C, and C is borrowed exclusively while they run.
 unsafe impl Send for Out {}
 // SAFETY: as above.
@@ -77,6 +82,9 @@ impl Out {
         self.0.wrapping_add(offset)
     }
 }
+
+/// The left operand packed beforehand, for all tasks: rows a stride apart.
+type Packed<'a> = Option<(&'a [u32], usize)>;
 
 /// A rectangle of C.
 #[derive(Clone, Copy)]
@@ -96,6 +104,11 @@ impl Product<'_> {
     /// Computes on as many threads as pay; `c` must hold `m` rows `c_stride` apart.
     pub(super) fn run(&self, c: &mut [f32]) {
         self.check(c);
+        if let Right::Panels(_) = self.right
+            && self.m <= FEW_ROWS
+        {
+            return run_few(&[(*self, Out(c.as_mut_ptr()))]);
+        }
         let threads = rayon::current_num_threads();
         let (row_tasks, column_tasks) = self.tasks(threads);
         let out = Out(c.as_mut_ptr());
@@ -114,6 +127,12 @@ impl Product<'_> {
     pub(super) fn run_here(&self, c: &mut [f32]) {
         self.check(c);
         self.part(Out(c.as_mut_ptr()), Part { row: 0, rows: self.m, column: 0, columns: self.n });
+    }
+
+    /// This product with its result, for [`run_few`].
+    pub(super) fn into(self, c: &mut [f32]) -> (Self, Out) {
+        self.check(c);
+        (self, Out(c.as_mut_ptr()))
     }
 
     /// Everything the unsafe code below relies on.
@@ -156,6 +175,11 @@ impl Product<'_> {
         (rows, columns)
     }
 
+    /// Words of the summed dimension.
+    fn steps(&self) -> usize {
+        if self.words() == Words::F32 { self.k } else { self.k.div_ceil(2) }
+    }
+
     fn words(&self) -> Words {
         match self.right {
             Right::Panels(w) | Right::Turned(w) if w.bf16 => match self.isa {
@@ -168,11 +192,16 @@ impl Product<'_> {
 
     /// One rectangle of C, on this thread. Its first column is a multiple of NR.
     fn part(&self, out: Out, part: Part) {
+        let (mut left_lines, mut right_lines) = SCRATCH.take();
+        self.part_in(out, part, None, &mut left_lines, &mut right_lines);
+        SCRATCH.set((left_lines, right_lines));
+    }
+
+    fn part_in(&self, out: Out, part: Part, packed: Packed, left_lines: &mut Vec<Line>, right_lines: &mut Vec<Line>) {
         if part.rows == 0 || part.columns == 0 {
             return;
         }
-        let words = self.words();
-        let steps = if words == Words::F32 { self.k } else { self.k.div_ceil(2) };
+        let steps = self.steps();
         if steps == 0 {
             if !self.add {
                 for i in part.row..part.row + part.rows {
@@ -182,16 +211,14 @@ impl Product<'_> {
             }
             return;
         }
-        let (mut left_lines, mut right_lines) = SCRATCH.take();
         let blocks = steps.div_ceil(BLOCK_STEPS);
         let block_steps = steps.div_ceil(blocks).next_multiple_of(NR);
         let mut first = 0;
         while first < steps {
             let count = block_steps.min(steps - first);
-            self.block(out, part, words, (first, count), &mut left_lines, &mut right_lines);
+            self.block(out, part, packed, (first, count), left_lines, right_lines);
             first += count;
         }
-        SCRATCH.set((left_lines, right_lines));
     }
 
     /// Adds `count` steps from `first` on to one rectangle of C.
@@ -199,15 +226,15 @@ impl Product<'_> {
         &self,
         out: Out,
         part: Part,
-        words: Words,
+        packed: Packed,
         (first, count): (usize, usize),
         left_lines: &mut Vec<Line>,
         right_lines: &mut Vec<Line>,
     ) {
+        let words = self.words();
         let tile_rows = kernels::tile_rows(self.isa);
         // A stride that is no multiple of a page, or the rows would evict one another.
-        let left_count = if words == Words::F32ByPairs { 2 * count } else { count };
-        let packed_stride = left_count.next_multiple_of(16) + 16;
+        let packed_stride = packed_stride(words, count);
         let group_columns = (RIGHT_WORDS / count.next_multiple_of(NR) / NR * NR).max(NR);
         let block_rows = (LEFT_WORDS / packed_stride / tile_rows * tile_rows).max(tile_rows);
         let panel_stride = match self.right {
@@ -216,7 +243,9 @@ impl Product<'_> {
         };
 
         for (row, rows) in chunks(part.row, part.rows, LEFT_ROWS / tile_rows * tile_rows) {
-            let (left, left_stride) = if self.left_lies_well(words) {
+            let (left, left_stride) = if let Some((left, stride)) = packed {
+                (left[row * stride + per_step(words) * first..].as_ptr(), stride)
+            } else if self.left_lies_well(words) {
                 (self.left.data[row * self.left.row + first..].as_ptr().cast(), self.left.row)
             } else {
                 self.pack_left(left_lines, packed_stride, words, (row, rows), (first, count));
@@ -417,6 +446,51 @@ impl Product<'_> {
             }
         }
     }
+}
+
+/// Left words per step.
+fn per_step(words: Words) -> usize {
+    if words == Words::F32ByPairs { 2 } else { 1 }
+}
+
+/// Distance of rows of the packed left operand: no multiple of a page, or the rows would evict one another.
+fn packed_stride(words: Words, steps: usize) -> usize {
+    (per_step(words) * steps).next_multiple_of(16) + 16
+}
+
+/// Products of the same few rows with stored panels, all at once. The left operand is packed once; tasks are cut so
+/// that each reads its part of the panels in one go, and none is so long that the others wait for it.
+pub(super) fn run_few(products: &[(Product, Out)]) {
+    let Some((first, _)) = products.first() else { return };
+    let (words, steps) = (first.words(), first.steps());
+    let (mut lines, nothing) = SCRATCH.take();
+    let stride = packed_stride(words, steps);
+    let packed = if first.m == 0 || steps == 0 || first.left_lies_well(words) {
+        None
+    } else {
+        first.pack_left(&mut lines, stride, words, (0, first.m), (0, steps));
+        Some((&bytemuck::cast_slice::<Line, u32>(&lines)[..first.m * stride], stride))
+    };
+    let run = |product: &Product, out: Out, (column, columns): (usize, usize)| {
+        let part = Part { row: 0, rows: product.m, column, columns };
+        product.part_in(out, part, packed, &mut Vec::new(), &mut Vec::new());
+    };
+    let threads = rayon::current_num_threads();
+    let count = |product: &Product| product.steps() * product.n;
+    let all: usize = products.iter().map(|(product, _)| count(product)).sum();
+    let tasks = (all / FEW_WORDS).min(16 * threads);
+    if threads == 1 || tasks < 2 {
+        products.iter().for_each(|(product, out)| run(product, *out, (0, product.n)));
+    } else {
+        let columns = NR * kernels::tile_panels(first.isa, first.m.max(1));
+        let parts = products.iter().flat_map(|(product, out)| {
+            let parts = split(product.n, (count(product) * tasks).div_ceil(all), columns);
+            parts.into_iter().map(move |part| (product, *out, part))
+        });
+        let parts: Vec<(&Product, Out, (usize, usize))> = parts.collect();
+        parts.into_par_iter().with_max_len(1).for_each(|(product, out, part)| run(product, out, part));
+    }
+    SCRATCH.set((lines, nothing));
 }
 
 /// The first `words` words of a buffer that grows when needed.

@@ -13,7 +13,7 @@ mod kernels;
 mod pack;
 
 use super::Isa;
-use drive::{Left, Panels, Product, Right};
+use drive::{FEW_ROWS, Left, Panels, Product, Right};
 use half::bf16;
 use kernels::NR;
 use pack::{Line, lines};
@@ -198,6 +198,21 @@ pub fn linear(y: &mut [f32], x: &[f32], m: usize, w: &Matrix, add: bool) {
     linear_rows(Isa::best(), y, x, m, w, 0..w.n, add);
 }
 
+/// y[m, n] = x[m, k] Wᵀ for several matrices and one x. Few rows, which wait for the weights, wait for all together.
+pub fn linears(products: &mut [(&mut [f32], &Matrix)], x: &[f32], m: usize) {
+    let alike = products.windows(2).all(|two| (two[0].1.k, two[0].1.dtype) == (two[1].1.k, two[1].1.dtype));
+    if m > FEW_ROWS || !alike {
+        return products.iter_mut().for_each(|(y, w)| linear(y, x, m, w, false));
+    }
+    linears_on(Isa::best(), products, x, m);
+}
+
+/// [`linears`] of at most [`FEW_ROWS`] rows and matrices with the same inputs and dtype.
+fn linears_on(isa: Isa, products: &mut [(&mut [f32], &Matrix)], x: &[f32], m: usize) {
+    let products = products.iter_mut().map(|(y, w)| product(isa, y, x, m, w, 0..w.n, false).into(y));
+    drive::run_few(&products.collect::<Vec<_>>());
+}
+
 /// dx[m, k] = dy[m, n] W, or += with `add`.
 pub fn linear_backward(dx: &mut [f32], dy: &[f32], m: usize, w: &Matrix, add: bool) {
     linear_backward_rows(Isa::best(), dx, dy, m, w, 0..w.n, add);
@@ -205,10 +220,22 @@ pub fn linear_backward(dx: &mut [f32], dy: &[f32], m: usize, w: &Matrix, add: bo
 
 /// [`linear`] with some rows of W only, which start at a multiple of 32: y is [m, rows.len()].
 pub(crate) fn linear_rows(isa: Isa, y: &mut [f32], x: &[f32], m: usize, w: &Matrix, rows: Range<usize>, add: bool) {
+    product(isa, y, x, m, w, rows, add).run(y);
+}
+
+fn product<'a>(
+    isa: Isa,
+    y: &[f32],
+    x: &'a [f32],
+    m: usize,
+    w: &'a Matrix,
+    rows: Range<usize>,
+    add: bool,
+) -> Product<'a> {
     let (n, k) = (rows.len(), w.k);
     assert_eq!((y.len(), x.len()), (m * n, m * k), "sizes of y and x for {m} rows of {w:?}");
     let left = Left { data: x, row: k, column: 1, factor: 1.0 };
-    Product { isa, m, n, k, left, right: Right::Panels(w.panels(&rows)), c_stride: n, add }.run(y);
+    Product { isa, m, n, k, left, right: Right::Panels(w.panels(&rows)), c_stride: n, add }
 }
 
 /// [`linear_backward`] with some rows of W only, which start at a multiple of 32: dy is [m, rows.len()].

@@ -148,6 +148,53 @@ fn a_row_is_the_same_alone_and_among_others() {
 }
 
 #[test]
+fn few_rows_are_the_same_in_any_number_for_any_threads_and_beside_other_products() {
+    // Large enough for several tasks, and for two blocks of the summed index in both dtypes.
+    let (widths, k, most) = ([200, 64, 33], 2100, 33);
+    let x = numbers(most * k, "x");
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let matrices = widths.map(|n| Matrix::pack(&numbers(n * k, "w"), n, k, dtype));
+        for isa in Isa::available() {
+            let alone = |matrix: &Matrix, row: usize| {
+                let mut y = vec![f32::NAN; matrix.n];
+                linear_rows(isa, &mut y, &x[row * k..][..k], 1, matrix, 0..matrix.n, false);
+                bits(&y)
+            };
+            let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
+            let want: Vec<Vec<Vec<u32>>> =
+                one.install(|| matrices.iter().map(|w| (0..most).map(|row| alone(w, row)).collect()).collect());
+            if dtype == Dtype::F32 {
+                let w = matrices[2].unpack();
+                let law = law(&[0.0; 33], (1, 33, k), |_, p| x[p], |p, j| w[j * k + p]);
+                assert!(want[2][0] == bits(&law), "{isa:?}");
+            }
+            for threads in 1..=4 {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+                // Plain Rust multiplies and adds a hundred times slower here.
+                let some: &[usize] =
+                    if isa == Isa::Portable { &[1, 8] } else { &[1, 2, 3, 4, 7, 8, 12, 13, 31, 32, 33] };
+                for &m in some {
+                    let mut all = matrices.each_ref().map(|w| vec![f32::NAN; m * w.n]);
+                    let mut products: Vec<_> = all.iter_mut().map(|y| &mut y[..]).zip(&matrices).collect();
+                    pool.install(|| match m <= FEW_ROWS {
+                        true => linears_on(isa, &mut products, &x[..m * k], m),
+                        false => linears(&mut products, &x[..m * k], m),
+                    });
+                    if m > FEW_ROWS && isa != Isa::best() {
+                        continue;
+                    }
+                    for ((y, w), want) in all.iter().zip(&matrices).zip(&want) {
+                        for (y, want) in y.chunks_exact(w.n).zip(want) {
+                            assert!(bits(y) == *want, "{isa:?} {dtype:?}, {m} rows, {threads} threads, {w:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn bf16_products_are_those_of_the_rounded_operands() {
     let round = |x: &[f32]| x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect::<Vec<f32>>();
     for &(m, n, k) in SHAPES.iter().chain([&(40, 70, 2300)]) {
