@@ -16,6 +16,7 @@ mod plan;
 mod results;
 mod run;
 mod schema;
+mod serve;
 mod session;
 mod show;
 mod sources;
@@ -99,6 +100,7 @@ enum Command {
     Graph(graph::Arguments),
     Show(show::Arguments),
     Export(export::Arguments),
+    Serve(serve::Arguments),
     Doctor(doctor::Arguments),
     Grade(grade::Arguments),
     Schema(schema::Arguments),
@@ -200,6 +202,7 @@ fn dispatch(line: &Line) -> Done {
         Command::Graph(arguments) => graph::run(global, arguments),
         Command::Show(arguments) => show::run(global, arguments),
         Command::Export(arguments) => export::run(global, arguments),
+        Command::Serve(arguments) => serve::run(global, arguments),
         Command::Doctor(arguments) => doctor::run(global, arguments),
         Command::Grade(arguments) => grade::run(global, arguments),
         Command::Schema(arguments) => schema::run(arguments),
