@@ -10,17 +10,18 @@
 // At temperature 0 the id with the largest l, the lowest among equals.
 //
 // Shapes    logits [B, V] f32 or bf16; ids [B] u32; log_probs, probabilities [B] f32; scratch [B, V] f32;
-//           seen [B, S] u32 of which seen_lengths [B] u32 count, null if there is no penalty; streams, counters
-//           [B] u64. Ids from `limit` <= V on are not drawn; seen ids from V on are passed over.
-// Writes    where fewer than S ids of a row count, its id is written behind them: it is seen the next time. ids, log_probs (log softmax of the raw logits over all V, at the id) and probabilities (of the id,
-//           among those that were left; 1 at temperature 0) are overwritten (=), and so is scratch, which is not
-//           used at temperature 0. A NaN among the logits makes the log-prob NaN and the id any below `limit`.
+//           seen [B, S] u32 of which seen_lengths [B] u32 count; rules [B], see `Rule`: each row has its own. Seen
+//           ids from V on are passed over; those of a row without a penalty are not looked at.
+// Writes    ids, log_probs (log softmax of the raw logits over all V, at the id) and probabilities (of the id, among
+//           those that were left; 1 at temperature 0) are overwritten (=), and so is scratch, which is not used at
+//           temperature 0. In a row with a penalty, where fewer than S ids count, its id is written behind them: it
+//           is seen the next time. A NaN among the logits makes the log-prob NaN and the id any that may be drawn.
 // Numerics  l and w in f32 with the operations of src/model/sampling.rs and of its exponential, bit by bit. Sums of
 //           weights are integers in units of 2^-44 of the largest weight: the same in any order. The CPU adds in f64,
 //           so that u or top_p within some 1e-8 of a boundary may give the neighbour. u is the CPU's 53-bit number.
 // Grid      a block of 512 threads per row. Each warp owns a run of ids and each lane every 32nd of them, in every
-//           pass: scratch is never read by another thread than wrote it. Shared memory: 384 bytes for the sums,
-//           and with a penalty a bit per id. Any B, V.
+//           pass: scratch is never read by another thread than wrote it. Shared memory: 384 bytes for the sums and
+//           a bit per id. Any B, V.
 // Moves     two passes over the logits, three over scratch, and 16 more each for top-k and top-p, from L2.
 // Partners  src/model/sampling.rs, src/random.rs (reference), src/cuda/ops/sampling.rs (launcher),
 //           tests/kernels/sampling.rs
@@ -35,6 +36,16 @@ constexpr int WARPS = THREADS / 32;
 constexpr u32 ALL = 0xffffffffu;
 // Sums of one reduction.
 constexpr int SUMS = 3;
+
+// How a row is drawn. Laid out as in the launcher.
+struct Rule {
+    u64 seed, stream, counter;
+    double top_p;       // 1: all stay
+    float temperature;  // 0: the largest
+    float penalty;      // 1: none
+    u32 top_k;          // 0: all stay
+    u32 limit;          // ids from here on are not drawn; 0: all may be
+};
 
 DEV float logit_of(const float* logits, size_t at) { return logits[at]; }
 DEV float logit_of(const bf16* logits, size_t at) { return bf2f(logits[at]); }
@@ -193,18 +204,20 @@ DEV void mark_seen(u32* marks, const u32* seen, int count, int columns) {
 // What the kernels below do, for either type of logits.
 template <class Logit>
 DEV void sample(u32* ids, float* log_probs, float* probabilities, float* scratch, const Logit* logits, u32* seen,
-                const u32* seen_lengths, const u64* streams, const u64* counters, int columns, int limit,
-                int seen_columns, float penalty, float temperature, int top_k, double top_p, u64 seed) {
+                const u32* seen_lengths, const Rule* rules, int columns, int seen_columns) {
     u64* partials = smem_ptr<u64>(0);
     u32* marks = smem_ptr<u32>(SUMS * WARPS * 8);
     const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const Rule rule = rules[row];
+    const int limit = rule.limit > 0 && rule.limit < (u32)columns ? (int)rule.limit : columns;
     const Own own = own_ids(columns), drawable = Own{own.first, min(own.end, limit)};
+    const bool penalised = rule.penalty != 1.0f;
     logits += (size_t)row * columns;
-    if (seen) {
+    if (penalised) {
         const int count = min((int)seen_lengths[row], seen_columns);
         mark_seen(marks, seen + (size_t)row * seen_columns, count, columns);
     }
-    const bool greedy = temperature == 0.0f;
+    const bool greedy = rule.temperature == 0.0f;
     float* values = greedy ? nullptr : scratch + (size_t)row * columns;
 
     // The largest logit, raw and among those that may be drawn, the latter with the lowest of its ids.
@@ -213,9 +226,9 @@ DEV void sample(u32* ids, float* log_probs, float* probabilities, float* scratch
         float value = logit_of(logits, id);
         best[0] = Largest()(best[0], ordered(value));
         if (id >= limit) continue;
-        if (seen && marks[id / 32] >> id % 32 & 1)
-            value = value < 0.0f ? __fmul_rn(value, penalty) : __fdiv_rn(value, penalty);
-        if (!greedy) values[id] = value = __fdiv_rn(value, temperature);
+        if (penalised && marks[id / 32] >> id % 32 & 1)
+            value = value < 0.0f ? __fmul_rn(value, rule.penalty) : __fdiv_rn(value, rule.penalty);
+        if (!greedy) values[id] = value = __fdiv_rn(value, rule.temperature);
         best[1] = Largest()(best[1], (u64)ordered(value) << 32 | (ALL - (u32)id));
     }
     block_reduce(best, partials, Largest());
@@ -235,7 +248,8 @@ DEV void sample(u32* ids, float* log_probs, float* probabilities, float* scratch
         ids[row] = id;
         log_probs[row] = (float)((double)(logit_of(logits, id) - raw_max) - log_total);
         probabilities[row] = (float)probability;
-        if (seen && seen_lengths[row] < (u32)seen_columns) seen[(size_t)row * seen_columns + seen_lengths[row]] = id;
+        if (penalised && seen_lengths[row] < (u32)seen_columns)
+            seen[(size_t)row * seen_columns + seen_lengths[row]] = id;
     };
     if (greedy) {
         if (threadIdx.x == 0) finish(ALL - (u32)best[1], 1.0);
@@ -243,7 +257,8 @@ DEV void sample(u32* ids, float* log_probs, float* probabilities, float* scratch
     }
 
     // Weights, those below the k-th largest 0.
-    const u32 least = top_k > 0 && top_k < limit ? threshold<false>(values, drawable, top_k, partials) : 0;
+    const bool some = rule.top_k > 0 && rule.top_k < (u32)limit;
+    const u32 least = some ? threshold<false>(values, drawable, rule.top_k, partials) : 0;
     u64 all[1] = {0};
     for (int id = drawable.first; id < drawable.end; id += 32) {
         const float weight = ordered(values[id]) >= least ? exponential(values[id] - max) : 0.0f;
@@ -255,8 +270,8 @@ DEV void sample(u32* ids, float* log_probs, float* probabilities, float* scratch
     // The least weight that stays. Unless top-p cuts, that is any above 0.
     u64 target = 0;
     u32 last = 0;
-    if (top_p < 1.0) {
-        target = (u64)ceil(top_p * (double)all[0]);
+    if (rule.top_p < 1.0) {
+        target = (u64)ceil(rule.top_p * (double)all[0]);
         target = target < 1 ? 1 : target > all[0] ? all[0] : target;
         last = threshold<true>(values, drawable, target, partials);
     }
@@ -281,7 +296,7 @@ DEV void sample(u32* ids, float* log_probs, float* probabilities, float* scratch
     const u64 total = above + equal * each;
 
     // floor(u * total) for u of 53 bits. Since the sums are integers, one exceeds u * total if it exceeds this.
-    const u64 u = philox(seed, streams[row], counters[row]) >> 11;
+    const u64 u = philox(rule.seed, rule.stream, rule.counter) >> 11;
     const u64 point = __umul64hi(u << 11, total);
     u64 before = 0;
     for (int w = 0; w < warp; w++) {
@@ -314,20 +329,16 @@ DEV void sample(u32* ids, float* log_probs, float* probabilities, float* scratch
 
 KERNEL(512) sample_f32(u32* __restrict__ ids, float* __restrict__ log_probs, float* __restrict__ probabilities,
                        float* __restrict__ scratch, const float* __restrict__ logits, u32* __restrict__ seen,
-                       const u32* __restrict__ seen_lengths, const u64* __restrict__ streams,
-                       const u64* __restrict__ counters, int columns, int limit, int seen_columns, float penalty,
-                       float temperature, int top_k, double top_p, u64 seed) {
-    sample(ids, log_probs, probabilities, scratch, logits, seen, seen_lengths, streams, counters, columns, limit,
-           seen_columns, penalty, temperature, top_k, top_p, seed);
+                       const u32* __restrict__ seen_lengths, const Rule* __restrict__ rules, int columns,
+                       int seen_columns) {
+    sample(ids, log_probs, probabilities, scratch, logits, seen, seen_lengths, rules, columns, seen_columns);
 }
 EXPORT_KERNEL(sample_f32)
 
 KERNEL(512) sample_bf16(u32* __restrict__ ids, float* __restrict__ log_probs, float* __restrict__ probabilities,
                         float* __restrict__ scratch, const bf16* __restrict__ logits, u32* __restrict__ seen,
-                        const u32* __restrict__ seen_lengths, const u64* __restrict__ streams,
-                        const u64* __restrict__ counters, int columns, int limit, int seen_columns, float penalty,
-                        float temperature, int top_k, double top_p, u64 seed) {
-    sample(ids, log_probs, probabilities, scratch, logits, seen, seen_lengths, streams, counters, columns, limit,
-           seen_columns, penalty, temperature, top_k, top_p, seed);
+                        const u32* __restrict__ seen_lengths, const Rule* __restrict__ rules, int columns,
+                        int seen_columns) {
+    sample(ids, log_probs, probabilities, scratch, logits, seen, seen_lengths, rules, columns, seen_columns);
 }
 EXPORT_KERNEL(sample_bf16)

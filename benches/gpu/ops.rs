@@ -3,7 +3,9 @@
 use half::bf16;
 use pipe::cuda::ops::{adamw, attention, head_logprob, lora_matmul, residual, rmsnorm, rope, swiglu};
 use pipe::cuda::{Buffer, Gpu};
-use pipe::model::{Batch, Config, Device, LoraSpec, Model, Placed, Prompt, Recompute, Sampling, generate_placed, lora};
+use pipe::model::{
+    Batch, Config, Device, Limits, LoraSpec, Model, Placed, Prompt, Recompute, Sampling, generate, lora,
+};
 use pipe::problem::Problem;
 use pipe::random::Stream;
 use pipe::tensor::Dtype;
@@ -466,8 +468,8 @@ fn decode((shape, sequences, context, steps): (&'static str, usize, usize, usize
             Ok(Box::new(move || {
                 let completed = |max_tokens: usize| {
                     let sampling = Sampling { max_tokens, ..Sampling::default() };
-                    let words = &|_: &[u32]| String::new();
-                    device.time(&mut || generate_placed(&placed, &prompts, &sampling, words, &mut |_| Ok(())).map(drop))
+                    let (words, limits) = (&|_: &[u32]| String::new(), Limits::default());
+                    device.time(&mut || generate(&placed, &prompts, &sampling, words, &mut |_| Ok(()), &limits).map(drop))
                 };
                 Ok((completed(2 * steps + 1)? - completed(1)?) / (2 * steps) as f64)
             }))

@@ -1,37 +1,36 @@
 //! Decoding on a CUDA device: where keys and values lie, and one token further for all completions.
 //!
-//! The cache of each layer is a pool of pages of 16 tokens (`pages.rs`). Completions of one prompt share the pages
-//! that its tokens fill; of the last one, if it is not full, each has its own. Which pages these are changes no bit.
+//! The cache of each layer is a pool of pages of 16 tokens. Which of them hold what is the engine's business and changes
+//! no bit.
 //!
 //! A step is a fixed sequence of launches over fixed buffers: what changes from one to the next is uploaded at once,
 //! into `Workspace::inputs`, and the ids that are drawn come down. So a step is captured once and then launched as a
 //! whole, once for each [`Shape`]: completions and keys are rounded up to a few numbers, rows beyond the completions
-//! write to a page of their own, and no row looks at another.
+//! write to a page of their own, and no row looks at another. How a row is drawn is among the inputs, so that requests
+//! of all kinds go through the same launches.
 
-use super::decode::{Draw, Limits, Live};
 use super::device::{DeviceModel, attention_dims};
+use super::engine::{Beginning, Draw, KNOWN, Limits, Live, Ticket};
 use super::memory::{Decode, Plan, Trained, Work};
-use super::pages::{Held, Pages};
 use super::qwen2::Model;
-use super::sampling::Sampling;
-use crate::cuda::ops::attention_decode::{self, PAGE, Parts, SPAN};
+use super::sampling::log_softmax;
+use crate::cuda::ops::attention_decode::{self, Parts, SPAN};
 use crate::cuda::ops::residual;
 use crate::cuda::ops::rope::Table;
 use crate::cuda::ops::sampling::{self, Drawn, Logits, Rule, Seen};
 use crate::cuda::{Buffer, Gpu, Graph};
-use crate::problem::{Exit, Problem};
+use crate::problem::Problem;
 use crate::tensor::Dtype;
 use half::bf16;
 use std::collections::HashMap;
+
+pub(super) use crate::cuda::ops::attention_decode::PAGE;
 
 /// Completions in the making on a device.
 pub(super) struct DeviceDecoder<'m> {
     model: &'m Model,
     device: &'m DeviceModel,
-    rule: Rule,
-    max_tokens: usize,
-    pages: Pages,
-    /// The page that rows without a completion write to.
+    /// The page that rows without a completion write to, behind all others.
     spare: u32,
     /// `[pages, 16, KV, D]` of each layer.
     keys: Vec<Buffer<bf16>>,
@@ -40,15 +39,8 @@ pub(super) struct DeviceDecoder<'m> {
     work: Workspace,
     /// What is known of each shape; absent if nothing is to be captured.
     graphs: Option<HashMap<Shape, Option<Graph>>>,
-    prefix: Option<Prefix>,
-}
-
-/// A prompt that was run, kept for the next in line.
-struct Prefix {
-    ids: Vec<u32>,
-    held: Held,
-    /// After its last token, `[1, V]`.
-    logits: Buffer<bf16>,
+    /// The logits after the prompts that are known, `[KNOWN, V]`.
+    kept: Buffer<bf16>,
 }
 
 /// What a step is captured for.
@@ -76,7 +68,7 @@ impl Shape {
 
     /// Of what a step is given.
     pub fn input_bytes(self) -> usize {
-        self.rows * (Inputs::ROW_BYTES + self.pages() * size_of::<u32>())
+        self.rows * (Inputs::PAGES + self.pages() * size_of::<u32>())
     }
 }
 
@@ -101,16 +93,16 @@ struct Workspace {
     scratch: Buffer<f32>,
     /// Ids, log-probs and probabilities, one after the other.
     drawn: Buffer<u32>,
-    seen: Option<Contexts>,
+    seen: Contexts,
 }
 
-/// The ids of every completion so far, for the penalty.
+/// The ids so far of every completion with a penalty.
 struct Contexts {
     /// `[rows, longest]`.
     ids: Buffer<u32>,
     longest: usize,
-    /// Whose each row is, by the number of its prompt.
-    owners: Vec<Option<usize>>,
+    /// Whose each row is.
+    owners: Vec<Option<Ticket>>,
 }
 
 /// The buffers of one step, [`Shape::rows`] rows each.
@@ -121,8 +113,7 @@ pub(super) struct StepRows {
     lengths: Buffer<u32>,
     /// `[rows, pages]`.
     page_table: Buffer<u32>,
-    streams: Buffer<u64>,
-    counters: Buffer<u64>,
+    rules: Buffer<Rule>,
     pub x: Buffer<bf16>,
     pub norm: Buffer<bf16>,
     pub rstd: Buffer<f32>,
@@ -140,25 +131,30 @@ pub(super) struct StepRows {
     scratch: Buffer<f32>,
     drawn: Drawn,
     /// `[rows, longest]`.
-    seen: Option<Buffer<u32>>,
+    seen: Buffer<u32>,
 }
 
-/// What a step is given, row by row. Uploaded in one piece: streams, counters, ids, positions, lengths, page table.
+/// What a step is given, row by row. Uploaded in one piece: rules, ids, positions, lengths, page table.
 struct Inputs {
     shape: Shape,
     bytes: Vec<u8>,
 }
 
 impl Inputs {
-    /// Of a row, without its pages.
-    const ROW_BYTES: usize = 2 * size_of::<u64>() + 3 * size_of::<u32>();
+    /// Where the sections begin, in bytes per row before them.
+    const IDS: usize = size_of::<Rule>();
+    const POSITIONS: usize = Inputs::IDS + 4;
+    const LENGTHS: usize = Inputs::POSITIONS + 4;
+    /// Also what a row takes without its pages.
+    const PAGES: usize = Inputs::LENGTHS + 4;
 
     /// For rows without completions, which attend to nothing and write to `spare`, each to a place of its own.
     fn new(shape: Shape, spare: u32) -> Inputs {
         let mut inputs = Inputs { shape, bytes: vec![0; shape.input_bytes()] };
         for row in 0..shape.rows {
-            inputs.set(20, row, &((row % PAGE) as u32).to_le_bytes());
-            inputs.set(28, row * shape.pages(), &spare.to_le_bytes());
+            inputs.set(0, row, bytemuck::bytes_of(&Rule::GREEDY));
+            inputs.set(Inputs::POSITIONS, row, &((row % PAGE) as u32).to_le_bytes());
+            inputs.set(Inputs::PAGES, row * shape.pages(), &spare.to_le_bytes());
         }
         inputs
     }
@@ -171,29 +167,41 @@ impl Inputs {
 
     /// A completion and its next token.
     fn row(&mut self, row: usize, one: &Live) {
-        let counter = (one.ids.len() - one.prompt_len) as u64;
         let last = one.ids.len() as u32 - 1;
-        self.set(0, row, &one.stream.to_le_bytes());
-        self.set(8, row, &counter.to_le_bytes());
-        self.set(16, row, &one.ids[last as usize].to_le_bytes());
-        self.set(20, row, &last.to_le_bytes());
-        self.set(24, row, &(last + 1).to_le_bytes());
+        self.set(0, row, bytemuck::bytes_of(&rule(one)));
+        self.set(Inputs::IDS, row, &one.ids[last as usize].to_le_bytes());
+        self.set(Inputs::POSITIONS, row, &last.to_le_bytes());
+        self.set(Inputs::LENGTHS, row, &(last + 1).to_le_bytes());
         let width = self.shape.pages();
         for (entry, page) in one.held.pages().iter().take(width).enumerate() {
-            self.set(28, row * width + entry, &page.to_le_bytes());
+            self.set(Inputs::PAGES, row * width + entry, &page.to_le_bytes());
         }
     }
 }
 
+/// How the next token is drawn.
+fn rule(one: &Live) -> Rule {
+    let sampling = &one.sampling;
+    // Beyond the vocabulary they cut nothing, whatever their size.
+    let count = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    Rule {
+        seed: sampling.seed,
+        stream: one.stream,
+        counter: one.counter(),
+        top_p: sampling.top_p,
+        temperature: sampling.temperature as f32,
+        repetition_penalty: sampling.repetition_penalty as f32,
+        top_k: count(sampling.top_k),
+        id_limit: count(sampling.id_limit),
+    }
+}
+
 impl Workspace {
-    fn new(gpu: &Gpu, model: &Model, most: Shape, longest: usize, rule: &Rule) -> Result<Workspace, Problem> {
+    fn new(gpu: &Gpu, model: &Model, most: Shape, longest: usize) -> Result<Workspace, Problem> {
         let config = &model.config;
         let (rows, hidden, inner) = (most.rows, config.hidden_size, config.intermediate_size);
         let linears = model.layers.iter().flat_map(|layer| &layer.linears).chain([&model.head]);
         let rank = linears.filter_map(|linear| linear.lora).map(|lora| lora.rank).max().unwrap_or(0);
-        let seen = || -> Result<Contexts, Problem> {
-            Ok(Contexts { ids: gpu.alloc(rows * longest)?, longest, owners: vec![None; rows] })
-        };
         Ok(Workspace {
             most,
             inputs: gpu.alloc(most.input_bytes())?,
@@ -210,9 +218,9 @@ impl Workspace {
             low: gpu.alloc(rows * rank)?,
             parts: Parts::new(gpu, rows, most.keys, attention_dims(model))?,
             logits: gpu.alloc(rows * config.vocab_size)?,
-            scratch: gpu.alloc(sampling::scratch_len(rows, config.vocab_size, rule))?,
+            scratch: gpu.alloc(rows * config.vocab_size)?,
             drawn: gpu.alloc(rows * 3)?,
-            seen: (rule.repetition_penalty != 1.0).then(seen).transpose()?,
+            seen: Contexts { ids: gpu.alloc(rows * longest)?, longest, owners: vec![None; rows] },
         })
     }
 
@@ -226,12 +234,11 @@ impl Workspace {
             buffer.part(0, buffer.len() / most * rows)
         }
         StepRows {
-            ids: numbers(16),
-            positions: numbers(20),
-            lengths: numbers(24),
-            page_table: self.inputs.part(rows * 28, rows * shape.pages()),
-            streams: self.inputs.part(0, rows),
-            counters: self.inputs.part(rows * 8, rows),
+            ids: numbers(Inputs::IDS),
+            positions: numbers(Inputs::POSITIONS),
+            lengths: numbers(Inputs::LENGTHS),
+            page_table: self.inputs.part(rows * Inputs::PAGES, rows * shape.pages()),
+            rules: self.inputs.part(0, rows),
             x: of(&self.x, rows, most),
             norm: of(&self.norm, rows, most),
             rstd: of(&self.rstd, rows, most),
@@ -251,215 +258,148 @@ impl Workspace {
                 log_probs: self.drawn.part(drawn(1), rows),
                 probabilities: self.drawn.part(drawn(2), rows),
             },
-            seen: self
-                .seen
-                .as_ref()
-                .map(|seen| seen.ids.part(first * seen.longest * size_of::<u32>(), rows * seen.longest)),
+            seen: self.seen.ids.part(first * self.seen.longest * size_of::<u32>(), rows * self.seen.longest),
         }
     }
 
-    /// Uploads inputs, and the contexts of rows from `first` on that have changed hands.
+    /// Uploads inputs, and the contexts of rows with a penalty, from row `first` on, that have changed hands.
     fn upload(&mut self, inputs: &Inputs, live: &[Live], first: usize) -> Result<(), Problem> {
         self.inputs.part(0, inputs.bytes.len()).write(&inputs.bytes)?;
-        let Some(seen) = &mut self.seen else { return Ok(()) };
+        let Contexts { ids, longest, owners } = &mut self.seen;
         for row in first..first + inputs.shape.rows {
-            let one = live.get(row - first);
-            let owner = &mut seen.owners[row];
-            if let Some(one) = one.filter(|one| *owner != Some(one.prompt)) {
-                seen.ids.part(row * seen.longest * size_of::<u32>(), one.ids.len()).write(&one.ids)?;
+            let one = live.get(row - first).filter(|one| one.sampling.repetition_penalty as f32 != 1.0);
+            if let Some(one) = one.filter(|one| owners[row] != Some(one.ticket)) {
+                ids.part(row * *longest * size_of::<u32>(), one.ids.len()).write(&one.ids)?;
             }
-            *owner = one.map(|one| one.prompt);
+            owners[row] = one.map(|one| one.ticket);
         }
         Ok(())
     }
 
     /// What the first rows of `rows` drew.
-    fn drawn(&self, rows: usize, live: usize) -> Result<Vec<Draw>, Problem> {
+    fn drawn(&self, rows: usize, live: &[Live]) -> Result<Vec<Draw>, Problem> {
         let drawn = self.drawn.part::<u32>(0, 2 * rows).download()?;
         let (ids, log_probs) = drawn.split_at(rows);
-        Ok((0..live).map(|row| (ids[row], f32::from_bits(log_probs[row]))).collect())
+        let draw = |(row, one): (usize, &Live)| {
+            let (id, logprob) = (ids[row], f32::from_bits(log_probs[row]));
+            let top = if one.top_logprobs > 0 { self.likeliest(row, one, (id, logprob))? } else { Vec::new() };
+            Ok(Draw { id, logprob, top })
+        };
+        live.iter().enumerate().map(draw).collect()
+    }
+
+    /// The likeliest ids of a row. What is known of the one that was drawn is not said in two ways.
+    fn likeliest(&self, row: usize, one: &Live, drawn: (u32, f32)) -> Result<Vec<(u32, f32)>, Problem> {
+        let vocab = self.logits.len() / self.most.rows;
+        let logits = self.logits.part::<bf16>(row * vocab * size_of::<bf16>(), vocab).download()?;
+        let mut logits: Vec<f32> = logits.into_iter().map(bf16::to_f32).collect();
+        let top = one.sampling.likeliest(&logits, one.top_logprobs);
+        let log_p = log_softmax(&mut logits);
+        Ok(top.into_iter().map(|(id, logit)| if id == drawn.0 { drawn } else { (id, log_p(logit)) }).collect())
     }
 }
 
 impl<'m> DeviceDecoder<'m> {
-    /// Room for at most `live` completions of at most `longest` tokens, prompts included; for fewer if the device has
-    /// not the memory. No prompt has more than `prompt` tokens. `Err` (`cuda::out_of_memory`) if there is not enough
-    /// for one.
+    /// Room for at most `live` completions of at most `longest` tokens, prompts included, with as many pages as there
+    /// are limits and memory for. No prompt has more than `prompt` tokens.
     pub fn new(
         model: &'m Model,
         device: &'m DeviceModel,
-        sampling: &Sampling,
         limits: &Limits,
         live: usize,
         longest: usize,
         prompt: usize,
     ) -> Result<DeviceDecoder<'m>, Problem> {
         let (gpu, config) = (device.gpu(), &model.config);
-        let rule = Rule {
-            temperature: sampling.temperature,
-            top_p: sampling.top_p,
-            top_k: sampling.top_k,
-            repetition_penalty: sampling.repetition_penalty,
-            seed: sampling.seed,
-            id_limit: sampling.id_limit,
-        };
         let table = Table::upload(gpu, longest, config.head_dim, config.rope_theta)?;
-        let work = Workspace::new(gpu, model, Shape::of(live, longest), longest, &rule)?;
+        let work = Workspace::new(gpu, model, Shape::of(live, longest), longest)?;
+        let kept = gpu.alloc(KNOWN * config.vocab_size)?;
         let decode = Decode::new(config, true, live, longest, prompt);
-        let needed = Decode::pages(longest);
-        let count = room(gpu, model, decode)?.min(limits.pages).min(live * needed);
-        if count < needed {
-            let (there, wanted) = (count * PAGE, needed * PAGE);
-            let message =
-                format!("there is room for {there} tokens of keys and values, and one completion may need {wanted}");
-            return Err(Problem::new("cuda::out_of_memory", message)
-                .exit(Exit::Missing)
-                .help("lower `max_tokens`, or end what else uses the device: `nvidia-smi` lists it")
-                .help("or run on the CPU: `--device cpu`"));
-        }
+        let count = room(gpu, model, decode)?.min(limits.pages).min(live.saturating_mul(Decode::pages(longest)));
         let len = (count + 1) * PAGE * config.key_size();
         let pool = || model.layers.iter().map(|_| gpu.alloc(len)).collect::<Result<Vec<_>, _>>();
+        let graphs = limits.graphs.then(HashMap::new);
         Ok(DeviceDecoder {
             model,
             device,
-            rule,
-            max_tokens: sampling.max_tokens,
-            pages: Pages::new(count),
             spare: count as u32,
             keys: pool()?,
             values: pool()?,
             table,
             work,
-            graphs: limits.graphs.then(HashMap::new),
-            prefix: None,
+            graphs,
+            kept,
         })
     }
 
-    /// Whether the prompt need not be run.
-    pub fn knows(&self, ids: &[u32]) -> bool {
-        self.prefix.as_ref().is_some_and(|prefix| prefix.ids == ids)
+    /// How many pages there are for completions.
+    pub fn pages(&self) -> usize {
+        self.spare as usize
     }
 
-    /// The pages that a completion of a prompt of `len` tokens may need, if there are so many; `shared` if those that
-    /// the prompt fills are there. The last token is drawn and never run.
-    pub fn promise(&mut self, len: usize, shared: bool) -> Option<Held> {
-        let all = (len + self.max_tokens - 1).div_ceil(PAGE);
-        self.pages.promise(all - if shared { len / PAGE } else { 0 })
-    }
-
-    /// Takes back the pages of a completion that has ended.
-    pub fn release(&mut self, held: &mut Held) {
-        self.pages.release(held);
-    }
-
-    /// Runs the prompts `different`, and draws the first token of every completion of `new`, whose prompt is
-    /// `different[same[i]]`; if there are no different ones it is the one that is known. They become the rows from
-    /// `first` on. The prompt is kept if it is that of the `next` completion, which is still to come.
-    pub fn prefill(
-        &mut self,
-        new: &mut [Live],
-        different: &[&[u32]],
-        same: &[usize],
-        first: usize,
-        next: Option<&[u32]>,
-    ) -> Result<Vec<Draw>, Problem> {
-        let logits = self.fill_pages(new, different, same)?;
+    /// Runs prompts and draws the first token of each of `new`, which become the rows from `first` on.
+    pub fn begin(&mut self, new: &[Live], first: usize, beginning: &Beginning) -> Result<Vec<Draw>, Problem> {
+        let (gpu, vocab) = (self.device.gpu().clone(), self.model.config.vocab_size);
+        let which = |which: &[usize]| gpu.upload(&which.iter().map(|&i| i as u32).collect::<Vec<_>>());
+        let fresh = match beginning.runs.is_empty() {
+            true => None,
+            false => Some(self.run_prompts(&beginning.runs.iter().map(|&run| &new[run]).collect::<Vec<_>>())?),
+        };
+        self.copy(&beginning.from, &beginning.to)?;
+        if let Some(fresh) = &fresh {
+            let keep = beginning.keep.len();
+            let last = fresh.part(fresh.len() * size_of::<bf16>() - keep * vocab * size_of::<bf16>(), keep * vocab);
+            residual::scatter_rows(&mut self.kept, &last, &which(&beginning.keep)?, vocab)?;
+        }
         let shape = Shape { rows: new.len(), keys: SPAN };
         let mut inputs = Inputs::new(shape, self.spare);
         new.iter().enumerate().for_each(|(row, one)| inputs.row(row, one));
         self.work.upload(&inputs, new, first)?;
         let mut rows = self.work.rows(shape, first, self.model);
-        let vocab = self.model.config.vocab_size;
-        let which = |which: &[usize]| self.device.gpu().upload(&which.iter().map(|&i| i as u32).collect::<Vec<_>>());
-        residual::gather_rows(&mut rows.logits, &logits, &which(same)?, vocab)?;
-        draw(&self.rule, &mut rows)?;
-        let drawn = self.work.drawn(shape.rows, new.len())?;
-
-        if !next.is_some_and(|next| self.knows(next)) {
-            self.forget();
-            if let Some(at) = next.and_then(|next| different.iter().position(|ids| *ids == next)) {
-                let mut row = self.device.gpu().alloc(vocab)?;
-                residual::gather_rows(&mut row, &logits, &which(&[at])?, vocab)?;
-                let ids = different[at].to_vec();
-                let writer = same.iter().position(|which| *which == at).expect("every prompt is somebody's");
-                let mut held = Held::default();
-                self.pages.share(&mut held, new[writer].held.pages());
-                self.prefix = Some(Prefix { ids, held, logits: row });
-            }
-        }
-        Ok(drawn)
+        let logits = fresh.as_ref().unwrap_or(&self.kept);
+        residual::gather_rows(&mut rows.logits, logits, &which(&beginning.prompt)?, vocab)?;
+        draw(&mut rows)?;
+        self.work.drawn(shape.rows, new)
     }
 
-    /// Gives the completions pages with the keys and values of their prompts. Returns the logits after each different
-    /// one, or after the known one.
-    fn fill_pages(&mut self, new: &mut [Live], different: &[&[u32]], same: &[usize]) -> Result<Buffer<bf16>, Problem> {
-        let row_of = |pages: &[u32], token: usize| pages[token / PAGE] * PAGE as u32 + (token % PAGE) as u32;
-        let known = if different.is_empty() { self.prefix.as_ref() } else { None };
-        // Whose pages a prompt is written to, or was; copies of rows of the cache: from, to.
-        let mut written: Vec<Option<Vec<u32>>> = match known {
-            Some(prefix) => vec![Some(prefix.held.pages().to_vec())],
-            None => vec![None; different.len()],
-        };
-        let (mut from, mut to): (Vec<u32>, Vec<u32>) = Default::default();
-        for (one, &at) in new.iter_mut().zip(same) {
-            let (tokens, whole) = (one.prompt_len, one.prompt_len / PAGE);
-            if let Some(pages) = &written[at] {
-                self.pages.share(&mut one.held, &pages[..whole]);
-            }
-            while one.held.pages().len() * PAGE < tokens {
-                self.pages.take(&mut one.held);
-            }
-            match &written[at] {
-                Some(pages) => {
-                    from.extend((whole * PAGE..tokens).map(|token| row_of(pages, token)));
-                    to.extend((whole * PAGE..tokens).map(|token| row_of(one.held.pages(), token)));
-                }
-                None => written[at] = Some(one.held.pages().to_vec()),
-            }
-        }
+    /// Writes keys and values of whole prompts. Returns the logits after each.
+    fn run_prompts(&mut self, prompts: &[&Live]) -> Result<Buffer<bf16>, Problem> {
+        let width = self.model.config.key_size();
+        let row = |one: &Live, token: usize| one.held.pages()[token / PAGE] * PAGE as u32 + (token % PAGE) as u32;
+        let rows = prompts.iter().flat_map(|one| (0..one.prompt_len).map(move |token| row(one, token)));
+        let rows = self.device.gpu().upload(&rows.collect::<Vec<u32>>())?;
+        let (keys, values) = (&mut self.keys, &mut self.values);
+        let ids: Vec<&[u32]> = prompts.iter().map(|one| one.prompt()).collect();
+        self.device.run_prompts(self.model, &ids, &self.table, &mut |layer, k, v| {
+            residual::scatter_rows(&mut keys[layer], k, &rows, width)?;
+            residual::scatter_rows(&mut values[layer], v, &rows, width)
+        })
+    }
 
-        let (device, width) = (self.device, self.model.config.key_size());
-        let logits = match known {
-            Some(prefix) => prefix.logits.part(0, prefix.logits.len()),
-            None => {
-                let owned = different.iter().zip(&written);
-                let rows = owned.flat_map(|(ids, pages)| {
-                    let pages = pages.as_deref().unwrap_or_default();
-                    (0..ids.len()).map(move |token| row_of(pages, token))
-                });
-                let rows = device.gpu().upload(&rows.collect::<Vec<u32>>())?;
-                let (keys, values) = (&mut self.keys, &mut self.values);
-                device.run_prompts(self.model, different, &self.table, &mut |layer, k, v| {
-                    residual::scatter_rows(&mut keys[layer], k, &rows, width)?;
-                    residual::scatter_rows(&mut values[layer], v, &rows, width)
-                })?
-            }
-        };
-        if !from.is_empty() {
-            let (from, to) = (device.gpu().upload(&from)?, device.gpu().upload(&to)?);
-            let mut rows = device.gpu().alloc(from.len() * width)?;
-            for cache in self.keys.iter_mut().chain(&mut self.values) {
-                residual::gather_rows(&mut rows, cache, &from, width)?;
-                residual::scatter_rows(cache, &rows, &to, width)?;
-            }
+    /// Copies rows of the cache of every layer.
+    fn copy(&mut self, from: &[u32], to: &[u32]) -> Result<(), Problem> {
+        if from.is_empty() {
+            return Ok(());
         }
-        Ok(logits)
+        let (gpu, width) = (self.device.gpu(), self.model.config.key_size());
+        let (from, to) = (gpu.upload(from)?, gpu.upload(to)?);
+        let mut rows = gpu.alloc(from.len() * width)?;
+        for cache in self.keys.iter_mut().chain(&mut self.values) {
+            residual::gather_rows(&mut rows, cache, &from, width)?;
+            residual::scatter_rows(cache, &rows, &to, width)?;
+        }
+        Ok(())
     }
 
     /// One token further for all.
-    pub fn step(&mut self, live: &mut [Live]) -> Result<Vec<Draw>, Problem> {
-        for one in live.iter_mut() {
-            while one.held.pages().len() * PAGE < one.ids.len() {
-                self.pages.take(&mut one.held);
-            }
-        }
+    pub fn step(&mut self, live: &[Live]) -> Result<Vec<Draw>, Problem> {
         let longest = live.iter().map(|one| one.ids.len()).max().unwrap_or(0);
         let shape = Shape::of(live.len(), longest);
         let mut inputs = Inputs::new(shape, self.spare);
         live.iter().enumerate().for_each(|(row, one)| inputs.row(row, one));
         self.work.upload(&inputs, live, 0)?;
         self.run(shape)?;
-        self.work.drawn(shape.rows, live.len())
+        self.work.drawn(shape.rows, live)
     }
 
     /// Launches a step: by itself the first time, when kernels may have to be loaded; captured the second time; from
@@ -494,28 +434,14 @@ impl<'m> DeviceDecoder<'m> {
             attention_decode::append(keys, values, k, v, page_table, positions, dims)?;
             attention_decode::forward(attended, q, keys, values, page_table, lengths, parts, dims)
         })?;
-        draw(&self.rule, rows)
-    }
-
-    /// Lets go of the prompt that is kept.
-    fn forget(&mut self) {
-        if let Some(mut prefix) = self.prefix.take() {
-            self.pages.release(&mut prefix.held);
-        }
-    }
-
-    /// Called when all completions have been released.
-    pub fn end(mut self) {
-        self.forget();
-        assert!(self.pages.all_free(), "pages are lost: {:?}", self.pages);
+        draw(rows)
     }
 }
 
 /// Draws a token from each row's logits.
-fn draw(rule: &Rule, rows: &mut StepRows) -> Result<(), Problem> {
-    let StepRows { drawn, scratch, logits, seen, lengths, streams, counters, .. } = rows;
-    let seen = seen.as_mut().map(|ids| Seen { ids, lengths });
-    sampling::next(drawn, scratch, Logits::Bf16(logits), seen, streams, counters, rule)
+fn draw(rows: &mut StepRows) -> Result<(), Problem> {
+    let StepRows { drawn, scratch, logits, seen: ids, lengths, rules, .. } = rows;
+    sampling::next(drawn, scratch, Logits::Bf16(logits), Seen { ids, lengths }, rules)
 }
 
 /// Pages that there is memory for, beside what it takes to run prompts and a sixteenth of the device, for graphs and

@@ -1,6 +1,6 @@
 //! How much memory a model takes while it is trained, measured or sampled from, worked out beforehand.
 //!
-//! What is counted are the buffers of the code as it stands: `qwen2.rs` and `decode.rs` on the host, `device.rs`,
+//! What is counted are the buffers of the code as it stands: `qwen2.rs` and `host_decode.rs` on the host, `device.rs`,
 //! `device_decode.rs` and the optimizers of `cuda::ops` on a device. Some of them are there all the time
 //! ([`Plan::standing`]), the others at some moments of the work ([`Plan::moments`]); the need is that of the moment
 //! that takes most. On a device each buffer is rounded up to its block. Tests hold the sums to what the emulated
@@ -19,7 +19,7 @@
 //! | kept activations | n T H e + m `saved` | the same; with `offload` 2 inputs in place of n | the n inputs |
 //! | one layer's work | input, output, gradients, `saved` | the same | none |
 //! | head | R (2 H + 3) e, a tile of logits | the same, parts of sums | none |
-//! | keys and values | L 2 K e of every token that lives | pages of 16 tokens | none |
+//! | keys and values | L 2 K e of every token, in pages of 64 | pages of 16 tokens | none |
 //! | small uploads | none | none | a ring of 4 MiB |
 //!
 //! `saved` = T (3 H + 2 Q + 2 K + 3 I + 7 r) e + T (2 + h) 4. On a device decoding also has a workspace for the most
@@ -33,8 +33,9 @@
 //! Kernels for wgmma have no buffers of their own.
 
 use super::config::Config;
-use super::decode::{MOST_LIVE, most_live, prompts_together};
 use super::device_decode::Shape;
+use super::engine::{KNOWN, MOST_LIVE, pages_of, prompts_together};
+use super::host_decode;
 use super::lora::{self, LoraSpec};
 use super::qwen2::{Batch, Model};
 use crate::cuda;
@@ -165,23 +166,18 @@ pub struct Decode {
     pub prompt: usize,
     /// On a device there are pages for so many at their longest. It takes what it finds, up to `live`.
     pub ends: usize,
-    /// Whether tokens are drawn: at a temperature above 0.
-    pub drawn: bool,
-    /// Whether tokens that were there count less.
-    pub penalty: bool,
 }
 
 impl Decode {
-    /// Of `completions` completions, as many at once as decoding takes, with the fewest pages and all options.
+    /// Of `completions` completions, as many at once as decoding takes, with the fewest pages.
     pub fn new(config: &Config, on_device: bool, completions: usize, longest: usize, prompt: usize) -> Decode {
-        let most = if on_device { MOST_LIVE } else { MOST_LIVE.min(most_live(config, longest)) };
-        Decode { live: completions.min(most).max(1), longest, prompt, ends: 1, drawn: true, penalty: true }
+        let most = if on_device { MOST_LIVE } else { host_decode::most_live(config) };
+        Decode { live: completions.min(most).max(1), longest, prompt, ends: 1 }
     }
 
-    /// Pages that a device must have for a completion of so many tokens: the prompt of the next in line may be kept
-    /// beside it.
+    /// Pages that a device must have for a completion of so many tokens. Prompts that are kept give theirs up for it.
     pub(super) fn pages(longest: usize) -> usize {
-        longest.div_ceil(cuda::ops::attention_decode::PAGE) + 1
+        pages_of(longest, cuda::ops::attention_decode::PAGE)
     }
 }
 
@@ -726,7 +722,8 @@ impl Plan<'_> {
         let (layers, v) = (self.config.num_hidden_layers as u128, self.config.vocab_size as u128);
         let p = prompts_together(live, prompt) as u128;
         let live = live as u128;
-        let cache = layers * 2 * live * longest as u128 * self.sizes().k * 4 + self.angles(place, longest);
+        let pages = host_decode::pages(self.config, decode.live, longest) as u128;
+        let cache = layers * 2 * pages * host_decode::PAGE as u128 * self.sizes().k * 4 + self.angles(place, longest);
         let prompts = self.starts(place, p.div_ceil(prompt.max(1) as u128), p) + self.angles(place, prompt);
         // Drawing overwrites a copy of each row.
         let logits = |rows: u128| rows * v * 4 + 2 * self.residual(place, rows);
@@ -742,7 +739,7 @@ impl Plan<'_> {
     /// What is there while a device decodes: `DeviceDecoder::new`.
     fn decoder(&self, decode: Decode) -> Parts {
         let Sizes { h, q, k, i, heads, d } = self.sizes();
-        let Decode { live, longest, ends, drawn, penalty, .. } = decode;
+        let Decode { live, longest, ends, .. } = decode;
         let shape = Shape::of(live, longest);
         let (rows, v) = (shape.rows as u128, self.config.vocab_size as u128);
         let pages = ends.min(live).max(1).saturating_mul(Decode::pages(longest)) as u128 + 1;
@@ -755,10 +752,10 @@ impl Plan<'_> {
         let rank = if let Trained::Adapter(spec) = self.trained { spec.rank as u128 } else { 0 };
         let stream = [h, h, q, k, k, q, i, i, i, rank].into_iter().map(values).sum::<u128>() + DEVICE.floats(rows);
         let layer = DEVICE.buffer(shape.input_bytes() as u128, 1) + stream + parts;
-        let seen = if penalty { DEVICE.floats(rows * longest as u128) } else { 0 };
-        let scratch = DEVICE.floats(if drawn { rows * v } else { 0 });
-        // The logits after a prompt that is kept are a row more.
-        let head = values(v) + DEVICE.values(v) + scratch + DEVICE.floats(3 * rows) + seen;
+        let seen = DEVICE.floats(rows * longest as u128);
+        // The logits after prompts that are kept are more rows.
+        let logits = values(v) + DEVICE.values(KNOWN as u128 * v) + DEVICE.floats(rows * v);
+        let head = logits + DEVICE.floats(3 * rows) + seen;
         vec![(Part::Cache, cache), (Part::Layer, layer), (Part::Head, head)]
     }
 

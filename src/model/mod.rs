@@ -10,16 +10,18 @@
 //! | `placed.rs` | a model where it computes |
 //! | `fit.rs` | how many layers may keep their insides |
 //! | `load.rs` | a chain of folders to a model, and back to folders |
-//! | `decode.rs` | generation with a key/value cache |
-//! | `pages.rs` | who has which pages of a device's cache |
+//! | `engine.rs` | generation: requests in at any time, tokens out |
+//! | `host_decode.rs` | where its keys and values lie on the host, and a step there |
+//! | `pages.rs` | who has which pages of keys and values |
 //! | `sampling.rs` | logits to the next token |
 //! | `memory.rs` | how much memory all this takes, beforehand |
 
 pub mod config;
-pub mod decode;
 pub mod device;
 mod device_decode;
+pub mod engine;
 pub mod fit;
+mod host_decode;
 pub mod load;
 pub mod lora;
 pub mod memory;
@@ -30,7 +32,7 @@ pub mod sampling;
 pub mod weights;
 
 pub use config::Config;
-pub use decode::{Completion, Finish, Limits, Prompt, generate, generate_placed, generate_within};
+pub use engine::{Ask, Completion, Engine, Event, Finish, Limits, Prompt, Ticket, generate};
 pub use load::LoadOptions;
 pub use lora::LoraSpec;
 pub use placed::{Device, Placed, PlacedGradients};

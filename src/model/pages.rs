@@ -71,6 +71,16 @@ impl Pages {
         }
     }
 
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.owners.len()
+    }
+
+    /// Whether giving `held` back would free any.
+    pub fn frees(&self, held: &Held) -> bool {
+        held.pages.iter().any(|page| self.owners[*page as usize] == 1)
+    }
+
     /// Whether nobody has any.
     pub fn all_free(&self) -> bool {
         self.promised == 0 && self.free.len() == self.owners.len()
@@ -100,7 +110,9 @@ mod tests {
         pages.take(&mut first);
         pages.share(&mut second, first.pages());
         assert_eq!(first.pages(), second.pages());
+        assert!(!pages.frees(&first));
         pages.release(&mut first);
+        assert!(pages.frees(&second));
         assert!(pages.promise(1).is_none(), "one is held, the other promised");
         pages.release(&mut second);
         assert!(pages.all_free());

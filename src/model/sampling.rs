@@ -7,6 +7,7 @@
 //! Draws are counter-based: position `i` of a prompt uses number `i` of the stream (seed, prompt), so a
 //! completion depends neither on the other prompts nor on when it was made.
 
+use crate::problem::Problem;
 use crate::random::Stream;
 use crate::tensor::vector;
 
@@ -90,6 +91,37 @@ impl Sampling {
         candidates.into_iter().map(|(id, weight)| (id, f64::from(weight) / total)).collect()
     }
 
+    /// `Err` naming the first parameter that means nothing.
+    pub fn check(&self) -> Result<(), Problem> {
+        let bad = |name: &str, value: f64, range: &str| {
+            Err(Problem::new("model::sampling", format!("`{name}` is {value}, which is not {range}")))
+        };
+        // Logits are divided in f32.
+        if self.temperature != 0.0 && !(self.temperature > 0.0 && (self.temperature as f32).is_normal()) {
+            return bad("temperature", self.temperature, "0 or a positive number of ordinary size");
+        }
+        if !(0.0..=1.0).contains(&self.top_p) {
+            return bad("top_p", self.top_p, "between 0 and 1");
+        }
+        let penalty = self.repetition_penalty as f32;
+        if !(penalty.is_normal() && penalty > 0.0) {
+            return bad("repetition_penalty", self.repetition_penalty, "above 0");
+        }
+        Ok(())
+    }
+
+    /// The `count` largest logits among the ids that may be drawn, the largest first, then lower ids.
+    pub(super) fn likeliest(&self, logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+        let mut best: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
+        for (id, &logit) in (0..).zip(&logits[..self.limit(logits.len())]) {
+            if best.len() < count || best.last().is_some_and(|(_, least)| logit > *least) {
+                best.insert(best.partition_point(|(_, other)| *other >= logit), (id, logit));
+                best.truncate(count);
+            }
+        }
+        best
+    }
+
     fn limit(&self, vocab: usize) -> usize {
         if self.id_limit == 0 { vocab } else { self.id_limit.min(vocab) }
     }
@@ -108,6 +140,14 @@ impl Sampling {
             *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
         }
     }
+}
+
+/// Log softmax of any of the logits, the sum in f64. Overwrites them.
+pub(super) fn log_softmax(logits: &mut [f32]) -> impl Fn(f32) -> f32 + use<> {
+    let max = vector::max(logits);
+    vector::exp_sum(logits, max);
+    let sum: f64 = logits.iter().map(|weight| f64::from(*weight)).sum();
+    move |logit| (f64::from(logit - max) - sum.ln()) as f32
 }
 
 /// The lowest index of the largest value.
@@ -229,6 +269,40 @@ mod tests {
         }
         let again = |counter| sampling.next(&mut logits.clone(), &[], &random, counter);
         assert_eq!(again(17), again(17));
+    }
+
+    #[test]
+    fn a_log_probability_is_a_log_softmax() {
+        let logits = [1.0f32, 2.0, 3.0];
+        let log_p = log_softmax(&mut logits.clone());
+        let total: f32 = logits.iter().map(|&logit| log_p(logit).exp()).sum();
+        assert!((total - 1.0).abs() <= 1e-6, "{total}");
+        assert!((log_p(3.0) + 0.407_606).abs() <= 1e-6);
+    }
+
+    #[test]
+    fn the_likeliest_are_in_order_and_below_the_limit() {
+        let logits = [1.0, 5.0, f32::NEG_INFINITY, 5.0, 9.0];
+        let likeliest = |id_limit, count| Sampling { id_limit, ..Sampling::default() }.likeliest(&logits, count);
+        assert_eq!(likeliest(0, 3), [(4, 9.0), (1, 5.0), (3, 5.0)]);
+        assert_eq!(likeliest(4, 2), [(1, 5.0), (3, 5.0)]);
+        assert_eq!(likeliest(4, 9), [(1, 5.0), (3, 5.0), (0, 1.0), (2, f32::NEG_INFINITY)]);
+        assert!(likeliest(0, 0).is_empty());
+    }
+
+    #[test]
+    fn parameters_that_mean_nothing_are_named() {
+        let sampling = Sampling::default;
+        for (bad, name) in [
+            (Sampling { temperature: -1.0, ..sampling() }, "temperature"),
+            (Sampling { temperature: f64::NAN, ..sampling() }, "temperature"),
+            (Sampling { temperature: 1e-60, ..sampling() }, "temperature"),
+            (Sampling { top_p: 1.5, ..sampling() }, "top_p"),
+            (Sampling { repetition_penalty: 0.0, ..sampling() }, "repetition_penalty"),
+        ] {
+            assert!(bad.check().unwrap_err().message.contains(name), "{name}");
+        }
+        assert!(sampling().check().is_ok());
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::{Context, training};
 use crate::data::{Format, Record, Tokenizer};
 use crate::digest::Encoder;
 use crate::manifest::spec::{Key, Type};
-use crate::model::{self, Finish, LoadOptions, Model, Placed, Prompt, Sampling};
+use crate::model::{self, Finish, Limits, LoadOptions, Model, Placed, Prompt, Sampling};
 use crate::problem::Problem;
 use crate::tensor::Dtype;
 use minijinja::value::Serde;
@@ -259,7 +259,7 @@ impl Decoding {
             ctx.progress.at((done + finished) as u64);
             ctx.stopped()
         };
-        let made = model::generate_placed(model, &prompts, sampling, &decode, &mut on_step)?;
+        let made = model::generate(model, &prompts, sampling, &decode, &mut on_step, &Limits::default())?;
         let reply = |(&i, made): (&usize, model::Completion)| Reply {
             key: keys[i].clone(),
             text: made.text,

@@ -150,12 +150,9 @@ pub fn needs(kind: &str, params: &Params, shape: &Shape, data: Option<Data>, on_
                 Some(data) if !params.contains_key("prompt_file") => room.min(data.longest + asked),
                 _ => room,
             };
-            let differs = |key: &str, from: f64| params.get(key).and_then(Value::as_f64).is_some_and(|at| at != from);
-            let (drawn, penalty) = (differs("temperature", 0.0), differs("repetition_penalty", 1.0));
             let of = |prompt: usize| {
                 let longest = prompt.saturating_add(max_tokens).min(MOST_TOKENS);
-                let least = Decode::new(&config, on_device, completions, longest, prompt);
-                let work = Work::Decode(Decode { drawn, penalty, ..least });
+                let work = Work::Decode(Decode::new(&config, on_device, completions, longest, prompt));
                 Plan { config: &config, dtype, trained, on_device, work }.need()
             };
             Some(Needs { surely: of(1), most: of(prompt), takes_more: on_device, steps: None, disk: 0 })

@@ -1,9 +1,8 @@
 //! Generation through the cache.
 
 use super::*;
-use pipe::model::decode::generate_at_most;
 use pipe::model::sampling::argmax;
-use pipe::model::{Completion, Finish, Prompt, Sampling, generate};
+use pipe::model::{Completion, Device, Finish, Limits, Placed, Prompt, Sampling, generate};
 use pipe::problem::Problem;
 
 fn words(ids: &[u32]) -> String {
@@ -14,20 +13,25 @@ fn prompts(lengths: &[usize]) -> Vec<Prompt> {
     sequences(lengths).into_iter().zip(0..).map(|(ids, stream)| Prompt { ids, stream }).collect()
 }
 
-fn run(model: &Model, prompts: &[Prompt], sampling: &Sampling, live: usize) -> Vec<Completion> {
-    generate_at_most(model, prompts, sampling, &words, &mut |_| Ok(()), live).unwrap()
+fn placed(model: Model) -> Placed {
+    Placed::new(model, &Device::Cpu).unwrap()
+}
+
+fn run(model: &Placed, prompts: &[Prompt], sampling: &Sampling, live: usize) -> Vec<Completion> {
+    let limits = Limits { live, ..Limits::default() };
+    generate(model, prompts, sampling, &words, &mut |_| Ok(()), &limits).unwrap()
 }
 
 #[test]
 fn greedy_tokens_are_those_of_the_whole_sequence_run_again() {
-    let model = with_adapter(true, 3, &ALL);
+    let model = placed(with_adapter(true, 3, &ALL));
     for prompt in prompts(&[1, 9, 30]) {
         let sampling = Sampling { max_tokens: 12, ..Sampling::default() };
         let completion = run(&model, std::slice::from_ref(&prompt), &sampling, 1).remove(0);
         assert_eq!(completion.ids.len(), 12);
         let mut ids = prompt.ids.clone();
         for (id, logprob) in completion.ids.iter().zip(&completion.logprobs) {
-            let logits = model.logits(&ids);
+            let logits = model.logits(&ids).unwrap();
             let last = &logits[logits.len() - 101..];
             assert_eq!(*id, argmax(last));
             let max = last[*id as usize];
@@ -41,7 +45,7 @@ fn greedy_tokens_are_those_of_the_whole_sequence_run_again() {
 #[test]
 fn a_prompt_gets_the_same_tokens_alone_and_in_any_batch() {
     for dtype in [Dtype::F32, Dtype::Bf16] {
-        let model = Model::random(config(false), 5, dtype);
+        let model = placed(Model::random(config(false), 5, dtype));
         let prompts = prompts(&[3, 40, 1, 11, 11, 25, 7, 2]);
         let sampling = Sampling { max_tokens: 15, temperature: 0.9, top_p: 0.95, top_k: 50, ..Sampling::default() };
         let together = run(&model, &prompts, &sampling, 8);
@@ -59,7 +63,7 @@ fn a_prompt_gets_the_same_tokens_alone_and_in_any_batch() {
 
 #[test]
 fn equal_prompts_with_their_own_streams_draw_their_own_tokens() {
-    let model = Model::random(config(false), 5, Dtype::F32);
+    let model = placed(Model::random(config(false), 5, Dtype::F32));
     let ids = sequences(&[6]).remove(0);
     let prompts =
         [Prompt { ids: ids.clone(), stream: 1 }, Prompt { ids: ids.clone(), stream: 2 }, Prompt { ids, stream: 1 }];
@@ -71,7 +75,7 @@ fn equal_prompts_with_their_own_streams_draw_their_own_tokens() {
 
 #[test]
 fn ids_beyond_the_limit_are_never_drawn() {
-    let model = Model::random(config(false), 5, Dtype::F32);
+    let model = placed(Model::random(config(false), 5, Dtype::F32));
     let sampling = Sampling { max_tokens: 40, temperature: 3.0, id_limit: 10, ..Sampling::default() };
     for completion in run(&model, &prompts(&[3, 4]), &sampling, 2) {
         assert!(completion.ids.iter().all(|&id| id < 10));
@@ -80,7 +84,7 @@ fn ids_beyond_the_limit_are_never_drawn() {
 
 #[test]
 fn a_completion_ends_at_a_stop_id_or_a_stop_text() {
-    let model = Model::random(config(false), 5, Dtype::F32);
+    let model = placed(Model::random(config(false), 5, Dtype::F32));
     let prompts = prompts(&[5]);
     let free = Sampling { max_tokens: 20, temperature: 1.0, ..Sampling::default() };
     let ids = run(&model, &prompts, &free, 1).remove(0).ids;
@@ -102,28 +106,32 @@ fn a_completion_ends_at_a_stop_id_or_a_stop_text() {
 fn a_diverged_model_is_named_instead_of_sampled_from() {
     let mut model = everything_trained(true);
     model.update(|params| params[0].value.fill(f32::NAN));
-    let result = generate(&model, &prompts(&[3]), &Sampling::default(), &words, &mut |_| Ok(()));
+    let (model, limits) = (placed(model), Limits::default());
+    let result = generate(&model, &prompts(&[3]), &Sampling::default(), &words, &mut |_| Ok(()), &limits);
     assert_eq!(result.unwrap_err().code, "model::not_finite");
 }
 
 #[test]
 fn an_interruption_is_passed_on_at_once() {
-    let model = Model::random(config(false), 5, Dtype::F32);
+    let model = placed(Model::random(config(false), 5, Dtype::F32));
     let mut calls = 0;
-    let result = generate(&model, &prompts(&[3, 4]), &Sampling::default(), &words, &mut |_| {
+    let mut on_step = |_| {
         calls += 1;
         if calls == 3 { Err(Problem::new("test::stop", "stop")) } else { Ok(()) }
-    });
+    };
+    let (sampling, limits) = (Sampling::default(), Limits::default());
+    let result = generate(&model, &prompts(&[3, 4]), &sampling, &words, &mut on_step, &limits);
     assert_eq!(result.unwrap_err().code, "test::stop");
     assert_eq!(calls, 3);
 }
 
 #[test]
 fn an_empty_prompt_and_a_foreign_id_are_problems() {
-    let model = Model::random(config(false), 5, Dtype::F32);
+    let model = placed(Model::random(config(false), 5, Dtype::F32));
     for (ids, code) in [(vec![], "model::empty_prompt"), (vec![3, 101], "model::id_out_of_range")] {
         let prompts = [Prompt { ids, stream: 0 }];
-        let result = generate(&model, &prompts, &Sampling::default(), &words, &mut |_| Ok(()));
+        let limits = Limits::default();
+        let result = generate(&model, &prompts, &Sampling::default(), &words, &mut |_| Ok(()), &limits);
         assert_eq!(result.unwrap_err().code, code);
     }
     assert!(run(&model, &[], &Sampling::default(), 4).is_empty());

@@ -1,6 +1,7 @@
 //! The model as a whole: gradients against differences, what must change no bit, folders, generation.
 
 mod decoding;
+mod engine;
 mod folders;
 mod gradients;
 mod invariance;

@@ -22,6 +22,8 @@ use rayon::prelude::*;
 
 /// Keys visited at once. Part of the results.
 const KEYS: usize = 64;
+/// Tokens of a page of keys and values while decoding.
+pub const PAGE: usize = KEYS;
 /// Queries handled together; at most KEYS, and they start at multiples of it.
 const QUERIES: usize = 64;
 
@@ -119,8 +121,11 @@ fn forward_on(
                 let at = (task.start + task.first + t) * width + task.kv_head * chunk;
                 queries.extend_from_slice(&q[at..at + chunk]);
             }
-            let from = task.start * dims.kv_heads * dims.head_size;
-            attend(isa, rows, queries, &k[from..], &v[from..], (task.first, task.queries), task.kv_head, dims);
+            let keys = |key: usize| {
+                let from = (task.start + key) * dims.kv_heads * dims.head_size;
+                [&k[from..], &v[from..]]
+            };
+            attend(isa, rows, queries, keys, (task.first, task.queries), task.kv_head, dims);
             for t in 0..task.queries {
                 let token = task.start + task.first + t;
                 // SAFETY: (token, key/value head) belongs to this task only.
@@ -133,32 +138,32 @@ fn forward_on(
     );
 }
 
-/// o [H, D] = the attention of one query [H, D], the last token of a sequence whose keys and
-/// values, its own included, are k and v [len, KV, D]. Equals the last row of [`attention_forward`].
-/// Runs on the calling thread: several sequences are decoded in parallel by the caller.
-pub fn attention_decode(o: &mut [f32], q: &[f32], k: &[f32], v: &[f32], dims: Attention) {
-    dims.check(q, k, v);
+/// o [H, D] = the attention of one query [H, D], the last of a sequence of `len` tokens whose keys and values, its
+/// own included, lie in pages in the order of the tokens, [PAGE, KV, D] each. Equals the last row of
+/// [`attention_forward`]. Runs on the calling thread: several sequences are decoded in parallel by the caller.
+pub fn attention_decode(o: &mut [f32], q: &[f32], pages: &[[&[f32]; 2]], len: usize, dims: Attention) {
+    dims.check(q, &[], &[]);
     assert!(q.len() == dims.heads * dims.head_size && o.len() == q.len());
-    let len = k.len() / (dims.kv_heads * dims.head_size);
     assert!(len > 0, "a query sees at least its own key");
-    let chunk = dims.group() * dims.head_size;
+    let (chunk, page) = (dims.group() * dims.head_size, PAGE * dims.kv_heads * dims.head_size);
+    assert!(pages.len() >= len.div_ceil(PAGE) && pages.iter().flatten().all(|values| values.len() == page));
     let mut rows = Rows::default();
     for kv_head in 0..dims.kv_heads {
         let at = kv_head * chunk;
-        attend(Isa::best(), &mut rows, &q[at..at + chunk], k, v, (len - 1, 1), kv_head, dims);
+        let keys = |key: usize| pages[key / PAGE];
+        attend(Isa::best(), &mut rows, &q[at..at + chunk], keys, (len - 1, 1), kv_head, dims);
         o[at..at + chunk].copy_from_slice(&rows.o[..chunk]);
     }
 }
 
 /// Attention of some queries of a sequence, gathered as [query, head of the group, D]. Leaves o in
-/// `rows.o` and lse in `rows.sum`. `first` is the first query's position; keys start at position 0.
-#[expect(clippy::too_many_arguments, reason = "one block of the loop nest, split out to be shared with decoding")]
-fn attend(
+/// `rows.o` and lse in `rows.sum`. `first` is the first query's position; `block` gives the keys and values from a
+/// position on, at least [`KEYS`] of them or to the sequence's end.
+fn attend<'a>(
     isa: Isa,
     rows: &mut Rows,
     queries: &[f32],
-    k: &[f32],
-    v: &[f32],
+    block: impl Fn(usize) -> [&'a [f32]; 2],
     (first, count): (usize, usize),
     kv_head: usize,
     dims: Attention,
@@ -175,9 +180,9 @@ fn attend(
     let last = first + count;
     for key in (0..last).step_by(KEYS) {
         let keys = KEYS.min(last - key);
-        let at = key * stride + kv_head * size;
+        let [k, v] = block(key).map(|values| &values[kv_head * size..]);
         let q = Block { data: queries, stride: size, turned: false };
-        let turned_k = Block { data: &k[at..], stride, turned: true };
+        let turned_k = Block { data: k, stride, turned: true };
         gemm_here(isa, (&mut rows.scores, KEYS), (m, keys, size), dims.scale(), q, turned_k, false);
         for row in 0..m {
             let visible = keys.min(first + row / group + 1 - key);
@@ -193,7 +198,7 @@ fn attend(
             }
         }
         let p = Block { data: &rows.scores, stride: KEYS, turned: false };
-        let v = Block { data: &v[at..], stride, turned: false };
+        let v = Block { data: v, stride, turned: false };
         gemm_here(isa, (&mut rows.o, size), (m, size, keys), 1.0, p, v, key > 0);
     }
     for row in 0..m {

@@ -12,7 +12,7 @@ pub mod rmsnorm;
 pub mod rope;
 pub mod swiglu;
 
-pub use attention::{Attention, attention_backward, attention_decode, attention_forward};
+pub use attention::{Attention, PAGE, attention_backward, attention_decode, attention_forward};
 pub use bias::{bias_add, bias_backward};
 pub use embedding::{embedding_backward, embedding_forward};
 pub use head_logprob::{
