@@ -24,6 +24,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Between two looks at whether a client is still there, or the server is to stop.
 const LOOK: Duration = Duration::from_millis(100);
+/// The status, in logs and counts, of a request whose client went away; none was sent.
+const GONE: u16 = 499;
 /// Connections that wait to be told that there are too many.
 const TURNED_AWAY: usize = 64;
 /// JSON and chat templates nest to known depths.
@@ -270,7 +272,7 @@ impl<'a> Shared<'a> {
         match answer {
             Ok(Answer::Reply(reply)) => entry.status = reply.status,
             Ok(Answer::Streamed(_)) => entry.status = 200,
-            Ok(Answer::Gone) => entry.cancelled = true,
+            Ok(Answer::Gone) => (entry.cancelled, entry.status) = (true, GONE),
             Err(refusal) => {
                 entry.status = refusal.status;
                 entry.problem = entry.problem.take().or(refusal.code.map(String::from));
@@ -602,7 +604,7 @@ impl Choice<'_> {
             return;
         }
         let bytes = service.tokenizer.bytes(id);
-        let place = self.shown.place();
+        let place = self.shown.place(&bytes);
         self.text += &self.shown.push(&bytes);
         if let Some(told) = &mut self.told {
             let top = top.into_iter().map(|(id, logprob)| (service.tokenizer.bytes(id), logprob)).collect();

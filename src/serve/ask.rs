@@ -127,7 +127,7 @@ impl Wanted {
         let sampling = fields.sampling(service, fresh)?;
         let limit = fields.max_tokens(form)?;
         let wish = |ids: Vec<u32>| {
-            let max_tokens = room(&ids, limit, service)?;
+            let max_tokens = room(form, &ids, limit, service)?;
             Ok(Wish { ids, sampling: Sampling { max_tokens, ..sampling.clone() } })
         };
         let (stream, usage) = fields.stream()?;
@@ -149,7 +149,7 @@ pub(super) fn unknown_model(name: &str, service: &Service) -> Refusal {
 }
 
 /// How long a completion of this prompt may become.
-fn room(ids: &[u32], limit: Option<(&'static str, usize)>, service: &Service) -> Result<usize, Refusal> {
+fn room(form: Form, ids: &[u32], limit: Option<(&'static str, usize)>, service: &Service) -> Result<usize, Refusal> {
     let (context, length) = (service.context, ids.len());
     let too_long = |param: &str, message: String| {
         Err(Refusal { code: Some("context_length_exceeded"), ..Refusal::wrong(param, message) })
@@ -157,7 +157,7 @@ fn room(ids: &[u32], limit: Option<(&'static str, usize)>, service: &Service) ->
     let left = context.saturating_sub(length);
     if left == 0 {
         return too_long(
-            "messages",
+            if form == Form::Chat { "messages" } else { "prompt" },
             format!("the prompt has {length} tokens, the model's context {context}, the answer included"),
         );
     }

@@ -33,9 +33,13 @@ impl<'s> Shown<'s> {
         self.sent
     }
 
-    /// Where in the text the next token's first character is or may become whole: in bytes and in characters.
-    pub fn place(&self) -> (usize, usize) {
-        (self.sent + self.held.len(), self.sent_chars + self.held.chars().count())
+    /// Where in the text a token of these bytes begins, if it is the next one: in bytes and in characters. One that
+    /// goes on with a character begins where that does.
+    pub fn place(&self, bytes: &[u8]) -> (usize, usize) {
+        let goes_on = bytes.first().is_some_and(|byte| byte & 0xc0 == 0x80);
+        let broken = !self.pending.is_empty() && !goes_on;
+        let before = if broken { char::REPLACEMENT_CHARACTER.len_utf8() } else { 0 };
+        (self.sent + self.held.len() + before, self.sent_chars + self.held.chars().count() + usize::from(broken))
     }
 
     /// Takes the bytes of the next token and gives what can be shown now.
@@ -129,7 +133,10 @@ mod tests {
         let mut shown = Shown::new(&[], true);
         let parts: Vec<String> = [&b"a\xf0\x9f"[..], b"\x90", b"\x88b"].iter().map(|part| shown.push(part)).collect();
         assert_eq!(parts, ["a", "", "🐈b"]);
-        assert_eq!((shown.sent(), shown.place(), shown.end("a🐈b").as_str()), (6, (6, 3), ""));
+        assert_eq!((shown.sent(), shown.place(b"c"), shown.end("a🐈b").as_str()), (6, (6, 3), ""));
+        let mut shown = Shown::new(&[], true);
+        shown.push(b"a\xf0\x9f");
+        assert_eq!((shown.place(b"\x90"), shown.place(b"b")), ((1, 1), (4, 2)), "after U+FFFD");
     }
 
     #[test]
@@ -180,7 +187,7 @@ mod tests {
             }
             text += &shown.end(&expected);
             prop_assert_eq!(&text, &expected);
-            prop_assert_eq!(shown.place(), (text.len(), text.chars().count()));
+            prop_assert_eq!(shown.place(b"x"), (text.len(), text.chars().count()));
         }
     }
 }

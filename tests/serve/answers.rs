@@ -2,7 +2,7 @@
 
 use crate::{MODEL, Reply, Server, chat, mini, text, with};
 use pipe::data::{self, Format, Record};
-use pipe::model::{Device, Limits, Placed, Prompt, Sampling, generate_within};
+use pipe::model::{Device, Limits, Placed, Prompt, Sampling, generate};
 use serde_json::{Value, json};
 
 const QUESTION: &str = "Tom has 12 pens. He finds 30 pens. How many pens does Tom have?";
@@ -19,7 +19,7 @@ fn alone(prompt: &[u32], max_tokens: usize, temperature: f64, seed: u64, stream:
     let placed = Placed::new(model, &Device::Cpu).unwrap();
     let prompts = [Prompt { ids: prompt.to_vec(), stream }];
     let decode = |ids: &[u32]| tokenizer.decode(ids, false);
-    let mut made = generate_within(&placed, &prompts, &sampling, &decode, &mut |_| Ok(()), &Limits::default()).unwrap();
+    let mut made = generate(&placed, &prompts, &sampling, &decode, &mut |_| Ok(()), &Limits::default()).unwrap();
     let made = made.remove(0);
     (made.text, made.ids, made.logprobs)
 }
