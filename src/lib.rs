@@ -13,6 +13,7 @@ pub mod plan;
 pub mod problem;
 pub mod random;
 pub mod remote;
+pub mod serve;
 pub mod stage;
 pub mod store;
 pub mod tensor;

@@ -23,6 +23,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cuda", &["problem"]),
     ("model", &["cuda", "files", "measure", "problem", "random", "tensor"]),
     ("train", &["cuda", "digest", "files", "model", "problem", "random", "tensor"]),
+    ("serve", &["data", "model", "problem", "random"]),
     (
         "stage",
         &[

@@ -285,7 +285,7 @@ fn advise(global: &Global, plan: &Plan, chain: &[CellId], files: &Files) {
 }
 
 /// What has to be loaded for the model of a cell, base first, itself last.
-fn chain(plan: &Plan, id: CellId) -> Vec<CellId> {
+pub(super) fn chain(plan: &Plan, id: CellId) -> Vec<CellId> {
     let cell = &plan.cells[id];
     let under = cell.inputs.iter().find(|input| input.slot == "model").map_or(&[][..], |input| &input.cells);
     let keep = match (cell.kind.lineage)(&cell.params) {

@@ -19,6 +19,7 @@ mod results;
 mod run;
 mod schema;
 pub mod screen;
+mod serve;
 mod session;
 mod show;
 mod sources;
@@ -103,6 +104,7 @@ enum Command {
     Graph(graph::Arguments),
     Show(show::Arguments),
     Export(export::Arguments),
+    Serve(serve::Arguments),
     Doctor(doctor::Arguments),
     Grade(grade::Arguments),
     Schema(schema::Arguments),
@@ -204,6 +206,7 @@ fn dispatch(line: &Line) -> Done {
         Command::Graph(arguments) => graph::run(global, arguments),
         Command::Show(arguments) => show::run(global, arguments),
         Command::Export(arguments) => export::run(global, arguments),
+        Command::Serve(arguments) => serve::run(global, arguments),
         Command::Doctor(arguments) => doctor::run(global, arguments),
         Command::Grade(arguments) => grade::run(global, arguments),
         Command::Schema(arguments) => schema::run(arguments),

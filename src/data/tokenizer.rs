@@ -81,6 +81,22 @@ impl Tokenizer {
         contained(|| self.inner.decode(ids, skip_special)).and_then(Result::ok).unwrap_or_default()
     }
 
+    /// The bytes a token stands for; none for an id without a token. Where [`Tokenizer::is_byte_level`], the text
+    /// of ids is that of their bytes in a row.
+    pub fn bytes(&self, id: u32) -> Vec<u8> {
+        match self.inner.id_to_token(id) {
+            None => Vec::new(),
+            Some(_) if !self.is_byte_level() => self.decode(&[id], false).into_bytes(),
+            // As the library does it: a token with a mark from outside the alphabet is meant as it stands.
+            Some(token) => token.chars().map(byte_of).collect::<Option<_>>().unwrap_or_else(|| token.into_bytes()),
+        }
+    }
+
+    /// Whether tokens are bytes, as those of Qwen are, so that more tokens change nothing of the text before.
+    pub fn is_byte_level(&self) -> bool {
+        matches!(self.inner.get_decoder(), Some(tokenizers::DecoderWrapper::ByteLevel(_)))
+    }
+
     /// The id of a token by its exact text.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
@@ -136,6 +152,18 @@ impl Tokenizer {
 pub fn id_limit(text: &[u8]) -> Option<usize> {
     let inner = contained(|| tokenizers::Tokenizer::from_bytes(text))?.ok()?;
     inner.get_vocab(true).values().max().map(|&id| id as usize + 1)
+}
+
+/// The byte that a mark of a byte-level vocabulary stands for: bytes that can be printed stand for themselves, the
+/// other 68 in their order are U+0100 and on.
+fn byte_of(mark: char) -> Option<u8> {
+    match u32::from(mark) {
+        code @ (0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) => Some(code as u8),
+        code @ 0x100..=0x120 => Some((code - 0x100) as u8),
+        code @ 0x121..=0x142 => Some((code - 0x121 + 0x7f) as u8),
+        0x143 => Some(0xad),
+        _ => None,
+    }
 }
 
 /// What the library gives, or nothing where it panics: it does so on files that were cut or mixed up.
