@@ -23,6 +23,8 @@ pub enum Work {
     Training(Training),
     Completions(Completions),
     Calls(Box<Calls>),
+    /// Beside its own work: what it asks about answers that are not there yet, at most.
+    Judging(Box<Calls>),
     /// Its data are there, and it would refuse them.
     Fails(Problem),
 }
@@ -87,7 +89,10 @@ impl<'a> Counts<'a> {
         let counted = |id: &CellId| {
             let cell = look.cell(*id);
             match cell.kind.name {
-                "generate" | "eval" => which == Which::All || cell.params.contains_key("endpoint"),
+                "generate" | "eval" => {
+                    let asks = cell.params.contains_key("endpoint") || counts::judge(&cell.params).is_some();
+                    which == Which::All || asks
+                }
                 "sft" | "dpo" => which == Which::All,
                 _ => false,
             }
@@ -109,6 +114,12 @@ impl<'a> Counts<'a> {
                 None => reader.row(*id),
             };
             rows.push(row);
+            if let Some(endpoint) = counts::judge(&look.cell(*id).params) {
+                let judging = reader.judging(*id, &endpoint);
+                let line = asked(&mut endpoints, endpoint, remote)?;
+                endpoints[line].add(&judging);
+                rows.push(judging);
+            }
         }
         rows.sort_by_key(|row| row.cell);
         let disk = if which == Which::All { look.disk(on_device) } else { (0, 0) };
@@ -191,6 +202,11 @@ impl<'a> Counts<'a> {
                 format!("{up_to}{made}, at most {} tokens", number(*tokens))
             }
             Work::Calls(calls) => call_words(calls, until),
+            Work::Judging(calls) => {
+                let count = report::count(calls.wanted as usize, "call");
+                let tokens = number(calls.once.completion_tokens);
+                format!("judged by up to {count} of `{}`, at most {tokens} tokens of replies", calls.endpoint.model)
+            }
         }
     }
 
@@ -274,7 +290,7 @@ impl<'a> Counts<'a> {
                     *wanted = wanted.saturating_add(more.wanted);
                     *tokens = tokens.saturating_add(more.tokens);
                 }
-                Some(Work::Calls(_) | Work::Fails(_)) | None => {}
+                Some(Work::Calls(_) | Work::Judging(_) | Work::Fails(_)) | None => {}
             }
         }
         for asked in &self.endpoints {
@@ -301,9 +317,18 @@ impl<'a> Counts<'a> {
 
     /// For `--json`: what a cell does.
     pub fn object(&self, id: CellId) -> Option<Value> {
-        let row = self.rows.iter().find(|row| row.cell == id)?;
+        let rows = || self.rows.iter().filter(|row| row.cell == id);
+        let judging = rows().find_map(|row| match &row.work {
+            Some(Work::Judging(calls)) => Some(json!({
+                "endpoint": calls.endpoint.name(), "calls_at_most": calls.wanted,
+                "completion_tokens_at_most": calls.once.completion_tokens,
+            })),
+            _ => None,
+        });
+        let row = rows().find(|row| !matches!(row.work, Some(Work::Judging(_))))?;
         let mut object = match &row.work {
             None => json!({}),
+            Some(Work::Judging(_)) => return None,
             Some(Work::Fails(problem)) => json!({ "fails": problem.message }),
             Some(Work::Training(Training { rows, dropped, truncated, steps, tokens })) => json!({
                 "rows": rows, "dropped": dropped, "truncated": truncated, "steps": steps, "tokens": tokens,
@@ -320,6 +345,9 @@ impl<'a> Counts<'a> {
                 object
             }
         };
+        if let Some(judging) = judging {
+            object["judge"] = judging;
+        }
         if let Some(until) = row.until {
             object["unknown_until"] = json!(self.label(until));
         }
@@ -531,7 +559,7 @@ impl<'a> Reader<'a> {
     fn calls(&mut self, id: CellId, asked: &Asked) -> Result<Row, Problem> {
         let cell = self.cell(id);
         let data = data_of(self.look, id);
-        let known = data.filter(|data| cell.kind.name == "generate" && self.look.files(*data).is_some());
+        let known = data.filter(|data| self.look.files(*data).is_some());
         let work = match known {
             Some(data) => {
                 let records = match self.records(data) {
@@ -539,7 +567,7 @@ impl<'a> Reader<'a> {
                     Err(problem) => return Ok(Row { cell: id, work: Some(Work::Fails(problem)), until: None }),
                 };
                 let prompt_file = self.look.source(id, "prompt_file");
-                match counts::calls(&cell.params, prompt_file, &records, &asked.line, &mut self.asked) {
+                match counts::calls(cell.kind.name, &cell.params, prompt_file, &records, &asked.line, &mut self.asked) {
                     Ok(calls) => Some(calls),
                     Err(problem) if problem.code == "remote::journal" => return Err(problem),
                     Err(problem) => return Ok(Row { cell: id, work: Some(Work::Fails(problem)), until: None }),
@@ -551,6 +579,15 @@ impl<'a> Reader<'a> {
         };
         let until = data.filter(|data| self.look.files(*data).is_none());
         Ok(Row { cell: id, work: work.map(Box::new).map(Work::Calls), until })
+    }
+
+    /// What a cell asks its judge.
+    fn judging(&self, id: CellId, endpoint: &Endpoint) -> Row {
+        let data = data_of(self.look, id);
+        let counted = data.and_then(|data| self.count(data));
+        let calls = counted.and_then(|(records, _)| counts::judging(&self.cell(id).params, endpoint.clone(), records));
+        let until = if calls.is_some() { None } else { data };
+        Row { cell: id, work: calls.map(Box::new).map(Work::Judging), until }
     }
 
     /// Records of a cell, made or not, and whether there may be fewer.

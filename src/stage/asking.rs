@@ -102,3 +102,11 @@ pub fn write_usage(ctx: &Context, usage: &Value) -> Result<(), Problem> {
     std::fs::write(&path, format!("{usage:#}\n"))
         .map_err(|error| Problem::io("stage::unwritable", "write", &path, &error))
 }
+
+/// A request that is still to be sent.
+pub struct Pending {
+    pub key: String,
+    pub prompt_bound: u64,
+    /// How often it is sent at most, the replies of all but the last not parsing.
+    pub tries: u64,
+}

@@ -4,8 +4,9 @@
 //! Bounds hold: no prompt has more tokens than it is reckoned at, no completion more than `max_tokens`. What is
 //! merely likely says by how many replies.
 
-use super::generate::{self, Pending};
+use super::asking::Pending;
 use super::training::Steps;
+use super::{eval, generate};
 use crate::data::{self, Eos, Format, Limits, Overlength, Record, Side, Tokenizer};
 use crate::manifest::spec::Params;
 use crate::problem::Problem;
@@ -212,14 +213,31 @@ pub fn calls_at_most(params: &Params, endpoint: Endpoint, records: u64) -> Optio
     Some(Calls { endpoint, wanted: count, kept: 0, prompts_known: false, once, most, likely: None })
 }
 
+/// The endpoint that judges, of an `eval` that has one and asks it.
+pub fn judge(params: &Params) -> Option<Endpoint> {
+    let judge = params.get("judge")?.as_object()?;
+    if judge.get("ask").and_then(Value::as_str) == Some("none") { None } else { endpoint(judge) }
+}
+
+/// What a judge is asked about answers to so many problems, at most: about each of them. Its prompts hold the answers,
+/// which are not there yet.
+pub fn judging(params: &Params, endpoint: Endpoint, records: u64) -> Option<Calls> {
+    let judge = params.get("judge")?.as_object()?;
+    let (count, max_tokens) = (wanted(params, records)?, whole(judge, "max_tokens")?);
+    let most = count.saturating_mul(whole(judge, "max_attempts").unwrap_or(1));
+    let (once, most) = (requests(count, 0, max_tokens), requests(most, 0, max_tokens));
+    Some(Calls { endpoint, wanted: count, kept: 0, prompts_known: false, once, most, likely: None })
+}
+
 fn requests(count: u64, prompt_bound: u64, max_tokens: u64) -> Requests {
     let of = |tokens: u64| tokens.saturating_mul(count);
     Requests { count, prompt_tokens: of(prompt_bound), completion_tokens: of(max_tokens) }
 }
 
-/// What a `generate` stage asks of its endpoint over these records, less what the journal has. `asked`: keys of
-/// requests that other stages send already; its own are added.
+/// What a `generate` or `eval` stage asks of its endpoint over these records, less what the journal has. `asked`: keys
+/// of requests that other stages send already; its own are added.
 pub fn calls(
+    kind: &str,
     params: &Params,
     prompt_file: Option<&Path>,
     records: &[Record],
@@ -230,7 +248,10 @@ pub fn calls(
     let endpoint = endpoint(params).ok_or_else(unfit)?;
     let max_tokens = whole(params, "max_tokens").ok_or_else(unfit)?;
     let mut own = Replies::default();
-    let pending = generate::pending(params, prompt_file, records, line, &mut own)?;
+    let pending = match kind {
+        "eval" => eval::pending(params, prompt_file, records, line, &mut own)?,
+        _ => generate::pending(params, prompt_file, records, line, &mut own)?,
+    };
     let (mut once, mut most) = (Requests::default(), Requests::default());
     for Pending { key, prompt_bound, tries } in pending {
         let first = asked.insert(key);

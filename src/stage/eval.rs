@@ -12,7 +12,7 @@
 mod tally;
 
 use super::Context;
-use super::asking::{self, Asking, Taken};
+use super::asking::{self, Asking, Pending, Taken};
 use super::decoding::{self, Decoding, QUESTIONS, Request, Template};
 use super::inputs::{self, Storage};
 use super::judge::{self, Case, Judge, Whom};
@@ -22,7 +22,7 @@ use crate::grade::{self, Graded, Kind as AnswerKind, Verdict};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
 use crate::random::Stream;
-use crate::remote::{Ask, Bill, Endpoint};
+use crate::remote::{Ask, Bill, Endpoint, Line, Replies};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::HashSet;
@@ -371,11 +371,7 @@ fn by_endpoint(
     endpoint: &Endpoint,
     questions: &[Question],
 ) -> Result<(Vec<Sample>, Option<Bill>), Problem> {
-    let mut asks = Vec::with_capacity(questions.len() * spec.n);
-    for question in questions {
-        let Prompt::Messages(messages) = &question.asked else { continue };
-        asks.extend((0..spec.n as u64).map(|sample| Ask { messages: messages.clone(), sample, attempt: 0 }));
-    }
+    let asks = asks(spec, questions);
     let mut asking = Asking::new(ctx, endpoint)?;
     let samples = asking.ask(asks, &spec.decoding().remotely(), 1, "answers", &|_, reply, _| {
         Taken::Final(match reply {
@@ -411,6 +407,41 @@ fn by_endpoint(
         return Err(if all { problem } else { problem.help("`on_missing = \"wrong\"` counts them as wrong") });
     }
     Ok((samples, Some(asking.bill())))
+}
+
+/// `n` for each question.
+fn asks(spec: &Spec, questions: &[Question]) -> Vec<Ask> {
+    let mut asks = Vec::with_capacity(questions.len() * spec.n);
+    for question in questions {
+        let Prompt::Messages(messages) = &question.asked else { continue };
+        asks.extend((0..spec.n as u64).map(|sample| Ask { messages: messages.clone(), sample, attempt: 0 }));
+    }
+    asks
+}
+
+/// What a stage with these parameters would ask its endpoint. The replies to it that are there are added to `kept`.
+pub(super) fn pending(
+    params: &Params,
+    prompt_file: Option<&Path>,
+    records: &[Record],
+    line: &Line,
+    kept: &mut Replies,
+) -> Result<Vec<Pending>, Problem> {
+    let spec: Spec = super::read_params(KIND.name, params.clone())?;
+    let model = spec.endpoint.as_ref().map_or("", |endpoint| &endpoint.model);
+    let sampling = spec.decoding().remotely();
+    let records = &records[..records.len().min(spec.limit.unwrap_or(usize::MAX))];
+    let mut pending = Vec::new();
+    for ask in asks(&spec, &spec.questions(prompt_file, records, None)?) {
+        match line.kept(&ask, &sampling)? {
+            Some(completion) => kept.add(ask.prompt_bound(), &completion),
+            None => {
+                let key = ask.key(model, &sampling);
+                pending.push(Pending { key, prompt_bound: ask.prompt_bound(), tries: 1 });
+            }
+        }
+    }
+    Ok(pending)
 }
 
 struct Templates {

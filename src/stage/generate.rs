@@ -9,7 +9,7 @@
 mod json;
 
 use super::Context;
-use super::asking::{self, Asking, Taken};
+use super::asking::{self, Asking, Pending, Taken};
 use super::decoding::{self, Decoding, QUESTIONS, Request, Template};
 use super::inputs::{self, Storage};
 use super::thinking::{self, Thinking};
@@ -378,14 +378,6 @@ fn conversations(asker: &Asker, records: &[Record]) -> Result<Vec<Value>, Proble
         let (user, system) = asker.ask(record)?;
         Ok(asking::messages(user, system))
     })
-}
-
-/// A request that is still to be sent.
-pub(super) struct Pending {
-    pub key: String,
-    pub prompt_bound: u64,
-    /// How often it is sent at most, the replies of all but the last not parsing.
-    pub tries: u64,
 }
 
 /// What a stage with these parameters would ask its endpoint. The replies to it that are there are added to `kept`.
