@@ -240,7 +240,7 @@ fn every_accepted_manifest_key_is_read() {
     use pipe::manifest::spec::{Key, Type};
     fn names(keys: &[Key], into: &mut Vec<(String, bool)>) {
         for key in keys {
-            let reference = matches!(key.ty, Type::Ref(_) | Type::Refs(_) | Type::Gather(_));
+            let reference = matches!(key.ty, Type::Ref(_) | Type::Task(_) | Type::Refs(_) | Type::Gather(_));
             into.push((key.name.to_string(), reference));
             match &key.ty {
                 Type::Table(keys) => names(keys, into),

@@ -90,14 +90,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn rows(text: &[u8]) -> Result<Vec<(usize, Vec<(String, String)>)>, Problem> {
+    type Row = (usize, Vec<(String, String)>);
+
+    fn rows(text: &[u8]) -> Result<Vec<Row>, Problem> {
         let fields = |record: Record| {
             record.into_iter().map(|(name, value)| (name, value.as_str().unwrap_or_default().to_string())).collect()
         };
         Ok(read(text, Path::new("a.csv"))?.into_iter().map(|(line, record)| (line, fields(record))).collect())
     }
 
-    fn pair(line: usize, a: &str, b: &str) -> (usize, Vec<(String, String)>) {
+    fn pair(line: usize, a: &str, b: &str) -> Row {
         (line, vec![("a".into(), a.into()), ("b".into(), b.into())])
     }
 

@@ -497,9 +497,9 @@ impl Layers<'_> {
     /// The tables of a sort as they are after everything was laid over.
     fn take(&mut self, sort: Sort) -> Vec<RawStage> {
         let others = std::mem::take(&mut self.loader.others);
-        let (taken, left) = others.into_iter().partition(|(of, _)| *of == sort);
+        let (taken, left): (Vec<_>, Vec<_>) = others.into_iter().partition(|(of, _)| *of == sort);
         self.loader.others = left;
-        Vec::into_iter(taken).map(|(_, table)| table).collect()
+        taken.into_iter().map(|(_, table)| table).collect()
     }
 
     fn tasks(&mut self) -> Vec<Task> {

@@ -12,6 +12,9 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
+/// Records with their lines.
+type Numbered = Vec<(usize, Record)>;
+
 /// The records of `source` or `concat`, their columns mapped, each with an id.
 pub(super) fn read(ctx: &Context, spec: &Spec) -> Result<Vec<Row>, Problem> {
     let inputs = ctx.inputs("concat");
@@ -42,7 +45,7 @@ pub(super) fn read(ctx: &Context, spec: &Spec) -> Result<Vec<Row>, Problem> {
 }
 
 /// The records of each file that a source stands for.
-fn sourced(ctx: &Context, spec: &Spec, source: &str) -> Result<Vec<(PathBuf, Vec<(usize, Record)>)>, Problem> {
+fn sourced(ctx: &Context, spec: &Spec, source: &str) -> Result<Vec<(PathBuf, Numbered)>, Problem> {
     if let Some(bytes) = source.strip_prefix("init:").and_then(bundled::dataset) {
         let name = PathBuf::from(source);
         let records = parse_numbered(bytes, &name)?;
@@ -56,7 +59,7 @@ fn sourced(ctx: &Context, spec: &Spec, source: &str) -> Result<Vec<(PathBuf, Vec
     files.into_iter().map(|file| read_numbered(&file).map(|records| (file, records))).collect()
 }
 
-fn read_artifact(input: &Artifact) -> Result<Vec<(usize, Record)>, Problem> {
+fn read_artifact(input: &Artifact) -> Result<Numbered, Problem> {
     let path = input.files.get("data.jsonl").ok_or_else(|| {
         Problem::new("dataset::input", format!("`{}` has no `data.jsonl`, so it is not a dataset", input.stage))
     })?;

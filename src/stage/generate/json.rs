@@ -179,7 +179,7 @@ mod tests {
         leaf.prop_recursive(3, 16, 4, |inner| {
             prop_oneof![
                 prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-                prop::collection::vec(("[a-z\"{}]{0,3}", inner), 0..4).prop_map(|fields| Value::from_iter(fields)),
+                prop::collection::vec(("[a-z\"{}]{0,3}", inner), 0..4).prop_map(Value::from_iter),
             ]
         })
     }
