@@ -80,6 +80,8 @@ fn main() {
 struct Turn {
     steps: f64,
     fastest: f64,
+    /// Of the steps, per second of processor time: what no other work on the machine changes much.
+    per_cpu: f64,
     prompts: f64,
 }
 
@@ -88,6 +90,7 @@ impl Turn {
         Turn {
             steps: self.steps.max(other.steps),
             fastest: self.fastest.max(other.fastest),
+            per_cpu: self.per_cpu.max(other.per_cpu),
             prompts: self.prompts.max(other.prompts),
         }
     }
@@ -95,7 +98,8 @@ impl Turn {
 
 impl std::fmt::Display for Turn {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:.1} tokens/s (fastest {:.1}, prompts {:.0})", self.steps, self.fastest, self.prompts)
+        let Turn { steps, fastest, per_cpu, prompts } = self;
+        write!(f, "{steps:.1} tokens/s (fastest {fastest:.1}, per cpu s {per_cpu:.1}, prompts {prompts:.0})")
     }
 }
 
@@ -114,10 +118,11 @@ fn ids(row: usize) -> Vec<u32> {
 fn decode(model: &Model, batch: usize, new: usize) -> Turn {
     let prompts: Vec<Prompt> = (0..batch).map(|row| Prompt { ids: ids(row), stream: row as u64 }).collect();
     let sampling = Sampling { max_tokens: new, ..Sampling::default() };
-    let mut at = Vec::with_capacity(new);
+    let (mut at, mut cpu) = (Vec::with_capacity(new), Vec::with_capacity(new));
     let start = Instant::now();
     let completions = generate(model, &prompts, &sampling, &|_| String::new(), &mut |_| {
         at.push(Instant::now());
+        cpu.push(cpu_seconds());
         Ok(())
     })
     .expect("completions");
@@ -125,6 +130,7 @@ fn decode(model: &Model, batch: usize, new: usize) -> Turn {
     let quickest = at.windows(2).map(|two| (two[1] - two[0]).as_secs_f64()).fold(f64::INFINITY, f64::min);
     Turn {
         fastest: batch as f64 / quickest,
+        per_cpu: ((new - 1) * batch) as f64 / (cpu[new - 1] - cpu[0]),
         steps: ((new - 1) * batch) as f64 / (at[new - 1] - at[0]).as_secs_f64(),
         prompts: (PROMPT * batch) as f64 / (at[0] - start).as_secs_f64(),
     }
@@ -165,7 +171,7 @@ impl Peer {
         writeln!(self.to, "{batch}").expect("the peer listens");
         let line = self.line();
         let get = |key: &str| line[key].as_f64().expect("a figure");
-        Turn { steps: get("steps"), fastest: get("fastest"), prompts: get("prompts") }
+        Turn { steps: get("steps"), fastest: get("fastest"), per_cpu: get("per_cpu"), prompts: get("prompts") }
     }
 }
 
@@ -210,6 +216,15 @@ impl Memory {
             (0..4).flat_map(|_| self.0.chunks_exact(PIECE)).map(rate).fold(0.0, f64::max)
         })
     }
+}
+
+/// User and system time of this process, in seconds.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().collect();
+    let ticks: f64 = [11, 12].iter().filter_map(|&i| fields.get(i)?.parse::<f64>().ok()).sum();
+    // USER_HZ is 100 on every Linux that exports it to programs.
+    ticks / 100.0
 }
 
 /// The load average of the last minute: others' work counts against both sides.
