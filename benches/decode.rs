@@ -2,7 +2,7 @@
 //!
 //!     cargo bench --bench decode                                  # beside the roof of the memory
 //!     PEER_PYTHON=venv/bin/python cargo bench --bench decode      # and beside transformers, in turns
-//!     cargo bench --bench decode -- bf16 8                        # one dtype, one batch
+//!     cargo bench --bench decode -- bf16 8 new=16                 # one dtype, one batch, fewer tokens
 //!
 //! `PEER_PYTHON` runs benches/peers/decode.py, which waits while this program measures and the other way round;
 //! the best of all turns counts, and each turn is printed. Tokens per second are those of the steps after the first
@@ -19,6 +19,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 const PROMPT: usize = 128;
+/// New tokens, unless the command says `new=`.
 const NEW: usize = 64;
 const ROUNDS: usize = 3;
 const LAYERS: usize = 24;
@@ -30,24 +31,25 @@ const SHAPE: &str = r#"{ "model_type": "qwen2", "hidden_size": 896, "num_hidden_
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
+    let new = args.iter().find_map(|arg| arg.strip_prefix("new=")?.parse().ok()).unwrap_or(NEW);
     let batches: Vec<usize> = args.iter().filter_map(|arg| arg.parse().ok()).collect();
     let batches = if batches.is_empty() { vec![1, 8, 32] } else { batches };
     let threads = rayon::current_num_threads();
     let memory = Memory::new();
     println!("{threads} threads, load {}", load());
     for (word, dtype) in [("f32", Dtype::F32), ("bf16", Dtype::Bf16)] {
-        if args.iter().any(|arg| arg.parse::<usize>().is_err()) && !args.iter().any(|arg| arg == word) {
+        if args.iter().any(|arg| arg == "f32" || arg == "bf16") && !args.iter().any(|arg| arg == word) {
             continue;
         }
         let model = Model::random(Config::parse(SHAPE).expect("a shape"), 0, dtype);
-        let mut peer = std::env::var_os("PEER_PYTHON").map(|python| Peer::start(&python, word));
+        let mut peer = std::env::var_os("PEER_PYTHON").map(|python| Peer::start(&python, word, new));
         for &batch in &batches {
             // What 32 at once are for is more than the roof; the peer's turns would take minutes.
             let rounds = if batch > 8 { 1 } else { ROUNDS };
             let (mut ours, mut theirs, mut bandwidth) = (Turn::default(), Turn::default(), 0f64);
             for round in 1..=rounds {
                 bandwidth = bandwidth.max(memory.read_rate());
-                let turn = decode(&model, batch);
+                let turn = decode(&model, batch, new);
                 print!("  {word} batch {batch}, turn {round}: {turn}");
                 ours = ours.best(turn);
                 if let Some(peer) = peer.as_mut().filter(|_| batch <= 8) {
@@ -58,7 +60,7 @@ fn main() {
                 println!(" | {:.1} GB/s, load {}", bandwidth / 1e9, load());
             }
             let weights = weight_bytes(dtype);
-            let cache = batch * LAYERS * KEY_VALUES * size_of::<f32>() * (PROMPT + NEW / 2);
+            let cache = batch * LAYERS * KEY_VALUES * size_of::<f32>() * (PROMPT + new / 2);
             let roof = bandwidth / (weights + cache) as f64 * batch as f64;
             let of = |rate: f64| 100.0 * rate / roof;
             print!("{word} batch {batch}: {ours}, {:.0} % of the roof of {roof:.1}", of(ours.steps));
@@ -78,6 +80,8 @@ fn main() {
 struct Turn {
     steps: f64,
     fastest: f64,
+    /// Of the steps, per second of processor time: what no other work on the machine changes much.
+    per_cpu: f64,
     prompts: f64,
 }
 
@@ -86,6 +90,7 @@ impl Turn {
         Turn {
             steps: self.steps.max(other.steps),
             fastest: self.fastest.max(other.fastest),
+            per_cpu: self.per_cpu.max(other.per_cpu),
             prompts: self.prompts.max(other.prompts),
         }
     }
@@ -93,7 +98,8 @@ impl Turn {
 
 impl std::fmt::Display for Turn {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:.1} tokens/s (fastest {:.1}, prompts {:.0})", self.steps, self.fastest, self.prompts)
+        let Turn { steps, fastest, per_cpu, prompts } = self;
+        write!(f, "{steps:.1} tokens/s (fastest {fastest:.1}, per cpu s {per_cpu:.1}, prompts {prompts:.0})")
     }
 }
 
@@ -109,21 +115,23 @@ fn ids(row: usize) -> Vec<u32> {
     (0..PROMPT as u32).map(|i| (i + 1000 * row as u32).wrapping_mul(2_654_435_761) % 151_000).collect()
 }
 
-fn decode(model: &Model, batch: usize) -> Turn {
+fn decode(model: &Model, batch: usize, new: usize) -> Turn {
     let prompts: Vec<Prompt> = (0..batch).map(|row| Prompt { ids: ids(row), stream: row as u64 }).collect();
-    let sampling = Sampling { max_tokens: NEW, ..Sampling::default() };
-    let mut at = Vec::with_capacity(NEW);
+    let sampling = Sampling { max_tokens: new, ..Sampling::default() };
+    let (mut at, mut cpu) = (Vec::with_capacity(new), Vec::with_capacity(new));
     let start = Instant::now();
     let completions = generate(model, &prompts, &sampling, &|_| String::new(), &mut |_| {
         at.push(Instant::now());
+        cpu.push(cpu_seconds());
         Ok(())
     })
     .expect("completions");
-    assert!(completions.len() == batch && completions.iter().all(|one| one.ids.len() == NEW) && at.len() == NEW);
+    assert!(completions.len() == batch && completions.iter().all(|one| one.ids.len() == new) && at.len() == new);
     let quickest = at.windows(2).map(|two| (two[1] - two[0]).as_secs_f64()).fold(f64::INFINITY, f64::min);
     Turn {
         fastest: batch as f64 / quickest,
-        steps: ((NEW - 1) * batch) as f64 / (at[NEW - 1] - at[0]).as_secs_f64(),
+        per_cpu: ((new - 1) * batch) as f64 / (cpu[new - 1] - cpu[0]),
+        steps: ((new - 1) * batch) as f64 / (at[new - 1] - at[0]).as_secs_f64(),
         prompts: (PROMPT * batch) as f64 / (at[0] - start).as_secs_f64(),
     }
 }
@@ -137,9 +145,9 @@ struct Peer {
 }
 
 impl Peer {
-    fn start(python: &std::ffi::OsStr, dtype: &str) -> Peer {
+    fn start(python: &std::ffi::OsStr, dtype: &str, new: usize) -> Peer {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers/decode.py");
-        let lengths = [PROMPT.to_string(), NEW.to_string(), rayon::current_num_threads().to_string()];
+        let lengths = [PROMPT.to_string(), new.to_string(), rayon::current_num_threads().to_string()];
         let mut child = Command::new(python)
             .args([script, dtype])
             .args(lengths)
@@ -163,7 +171,7 @@ impl Peer {
         writeln!(self.to, "{batch}").expect("the peer listens");
         let line = self.line();
         let get = |key: &str| line[key].as_f64().expect("a figure");
-        Turn { steps: get("steps"), fastest: get("fastest"), prompts: get("prompts") }
+        Turn { steps: get("steps"), fastest: get("fastest"), per_cpu: get("per_cpu"), prompts: get("prompts") }
     }
 }
 
@@ -183,11 +191,9 @@ impl Memory {
         let mut words: Vec<u64> = Vec::with_capacity(WORDS);
         #[cfg(target_os = "linux")]
         {
-            let start = words.as_ptr().addr().next_multiple_of(4096);
+            let start = words.as_mut_ptr().map_addr(|at| at.next_multiple_of(4096));
             // SAFETY: the memory was just allocated; the advice changes none of it, and may be refused.
-            unsafe {
-                libc::madvise(std::ptr::with_exposed_provenance_mut(start), 8 * WORDS - 4096, libc::MADV_HUGEPAGE)
-            };
+            unsafe { libc::madvise(start.cast(), 8 * WORDS - 4096, libc::MADV_HUGEPAGE) };
         }
         words.extend(0..WORDS as u64);
         Memory(words)
@@ -210,6 +216,15 @@ impl Memory {
             (0..4).flat_map(|_| self.0.chunks_exact(PIECE)).map(rate).fold(0.0, f64::max)
         })
     }
+}
+
+/// User and system time of this process, in seconds.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().collect();
+    let ticks: f64 = [11, 12].iter().filter_map(|&i| fields.get(i)?.parse::<f64>().ok()).sum();
+    // USER_HZ is 100 on every Linux that exports it to programs.
+    ticks / 100.0
 }
 
 /// The load average of the last minute: others' work counts against both sides.

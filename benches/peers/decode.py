@@ -32,10 +32,11 @@ def main():
         """Never stops, and notes when each token was there."""
 
         def __init__(self):
-            self.at = []
+            self.at, self.cpu = [], []
 
         def __call__(self, ids, scores, **_):
             self.at.append(time.perf_counter())
+            self.cpu.append(time.process_time())
             return torch.zeros(ids.shape[0], dtype=torch.bool)
 
     def decode(batch, new):
@@ -51,6 +52,7 @@ def main():
         return {
             "steps": (new - 1) * batch / (clock.at[-1] - clock.at[0]),
             "fastest": batch / min(after - before for before, after in zip(clock.at, clock.at[1:])),
+            "per_cpu": (new - 1) * batch / (clock.cpu[-1] - clock.cpu[0]),
             "prompts": prompt * batch / (clock.at[0] - start),
         }
 

@@ -18,10 +18,10 @@ pub(super) fn lines(words: usize) -> Vec<Line> {
     #[cfg(target_os = "linux")]
     if size_of::<Line>() * lines.capacity() >= LARGE {
         const PAGE: usize = 4096;
-        let start = lines.as_ptr().addr().next_multiple_of(PAGE);
-        let end = (lines.as_ptr().addr() + size_of::<Line>() * lines.capacity()) / PAGE * PAGE;
-        // SAFETY: the pages lie in memory that was just allocated; the advice changes none of it. It may be refused.
-        unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(start), end - start, libc::MADV_HUGEPAGE) };
+        let start = lines.as_mut_ptr().map_addr(|at| at.next_multiple_of(PAGE));
+        let bytes = size_of::<Line>() * lines.capacity() - PAGE;
+        // SAFETY: these bytes lie in memory that was just allocated; the advice changes none of it, and may be refused.
+        unsafe { libc::madvise(start.cast(), bytes, libc::MADV_HUGEPAGE) };
     }
     // Written for the first time here, after the advice.
     lines.resize(words.div_ceil(16), Line([0; 16]));
