@@ -150,12 +150,12 @@ fn captured_steps_add_the_same_bits_whatever_is_trained_and_kept() {
                 model.graphs = graphs;
                 let placed = Placed::new(model, &Device::Cuda(gpu)).unwrap();
                 let mut grads = placed.zero_gradients().unwrap();
-                let logprobs: Vec<_> = (0..4).map(|which| step(&placed, &other_rows(which), &mut grads)).collect();
+                let logprobs: Vec<_> = (0..3).map(|which| step(&placed, &other_rows(which), &mut grads)).collect();
                 (logprobs, bits(&grads), asks.take()[1])
             };
             let (law, ours) = (steps(false), steps(true));
             assert!(law.0 == ours.0 && law.1 == ours.1);
-            assert_eq!((law.2, ours.2), (0, 6));
+            assert_eq!((law.2, ours.2), (0, 4));
         }
     });
 }
@@ -566,27 +566,28 @@ fn a_region_holds_the_step_it_was_made_for_whatever_its_shape() {
     let steps = [(1, 1, 1), (1, 37, 1), (3, 50, 2), (1, 700, 40), (2, 2600, 1), (1, 9000, 3)]
         .map(|(sequences, tokens, every)| equal(sequences, tokens, every));
     let recomputed = [Recompute::All, Recompute::None, Recompute::First(3)];
-    let of = |capability, change: &dyn Fn(&mut Model)| {
+    let of = |capability, embedded: usize, change: &dyn Fn(&mut Model)| {
         for recompute in recomputed {
             let change = |model: &mut Model| {
                 change(model);
                 model.recompute = recompute;
             };
             for (counts, rows) in asked_of_nothing(wide, capability, change, &steps).iter().zip(&steps) {
-                let [[launches, 0], [the_same, 2], [0, 2]] = *counts else {
+                let [[launches, 0], [the_same, 2], [outside, 2]] = *counts else {
                     panic!("{recompute:?}, {:?}, {} rows: {counts:?}", rows.lengths, rows.rows.len())
                 };
-                assert_eq!(launches, the_same);
+                // The gradient of an embedding depends on which tokens there are: it is launched by itself.
+                assert_eq!((the_same, outside), (launches, embedded), "{recompute:?}, {:?}", rows.lengths);
             }
         }
     };
     for capability in [portable, hopper] {
         for targets in [&lora::TARGETS[..], &["q_proj", "v_proj"], &["lm_head"]] {
             for rank in [8, 64] {
-                of(capability, &|model| model.add_lora(&adapter(targets, rank), 4).unwrap());
+                of(capability, 0, &|model| model.add_lora(&adapter(targets, rank), 4).unwrap());
             }
         }
-        of(capability, &|model| model.train_all().unwrap());
+        of(capability, 1, &|model| model.train_all().unwrap());
     }
 }
 
