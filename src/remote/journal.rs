@@ -119,7 +119,8 @@ impl Journal {
         let places = index.by_key.get(key)?.iter();
         // The first that was not cut; else the longest.
         let usable = places.filter(|place| !place.cut || place.max_tokens >= max_tokens);
-        usable.min_by_key(|place| (place.cut, u64::MAX - place.max_tokens, place.start)).copied()
+        let longest = |place: &Place| if place.cut { u64::MAX - place.max_tokens } else { 0 };
+        usable.min_by_key(|place| (place.cut, longest(place), place.start)).copied()
     }
 
     pub fn paid(&self, host: &str) -> Paid {
@@ -292,6 +293,16 @@ mod tests {
         assert_eq!(text(&journal, "a", 10).as_deref(), Some("all of it"));
         assert_eq!(journal.paid("h"), Paid { prompt: 40, completion: 20 });
         assert_eq!(journal.paid("elsewhere"), Paid::default());
+    }
+
+    /// Found by `fuzz/`: another whole reply, asked for under a larger limit, took its place.
+    #[test]
+    fn the_first_whole_reply_stays_the_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::new(folder.path(), "m");
+        add(&journal, "a", 3, &body("first", "stop"));
+        add(&journal, "a", 5, &body("second", "stop"));
+        assert_eq!(text(&journal, "a", 5).as_deref(), Some("first"));
     }
 
     #[test]
