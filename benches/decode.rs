@@ -10,7 +10,7 @@
 //! that others use too, what both sides could do. The roof: the bytes a step must read (every weight once, and
 //! each completion's keys and values up to its middle) at the rate a plain loop of as many threads reads memory.
 
-use pipe::model::{Config, Model, Prompt, Sampling, generate};
+use pipe::model::{Config, Device, Limits, Model, Placed, Prompt, Sampling, generate};
 use pipe::tensor::Dtype;
 use rayon::prelude::*;
 use serde_json::Value;
@@ -115,17 +115,19 @@ fn ids(row: usize) -> Vec<u32> {
     (0..PROMPT as u32).map(|i| (i + 1000 * row as u32).wrapping_mul(2_654_435_761) % 151_000).collect()
 }
 
-fn decode(model: &Model, batch: usize, new: usize) -> Turn {
+fn decode(model: &Placed, batch: usize, new: usize) -> Turn {
     let prompts: Vec<Prompt> = (0..batch).map(|row| Prompt { ids: ids(row), stream: row as u64 }).collect();
     let sampling = Sampling { max_tokens: new, ..Sampling::default() };
     let (mut at, mut cpu) = (Vec::with_capacity(new), Vec::with_capacity(new));
     let start = Instant::now();
-    let completions = generate(model, &prompts, &sampling, &|_| String::new(), &mut |_| {
+    let mut on_step = |_| {
         at.push(Instant::now());
         cpu.push(cpu_seconds());
         Ok(())
-    })
-    .expect("completions");
+    };
+    let limits = Limits::default();
+    let completions =
+        generate(model, &prompts, &sampling, &|_| String::new(), &mut on_step, &limits).expect("completions");
     assert!(completions.len() == batch && completions.iter().all(|one| one.ids.len() == new) && at.len() == new);
     let quickest = at.windows(2).map(|two| (two[1] - two[0]).as_secs_f64()).fold(f64::INFINITY, f64::min);
     Turn {

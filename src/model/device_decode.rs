@@ -292,9 +292,9 @@ impl Workspace {
     fn likeliest(&self, row: usize, one: &Live, drawn: (u32, f32)) -> Result<Vec<(u32, f32)>, Problem> {
         let vocab = self.logits.len() / self.most.rows;
         let logits = self.logits.part::<bf16>(row * vocab * size_of::<bf16>(), vocab).download()?;
-        let mut logits: Vec<f32> = logits.into_iter().map(bf16::to_f32).collect();
+        let logits: Vec<f32> = logits.into_iter().map(bf16::to_f32).collect();
         let top = one.sampling.likeliest(&logits, one.top_logprobs);
-        let log_p = log_softmax(&mut logits);
+        let log_p = log_softmax(&logits);
         Ok(top.into_iter().map(|(id, logit)| if id == drawn.0 { drawn } else { (id, log_p(logit)) }).collect())
     }
 }

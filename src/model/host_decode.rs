@@ -140,6 +140,11 @@ impl HostDecoder<'_> {
 
     /// One token further for all.
     pub fn step(&mut self, live: &[Live]) -> Vec<Draw> {
+        // In rayon's pool as a whole: handing over each of its hundred small loops from outside costs more.
+        rayon::scope(|_| self.step_here(live))
+    }
+
+    fn step_here(&mut self, live: &[Live]) -> Vec<Draw> {
         let model = self.model;
         let ids: Vec<u32> = live.iter().map(|one| one.ids[one.ids.len() - 1]).collect();
         let positions: Vec<u32> = live.iter().map(|one| one.ids.len() as u32 - 1).collect();
@@ -175,9 +180,11 @@ impl HostDecoder<'_> {
 fn draw(live: &[Live], logits: &[&[f32]]) -> Vec<Draw> {
     let draw = |(one, logits): (&Live, &&[f32])| {
         let (sampling, random) = (&one.sampling, Stream::new(one.sampling.seed, one.stream));
-        let id = sampling.next(&mut logits.to_vec(), &one.ids, &random, one.counter());
+        let id = sampling
+            .plainly(logits)
+            .unwrap_or_else(|| sampling.next(&mut logits.to_vec(), &one.ids, &random, one.counter()));
         let mut top = sampling.likeliest(logits, one.top_logprobs);
-        let log_p = log_softmax(&mut logits.to_vec());
+        let log_p = log_softmax(logits);
         top.iter_mut().for_each(|(_, value)| *value = log_p(*value));
         Draw { id, logprob: log_p(logits[id as usize]), top }
     };

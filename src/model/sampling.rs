@@ -65,6 +65,11 @@ impl Sampling {
         draw(&self.candidates(logits, context), random.uniform(counter))
     }
 
+    /// What [`Sampling::next`] gives where it need not change the logits first: greedy without a penalty.
+    pub(super) fn plainly(&self, logits: &[f32]) -> Option<u32> {
+        (self.temperature == 0.0 && self.repetition_penalty == 1.0).then(|| argmax(&logits[..self.limit(logits.len())]))
+    }
+
     /// The distribution [`Sampling::next`] draws from (temperature above 0).
     pub fn candidates(&self, logits: &mut [f32], context: &[u32]) -> Candidates {
         let limit = self.limit(logits.len());
@@ -142,12 +147,11 @@ impl Sampling {
     }
 }
 
-/// Log softmax of any of the logits, the sum in f64. Overwrites them.
-pub(super) fn log_softmax(logits: &mut [f32]) -> impl Fn(f32) -> f32 + use<> {
+/// Log softmax of any of the logits, the sum in f64.
+pub(super) fn log_softmax(logits: &[f32]) -> impl Fn(f32) -> f32 + use<> {
     let max = vector::max(logits);
-    vector::exp_sum(logits, max);
-    let sum: f64 = logits.iter().map(|weight| f64::from(*weight)).sum();
-    move |logit| (f64::from(logit - max) - sum.ln()) as f32
+    let sum = vector::exp_total(logits, max).ln();
+    move |logit| (f64::from(logit - max) - sum) as f32
 }
 
 /// The lowest index of the largest value.
@@ -268,7 +272,7 @@ mod tests {
     #[test]
     fn a_log_probability_is_a_log_softmax() {
         let logits = [1.0f32, 2.0, 3.0];
-        let log_p = log_softmax(&mut logits.clone());
+        let log_p = log_softmax(&logits);
         let total: f32 = logits.iter().map(|&logit| log_p(logit).exp()).sum();
         assert!((total - 1.0).abs() <= 1e-6, "{total}");
         assert!((log_p(3.0) + 0.407_606).abs() <= 1e-6);
