@@ -469,7 +469,8 @@ fn decode((shape, sequences, context, steps): (&'static str, usize, usize, usize
                 let completed = |max_tokens: usize| {
                     let sampling = Sampling { max_tokens, ..Sampling::default() };
                     let (words, limits) = (&|_: &[u32]| String::new(), Limits::default());
-                    device.time(&mut || generate(&placed, &prompts, &sampling, words, &mut |_| Ok(()), &limits).map(drop))
+                    device
+                        .time(&mut || generate(&placed, &prompts, &sampling, words, &mut |_| Ok(()), &limits).map(drop))
                 };
                 Ok((completed(2 * steps + 1)? - completed(1)?) / (2 * steps) as f64)
             }))

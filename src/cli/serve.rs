@@ -117,11 +117,15 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
         service.bounds.connections = service.bounds.requests + 256;
         service.seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
         let url = url(&arguments.host, address);
-        say(global, &format!("serving {cell} at {url} as `{name}` (Ctrl-C ends it)"));
-        if global.json {
-            let object = json!({ "event": "serving", "cell": cell, "model": name, "url": url, "fingerprint": fingerprint });
-            print(&format!("{object}\n"))?;
-        }
+        let ready = || {
+            say(global, &format!("serving {cell} at {url} as `{name}` (Ctrl-C ends it)"));
+            if global.json {
+                let mut object = json!({ "event": "serving", "cell": cell, "model": name, "url": url });
+                object["fingerprint"] = fingerprint.as_str().into();
+                // Who does not read it can still ask.
+                let _ = print(&format!("{object}\n"));
+            }
+        };
         let log = |entry: &Entry| {
             if global.verbose > 0 {
                 live::above(|stderr| {
@@ -129,7 +133,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
                 });
             }
         };
-        serve(&listener, &model, &service, &STOP, &log)?;
+        serve(&listener, &model, &service, &STOP, ready, &log)?;
         Err(Stop::Code(Exit::Interrupted))
     })
 }

@@ -76,9 +76,8 @@ impl Cache {
         for (&from, &to) in from.iter().zip(to) {
             for layer in 0..self.layers {
                 let at = from as usize % PAGE * self.width;
-                let [k, v] = [0, 1].map(|which| {
-                    self.part(from / PAGE as u32, layer, which)[at..at + self.width].to_vec()
-                });
+                let [k, v] =
+                    [0, 1].map(|which| self.part(from / PAGE as u32, layer, which)[at..at + self.width].to_vec());
                 self.write(to, layer, &k, &v);
             }
         }

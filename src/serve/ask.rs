@@ -44,8 +44,20 @@ pub(super) struct Wish {
 
 /// Read by one form or both.
 const READ: &[&str] = &[
-    "model", "n", "temperature", "top_p", "top_k", "repetition_penalty", "max_tokens", "stop", "stop_token_ids",
-    "ignore_eos", "seed", "logprobs", "stream", "stream_options",
+    "model",
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "max_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "seed",
+    "logprobs",
+    "stream",
+    "stream_options",
 ];
 const READ_CHAT: &[&str] =
     &["messages", "max_completion_tokens", "top_logprobs", "add_generation_prompt", "continue_final_message"];
@@ -53,8 +65,16 @@ const READ_TEXT: &[&str] = &["prompt"];
 
 /// About who asks and what becomes of it, not about the answer.
 const HARMLESS: &[&str] = &[
-    "user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier",
-    "parallel_tool_calls", "request_id", "priority",
+    "user",
+    "metadata",
+    "store",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "service_tier",
+    "parallel_tool_calls",
+    "request_id",
+    "priority",
 ];
 
 /// Whether a value of a parameter is the one that changes nothing.
@@ -127,7 +147,7 @@ impl Wanted {
         let sampling = fields.sampling(service, fresh)?;
         let limit = fields.max_tokens(form)?;
         let wish = |ids: Vec<u32>| {
-            let max_tokens = room(form, &ids, limit, service)?;
+            let max_tokens = room(form, ids.len(), limit, service)?;
             Ok(Wish { ids, sampling: Sampling { max_tokens, ..sampling.clone() } })
         };
         let (stream, usage) = fields.stream()?;
@@ -148,9 +168,9 @@ pub(super) fn unknown_model(name: &str, service: &Service) -> Refusal {
     Refusal { status: 404, code: Some("model_not_found"), ..Refusal::wrong("model", message) }
 }
 
-/// How long a completion of this prompt may become.
-fn room(form: Form, ids: &[u32], limit: Option<(&'static str, usize)>, service: &Service) -> Result<usize, Refusal> {
-    let (context, length) = (service.context, ids.len());
+/// How long a completion of a prompt of so many tokens may become.
+fn room(form: Form, length: usize, limit: Option<(&'static str, usize)>, service: &Service) -> Result<usize, Refusal> {
+    let context = service.context;
     let too_long = |param: &str, message: String| {
         Err(Refusal { code: Some("context_length_exceeded"), ..Refusal::wrong(param, message) })
     };
@@ -158,7 +178,7 @@ fn room(form: Form, ids: &[u32], limit: Option<(&'static str, usize)>, service: 
     if left == 0 {
         return too_long(
             if form == Form::Chat { "messages" } else { "prompt" },
-            format!("the prompt has {length} tokens, the model's context {context}, the answer included"),
+            format!("the prompt has {length} tokens or more, the model's context {context}, the answer included"),
         );
     }
     match limit {
@@ -178,6 +198,16 @@ fn room(form: Form, ids: &[u32], limit: Option<(&'static str, usize)>, service: 
             }
             Ok(limit)
         }
+    }
+}
+
+/// The ids of a text. One that cannot fit whatever its tokens are is not looked at: megabytes take seconds.
+fn encode(form: Form, text: &str, service: &Service) -> Result<Vec<u32>, Refusal> {
+    // Normalisation may make a text shorter, by less than this.
+    let least = text.len() / (4 * service.longest);
+    match least > service.context {
+        true => room(form, least, None, service).map(|_| Vec::new()),
+        false => Ok(service.tokenizer.encode(text)),
     }
 }
 
@@ -221,7 +251,8 @@ impl Fields {
             if READ.contains(&name) || own.contains(&name) || HARMLESS.contains(&name) {
                 continue;
             }
-            let unsupported = |message| Refusal { code: Some("unsupported_parameter"), ..Refusal::wrong(name, message) };
+            let unsupported =
+                |message| Refusal { code: Some("unsupported_parameter"), ..Refusal::wrong(name, message) };
             if let Some((_, neutral, what)) = NEUTRAL.iter().find(|(known, ..)| *known == name) {
                 if neutral(value) {
                     continue;
@@ -302,8 +333,10 @@ impl Fields {
             Some(Value::Array(list)) => list.iter().map(Value::as_str).collect(),
             Some(value) => value.as_str().map(|text| vec![text]),
         };
-        let texts = texts.filter(|texts: &Vec<&str>| texts.len() <= MOST_STOPS && texts.iter().all(|text| !text.is_empty()));
-        let wrong = || Refusal::wrong("stop", format!("`stop` is a text or a list of at most {MOST_STOPS}, none empty"));
+        let texts =
+            texts.filter(|texts: &Vec<&str>| texts.len() <= MOST_STOPS && texts.iter().all(|text| !text.is_empty()));
+        let wrong =
+            || Refusal::wrong("stop", format!("`stop` is a text or a list of at most {MOST_STOPS}, none empty"));
         Ok(texts.ok_or_else(wrong)?.into_iter().map(String::from).collect())
     }
 
@@ -358,7 +391,8 @@ impl Fields {
         let Some(Value::Array(list)) = self.get("messages") else {
             return Err(Refusal::wrong("messages", "`messages` is a list of {role, content}"));
         };
-        let mut messages = list.iter().enumerate().map(|(i, value)| message(i, value)).collect::<Result<Vec<_>, _>>()?;
+        let mut messages =
+            list.iter().enumerate().map(|(i, value)| message(i, value)).collect::<Result<Vec<_>, _>>()?;
         let goes_on = self.flag("continue_final_message")?.unwrap_or(false);
         if self.flag("add_generation_prompt")?.is_some_and(|opens| opens == goes_on) {
             return Err(Refusal::wrong(
@@ -384,26 +418,29 @@ impl Fields {
             return Err(Refusal::wrong("messages", "there is no message to answer"));
         }
         let text = service.tokenizer.chat(&Value::Array(messages), None, true);
-        let mut ids = service.tokenizer.encode(&text.map_err(|problem| Refusal::wrong("messages", problem.message))?);
+        let text = text.map_err(|problem| Refusal::wrong("messages", problem.message))?;
+        let mut ids = encode(Form::Chat, &text, service)?;
         if let Some(opening) = opening {
-            ids.extend(service.tokenizer.encode(opening["content"].as_str().unwrap_or_default()));
+            ids.extend(encode(Form::Chat, opening["content"].as_str().unwrap_or_default(), service)?);
         }
         Ok(ids)
     }
 
     /// A text, a list of texts, a list of ids, or a list of those.
     fn prompts(&self, service: &Service) -> Result<Vec<Vec<u32>>, Refusal> {
-        let wrong = || Refusal::wrong("prompt", "`prompt` is a text, a list of texts, a list of token ids, or a list of those");
-        let encode = |text: &str| service.tokenizer.encode(text);
+        let wrong =
+            || Refusal::wrong("prompt", "`prompt` is a text, a list of texts, a list of token ids, or a list of those");
+        let encode = |text: &str| encode(Form::Text, text, service);
         let prompts = match self.get("prompt") {
-            Some(Value::String(text)) => vec![encode(text)],
+            Some(Value::String(text)) => vec![encode(text)?],
             Some(Value::Array(list)) => match list.first() {
                 Some(Value::Number(_)) => vec![ids(list, "prompt", service)?],
                 _ if list.len() > MOST_CHOICES => {
                     return Err(Refusal::wrong("prompt", format!("at most {MOST_CHOICES} prompts at once")));
                 }
                 Some(Value::String(_)) => {
-                    list.iter().map(|text| text.as_str().map(encode)).collect::<Option<_>>().ok_or_else(wrong)?
+                    let one = |text: &Value| encode(text.as_str().ok_or_else(wrong)?);
+                    list.iter().map(one).collect::<Result<_, _>>()?
                 }
                 Some(Value::Array(_)) => {
                     let one = |value: &Value| ids(value.as_array().ok_or_else(wrong)?, "prompt", service);
@@ -455,7 +492,11 @@ fn message(i: usize, value: &Value) -> Result<Value, Refusal> {
                 false => None,
             };
             let texts: Option<Vec<String>> = parts.iter().map(text).collect();
-            texts.ok_or_else(|| wrong("the parts of `content` are {\"type\": \"text\", \"text\": ...}; nothing else is read"))?.join("\n")
+            texts
+                .ok_or_else(|| {
+                    wrong("the parts of `content` are {\"type\": \"text\", \"text\": ...}; nothing else is read")
+                })?
+                .join("\n")
         }
         None | Some(Value::Null) if calls => String::new(),
         None | Some(Value::Null) => return Err(wrong("`content` is missing")),

@@ -143,7 +143,8 @@ mod tests {
     fn the_beginning_of_a_stop_text_waits_until_it_is_another() {
         let stop = ["END".to_string(), "NDE".to_string()];
         let mut shown = Shown::new(&stop, true);
-        let parts: Vec<String> = ["xE", "N", "d", "EN", "D!", "more"].iter().map(|part| shown.push(part.as_bytes())).collect();
+        let parts: Vec<String> =
+            ["xE", "N", "d", "EN", "D!", "more"].iter().map(|part| shown.push(part.as_bytes())).collect();
         assert_eq!(parts, ["x", "", "ENd", "", "", ""]);
         assert_eq!(shown.end("xENd"), "");
     }

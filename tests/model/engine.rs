@@ -24,7 +24,10 @@ fn asks() -> Vec<Ask> {
         ask(&prompts[0], Sampling { max_tokens: 12, ..Sampling::default() }),
         ask(&prompts[1], Sampling { top_p: 0.8, seed: 1, ..drawn.clone() }),
         ask(&prompts[2], Sampling { top_k: 5, temperature: 0.4, max_tokens: 30, ..drawn.clone() }),
-        Ask { top_logprobs: 4, ..ask(&prompts[1], Sampling { repetition_penalty: 1.5, id_limit: 60, ..drawn.clone() }) },
+        Ask {
+            top_logprobs: 4,
+            ..ask(&prompts[1], Sampling { repetition_penalty: 1.5, id_limit: 60, ..drawn.clone() })
+        },
         ask(&prompts[3], Sampling { max_tokens: 1, ..drawn.clone() }),
         Ask { stream: 9, ..ask(&prompts[1], Sampling { seed: 2, ..drawn.clone() }) },
         ask(&prompts[0], Sampling { max_tokens: 0, ..drawn }),

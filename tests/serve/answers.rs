@@ -66,12 +66,17 @@ fn a_greedy_chat_is_what_the_model_says_by_itself() {
     assert_eq!(reply["system_fingerprint"], "fp_test");
     assert_eq!(reply["choices"][0]["message"]["role"], "assistant");
     let tokens = reply["choices"][0]["logprobs"]["content"].as_array().unwrap();
-    let bytes: Vec<u8> = tokens.iter().flat_map(|t| t["bytes"].as_array().unwrap()).map(|b| b.as_u64().unwrap() as u8).collect();
+    let bytes: Vec<u8> =
+        tokens.iter().flat_map(|t| t["bytes"].as_array().unwrap()).map(|b| b.as_u64().unwrap() as u8).collect();
     assert_eq!(String::from_utf8(bytes).unwrap(), expected, "the bytes of the tokens are the text");
     for (token, logprob) in tokens.iter().zip(&logprobs) {
         assert_eq!(token["logprob"].as_f64().unwrap() as f32, *logprob);
         let top = token["top_logprobs"].as_array().unwrap();
-        assert_eq!((top.len(), &top[0]["token"], &top[0]["logprob"]), (3, &token["token"], &token["logprob"]), "greedy");
+        assert_eq!(
+            (top.len(), &top[0]["token"], &top[0]["logprob"]),
+            (3, &token["token"], &token["logprob"]),
+            "greedy"
+        );
         assert!(top[0]["logprob"].as_f64() >= top[1]["logprob"].as_f64());
     }
 }
@@ -235,6 +240,11 @@ fn the_length_is_bounded_by_what_the_prompt_leaves() {
     assert_eq!(error["param"], "max_completion_tokens");
     let error = server.chat(&"pens ".repeat(600), json!({})).error(400);
     assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!("messages")));
+    // Megabytes that cannot fit are not taken apart first.
+    let begun = std::time::Instant::now();
+    let error = server.post("/v1/completions", &text(json!("7".repeat(4_000_000)), json!({}))).error(400);
+    assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!("prompt")));
+    assert!(begun.elapsed() < std::time::Duration::from_secs(5), "{:?}", begun.elapsed());
 
     let server = Server::start(|service| service.max_tokens = Some(7));
     let reply = server.chat(QUESTION, json!({"temperature": 2.5, "seed": 1, "ignore_eos": true})).ok();
@@ -335,7 +345,18 @@ fn wrong_types_and_ranges_are_named() {
         let error = server.chat(QUESTION, more.clone()).error(400);
         assert_eq!(error["param"], param, "{more}: {error}");
     }
-    for prompt in [json!(null), json!(5), json!([]), json!(""), json!([[]]), json!(["a", 5]), json!([1, "a"]), json!([999]), json!([-1]), json!([[1.5]])] {
+    for prompt in [
+        json!(null),
+        json!(5),
+        json!([]),
+        json!(""),
+        json!([[]]),
+        json!(["a", 5]),
+        json!([1, "a"]),
+        json!([999]),
+        json!([-1]),
+        json!([[1.5]]),
+    ] {
         let error = server.post("/v1/completions", &text(prompt.clone(), json!({}))).error(400);
         assert_eq!(error["param"], "prompt", "{prompt}: {error}");
     }
@@ -348,7 +369,8 @@ fn wrong_types_and_ranges_are_named() {
 #[test]
 fn the_bytes_of_tokens_are_the_text_of_their_ids() {
     for folder in ["pipelines/mini/tokenizer", "tests/golden/data/tied/model"] {
-        let files = pipe::files::Files::from_dir(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)).unwrap();
+        let files =
+            pipe::files::Files::from_dir(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)).unwrap();
         let tokenizer = pipe::data::Tokenizer::load(&files).unwrap();
         assert!(tokenizer.is_byte_level());
         let limit = tokenizer.id_limit() as u32;
@@ -371,7 +393,10 @@ fn the_model_is_listed_and_known_by_its_name() {
     let list = server.get("/v1/models").ok();
     assert_eq!((&list["object"], &list["data"][0]["id"]), (&json!("list"), &json!("sft[size=3B,data=mixed]")));
     let one = server.get("/v1/models/sft%5Bsize%3D3B%2Cdata%3Dmixed%5D").ok();
-    assert_eq!((&one["object"], &one["id"], &one["max_model_len"]), (&json!("model"), &list["data"][0]["id"], &json!(512)));
+    assert_eq!(
+        (&one["object"], &one["id"], &one["max_model_len"]),
+        (&json!("model"), &list["data"][0]["id"], &json!(512))
+    );
     assert_eq!(server.get("/v1/models/other").error(404)["code"], "model_not_found");
     assert_eq!(server.get("/health").ok(), json!({"status": "ok"}));
     assert_eq!(server.get("/health?x=1").ok(), json!({"status": "ok"}));

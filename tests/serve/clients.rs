@@ -60,7 +60,8 @@ fn a_body_may_be_so_large_and_no_larger() {
     client.ask(post(CHAT, &padded(100_001))).error(413);
     assert!(client.is_closed());
     for length in ["99999999999", "99999999999999999999999999"] {
-        let head = format!("POST {CHAT} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n");
+        let head =
+            format!("POST {CHAT} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n");
         server.connect().ask(head).error(413);
     }
     let head = format!("POST {CHAT} HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n");
@@ -170,7 +171,8 @@ fn paths_methods_and_kinds_of_body_that_are_not_there_are_named() {
     let server = Server::start(|_| {});
     assert_eq!(server.get("/").error(404)["code"], "unknown_url");
     server.get("/v1/embeddings").error(404);
-    for (method, path, allow) in [("GET", CHAT, "POST"), ("DELETE", "/v1/models", "GET"), ("OPTIONS", "/health", "GET")] {
+    for (method, path, allow) in [("GET", CHAT, "POST"), ("DELETE", "/v1/models", "GET"), ("OPTIONS", "/health", "GET")]
+    {
         let reply = server.connect().ask(format!("{method} {path} HTTP/1.1\r\n\r\n"));
         assert_eq!(reply.header("allow"), Some(allow));
         reply.error(405);
@@ -194,7 +196,13 @@ fn a_key_is_asked_for_and_never_shown() {
         server.get(path).error(401);
         let get = |key: &str| server.connect().ask(format!("GET {path} HTTP/1.1\r\nAuthorization: {key}\r\n\r\n"));
         assert_eq!(get("Bearer sk-secret-0123456789").status, 200);
-        for wrong in ["Bearer", "Bearer ", "Basic sk-secret-0123456789", "Bearer sk-secret-012345678", "Bearer sk-secret-01234567890"] {
+        for wrong in [
+            "Bearer",
+            "Bearer ",
+            "Basic sk-secret-0123456789",
+            "Bearer sk-secret-012345678",
+            "Bearer sk-secret-01234567890",
+        ] {
             let reply = get(wrong);
             assert!(!String::from_utf8_lossy(&reply.body).contains("secret"));
             assert_eq!(reply.error(401)["code"], "invalid_api_key");
@@ -208,7 +216,8 @@ fn a_key_is_asked_for_and_never_shown() {
 fn a_request_that_drips_in_is_not_waited_for() {
     let server = Server::start(quick);
     let body = short().to_string();
-    let head = format!("POST {CHAT} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", body.len());
+    let head =
+        format!("POST {CHAT} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", body.len());
     for (sent, drip) in [("", head.as_str()), (head.as_str(), body.as_str())] {
         let mut client = server.connect();
         client.send(sent);
@@ -376,23 +385,53 @@ fn a_failing_engine_is_an_error_and_not_the_end() {
     server.post(CHAT, &streamed).events();
 }
 
+/// The bundled model as training that diverged may leave it: finite weights, and logits that are not.
+#[test]
+fn a_model_that_has_diverged_is_an_error_each_time_and_the_server_stays() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines/mini/models/mini-3B");
+    let mut bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let place = |i: usize| header["model.norm.weight"]["data_offsets"][i].as_u64().unwrap() as usize + 8 + length;
+    bytes[place(0)..place(1)].chunks_mut(2).for_each(|value| value.copy_from_slice(&0x7f00_u16.to_le_bytes()));
+    let broken = tempfile::tempdir().unwrap();
+    std::fs::copy(folder.join("config.json"), broken.path().join("config.json")).unwrap();
+    std::fs::write(broken.path().join("model.safetensors"), bytes).unwrap();
+    let files = pipe::files::Files::from_dir(broken.path()).unwrap();
+    let model = pipe::model::Model::load(&[&files], &pipe::model::LoadOptions::default()).unwrap();
+    let server = Server::of(model, |_| {});
+    for stream in [false, true, false] {
+        let reply = server.post(CHAT, &chat("Hello", json!({"stream": stream, "n": 2})));
+        let text = String::from_utf8(reply.body.clone()).unwrap();
+        assert!(text.contains("not finite") && text.contains("server_error"), "{text}");
+        assert_eq!(reply.status, if stream { 200 } else { 500 });
+        server.get("/health").ok();
+    }
+}
+
 #[test]
 fn characters_and_stop_texts_that_span_tokens_are_streamed_whole() {
     // Bytes of the tokenizer's alphabet: those of "é" are two tokens, or none of its texts would hold one.
     let (_, tokenizer) = crate::mini("mini-3B");
     let ids: Vec<u32> = "a é🐈 STOP".split("").flat_map(|part| tokenizer.encode(part)).collect();
     let made = ids.clone();
-    let server = Server::scripted(|_| {}, script(move |_, job| {
-        job.to.send(Piece::Begun).unwrap();
-        say(job, &made, "a é🐈 ");
-    }));
-    let reply = server.post("/v1/completions", &text(json!("x"), json!({"stream": true, "stop": ["STOP"], "logprobs": 0})));
+    let server = Server::scripted(
+        |_| {},
+        script(move |_, job| {
+            job.to.send(Piece::Begun).unwrap();
+            say(job, &made, "a é🐈 ");
+        }),
+    );
+    let reply =
+        server.post("/v1/completions", &text(json!("x"), json!({"stream": true, "stop": ["STOP"], "logprobs": 0})));
     let events = reply.events();
     let parts: Vec<&str> = events.iter().map(|event| event["choices"][0]["text"].as_str().unwrap()).collect();
     assert_eq!(parts.concat(), "a é🐈 ");
     assert!(parts.contains(&"é") && parts.contains(&"🐈"), "{parts:?}");
-    let tokens: Vec<&Value> =
-        events.iter().flat_map(|event| event["choices"][0]["logprobs"]["tokens"].as_array().into_iter().flatten()).collect();
+    let tokens: Vec<&Value> = events
+        .iter()
+        .flat_map(|event| event["choices"][0]["logprobs"]["tokens"].as_array().into_iter().flatten())
+        .collect();
     assert!(tokens.iter().any(|token| token.as_str().unwrap().starts_with("bytes:\\x")), "{tokens:?}");
     assert!(tokens.len() < ids.len(), "those of the stop text are not told");
 }

@@ -41,7 +41,8 @@ impl Project {
     fn made(stages: &[&str]) -> Project {
         let project = Project(tempfile::tempdir().unwrap());
         project.write("m.toml", MANIFEST);
-        let line = |i: u32| format!("{}\n", json!({"prompt": format!("What is {i} plus 2?"), "answer": (i + 2).to_string()}));
+        let line =
+            |i: u32| format!("{}\n", json!({"prompt": format!("What is {i} plus 2?"), "answer": (i + 2).to_string()}));
         project.write("sums.jsonl", &(0..8).map(line).collect::<String>());
         for stage in stages {
             project.ok(&["run", "m.toml", stage]);
@@ -168,7 +169,8 @@ fn a_model_and_its_adapter_are_served_until_a_signal() {
 #[test]
 fn a_key_and_a_name_are_given_at_the_command_line() {
     let project = Project::made(&["base[size=3B]"]);
-    let serving = project.serve("base[size=3B]", &["--api-key-env", "SERVE_KEY", "--model-name", "mine", "-v", "--dtype", "bf16"]);
+    let serving = project
+        .serve("base[size=3B]", &["--api-key-env", "SERVE_KEY", "--model-name", "mine", "-v", "--dtype", "bf16"]);
     serving.ask(&hello("mine")).error(401);
     let body = hello("mine").to_string();
     let request = post("/v1/chat/completions", &body);
@@ -244,7 +246,12 @@ max_tokens = 100
             serving.url
         ),
     );
-    let line = |i| format!("{}\n", json!({"id": format!("q{i}"), "question": format!("Tom has {i} pens. He finds 3 pens. How many pens does Tom have?")}));
+    let line = |i| {
+        format!(
+            "{}\n",
+            json!({"id": format!("q{i}"), "question": format!("Tom has {i} pens. He finds 3 pens. How many pens does Tom have?")})
+        )
+    };
     client.write("questions.jsonl", &(0..RECORDS).map(line).collect::<String>());
 
     let mut child = client.command(&["run", "m.toml"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();

@@ -123,8 +123,7 @@ pub fn next(
         Logits::F32(logits) => launch.buffer(logits),
         Logits::Bf16(logits) => launch.buffer(logits),
     };
-    let launch =
-        launch.buffer(seen.ids).buffer(seen.lengths).buffer(rules).int(columns).int(seen_columns);
+    let launch = launch.buffer(seen.ids).buffer(seen.lengths).buffer(rules).int(columns).int(seen_columns);
     // SAFETY: outputs, scratch, inputs and sizes of the kernel in order; sizes were checked above. A length in `seen`
     // beyond its columns is the caller's fault, and is cut off by the kernel.
     unsafe { launch.run() }
