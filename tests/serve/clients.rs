@@ -381,8 +381,9 @@ fn a_failing_engine_is_an_error_and_not_the_end() {
     let text = String::from_utf8(reply.body.clone()).unwrap();
     let last = text.trim_end().rsplit("\n\n").next().unwrap();
     assert!(last.starts_with("data: {\"error\":") && last.contains("diverged"), "{text}");
-    assert_eq!(server.log.lock().unwrap().last().unwrap().problem.as_deref(), Some("model::not_finite"));
     server.post(CHAT, &streamed).events();
+    let problems: Vec<Option<String>> = server.log.lock().unwrap().iter().map(|entry| entry.problem.clone()).collect();
+    assert!(problems[..4].contains(&Some("model::not_finite".into())), "{problems:?}");
 }
 
 /// The bundled model as training that diverged may leave it: finite weights, and logits that are not.

@@ -83,7 +83,7 @@ impl Server {
     }
 
     pub fn get(&self, path: &str) -> Reply {
-        self.connect().ask(&format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n"))
+        self.connect().ask(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n"))
     }
 
     pub fn post(&self, path: &str, body: &Value) -> Reply {
