@@ -3,7 +3,9 @@
 //! Scratch of products and of attention is not planned: each thread may have some beside.
 
 use pipe::model::memory::{Decode, Extent, Part, Plan, Trained, Work};
-use pipe::model::{Batch, Config, Gradients, LoraSpec, Model, Prompt, Recompute, Sampling, generate, lora};
+use pipe::model::{
+    Batch, Config, Device, Gradients, Limits, LoraSpec, Model, Placed, Prompt, Recompute, Sampling, generate, lora,
+};
 use pipe::tensor::Dtype;
 use pipe::train::{self, Optimizer, Options};
 use serde_json::json;
@@ -141,14 +143,19 @@ fn optimizer_states_and_weights_are_planned_to_the_byte() {
 #[test]
 fn planned_decoding_on_the_processor_is_what_was_allocated() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let model = Model::random(config(), 3, Dtype::F32);
-    let prompts: Vec<Prompt> =
-        (0..6).map(|i| Prompt { ids: (0..300u32).map(|id| (id * 3 + i) % 2048).collect(), stream: 0 }).collect();
-    let sampling = Sampling { max_tokens: 4, ..Sampling::default() };
-    let counted = peak_of(|| generate(&model, &prompts, &sampling, &|_| String::new(), &mut |_| Ok(())).unwrap());
+    let model = Placed::new(Model::random(config(), 3, Dtype::F32), &Device::Cpu).unwrap();
     let config = config();
-    let work = Work::Decode(Decode::new(&config, false, 6, 304, 300));
-    let plan = Plan { config: &config, dtype: Dtype::F32, trained: Trained::Nothing, on_device: false, work };
-    let need = plan.need();
-    near(need.host - need.of(Part::Weights).0, counted, "six prompts of 300");
+    // All at once, their pages full but for a few tokens; and one after another, whose prompts stay for a while.
+    for (count, len, max_tokens, live) in [(6, 300, 4, 6), (20, 250, 2, 2)] {
+        let ids = |i: u32| (0..len as u32).map(|id| (id * 3 + i) % 2048).collect();
+        let prompts: Vec<Prompt> = (0..count).map(|i| Prompt { ids: ids(i), stream: 0 }).collect();
+        let sampling = Sampling { max_tokens, ..Sampling::default() };
+        let limits = Limits { live, ..Limits::default() };
+        let words = |_: &[u32]| String::new();
+        let counted = peak_of(|| generate(&model, &prompts, &sampling, &words, &mut |_| Ok(()), &limits).unwrap());
+        let work = Work::Decode(Decode::new(&config, false, live, len + max_tokens, len));
+        let plan = Plan { config: &config, dtype: Dtype::F32, trained: Trained::Nothing, on_device: false, work };
+        let need = plan.need();
+        near(need.host - need.of(Part::Weights).0, counted, &format!("{count} prompts of {len}, {live} at once"));
+    }
 }

@@ -266,12 +266,12 @@ impl Workspace {
     fn upload(&mut self, inputs: &Inputs, live: &[Live], first: usize) -> Result<(), Problem> {
         self.inputs.part(0, inputs.bytes.len()).write(&inputs.bytes)?;
         let Contexts { ids, longest, owners } = &mut self.seen;
-        for row in first..first + inputs.shape.rows {
+        for (row, owner) in owners.iter_mut().enumerate().skip(first).take(inputs.shape.rows) {
             let one = live.get(row - first).filter(|one| one.sampling.repetition_penalty as f32 != 1.0);
-            if let Some(one) = one.filter(|one| owners[row] != Some(one.ticket)) {
+            if let Some(one) = one.filter(|one| *owner != Some(one.ticket)) {
                 ids.part(row * *longest * size_of::<u32>(), one.ids.len()).write(&one.ids)?;
             }
-            owners[row] = one.map(|one| one.ticket);
+            *owner = one.map(|one| one.ticket);
         }
         Ok(())
     }

@@ -237,7 +237,7 @@ pub(super) struct Beginning {
 
 /// Runs prompts and tokens and draws from what comes out.
 enum Place<'m> {
-    Host(HostDecoder<'m>),
+    Host(Box<HostDecoder<'m>>),
     Device(Box<DeviceDecoder<'m>>),
 }
 
@@ -290,7 +290,7 @@ impl<'m> Engine<'m> {
             None => {
                 let width = limits.live.clamp(1, host_decode::most_live(&model.config));
                 let count = host_decode::pages(&model.config, width, longest).min(limits.pages);
-                (width, Place::Host(HostDecoder::new(model, longest, count)))
+                (width, Place::Host(Box::new(HostDecoder::new(model, longest, count))))
             }
             Some(device) => {
                 let width = limits.live.clamp(1, MOST_LIVE);

@@ -115,7 +115,7 @@ impl HostDecoder<'_> {
             self.kept[slot] = logits.to_vec();
         }
         let row = |&at: &usize| if fresh.is_empty() { &self.kept[at][..] } else { &fresh[at * vocab..][..vocab] };
-        self.draw(new, &mut beginning.prompt.iter().flat_map(row).copied().collect::<Vec<f32>>())
+        draw(new, &beginning.prompt.iter().map(row).collect::<Vec<&[f32]>>())
     }
 
     /// Writes keys and values of whole prompts. Returns the logits after each.
@@ -147,7 +147,7 @@ impl HostDecoder<'_> {
         for (i, layer) in model.layers.iter().enumerate() {
             self.step_layer(layer, i, &mut x, live, &positions);
         }
-        self.draw(live, &mut head(model, &x))
+        draw(live, &head(model, &x).chunks_exact(model.config.vocab_size).collect::<Vec<&[f32]>>())
     }
 
     fn step_layer(&mut self, layer: &Layer, i: usize, x: &mut [f32], live: &[Live], positions: &[u32]) {
@@ -169,21 +169,19 @@ impl HostDecoder<'_> {
         });
         model.after_attention(layer, x, &attended, &mut low);
     }
+}
 
-    /// The next token of each from its logits `[live, V]`, which are overwritten.
-    fn draw(&self, live: &[Live], logits: &mut [f32]) -> Vec<Draw> {
-        let rows = live.par_iter().zip(logits.par_chunks_exact_mut(self.model.config.vocab_size));
-        let draw = |(one, logits): (&Live, &mut [f32])| {
-            let (sampling, mut plain) = (&one.sampling, logits.to_vec());
-            let id = sampling.next(logits, &one.ids, &Stream::new(sampling.seed, one.stream), one.counter());
-            let logit = plain[id as usize];
-            let mut top = sampling.likeliest(&plain, one.top_logprobs);
-            let log_p = log_softmax(&mut plain);
-            top.iter_mut().for_each(|(_, value)| *value = log_p(*value));
-            Draw { id, logprob: log_p(logit), top }
-        };
-        rows.map(draw).collect()
-    }
+/// The next token of each from its logits.
+fn draw(live: &[Live], logits: &[&[f32]]) -> Vec<Draw> {
+    let draw = |(one, logits): (&Live, &&[f32])| {
+        let (sampling, random) = (&one.sampling, Stream::new(one.sampling.seed, one.stream));
+        let id = sampling.next(&mut logits.to_vec(), &one.ids, &random, one.counter());
+        let mut top = sampling.likeliest(logits, one.top_logprobs);
+        let log_p = log_softmax(&mut logits.to_vec());
+        top.iter_mut().for_each(|(_, value)| *value = log_p(*value));
+        Draw { id, logprob: log_p(logits[id as usize]), top }
+    };
+    live.par_iter().zip(logits).map(draw).collect()
 }
 
 fn head(model: &Model, x: &[f32]) -> Vec<f32> {

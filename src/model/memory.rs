@@ -725,7 +725,8 @@ impl Plan<'_> {
         let pages = host_decode::pages(self.config, decode.live, longest) as u128;
         let cache = layers * 2 * pages * host_decode::PAGE as u128 * self.sizes().k * 4 + self.angles(place, longest);
         let prompts = self.starts(place, p.div_ceil(prompt.max(1) as u128), p) + self.angles(place, prompt);
-        // Drawing overwrites a copy of each row.
+        // Drawing overwrites a copy of a row, which is scratch. The logits after prompts that are kept are more rows.
+        let kept = KNOWN as u128 * v * 4;
         let logits = |rows: u128| rows * v * 4 + 2 * self.residual(place, rows);
         let moments = [
             (prompts + self.forward(place, p), 0),
@@ -733,7 +734,9 @@ impl Plan<'_> {
             (self.forward(place, live), 0),
             (self.residual(place, live), logits(live)),
         ];
-        moments.map(|(layer, head)| vec![(Part::Cache, cache), (Part::Layer, layer), (Part::Head, head)]).to_vec()
+        moments
+            .map(|(layer, head)| vec![(Part::Cache, cache), (Part::Layer, layer), (Part::Head, kept + head)])
+            .to_vec()
     }
 
     /// What is there while a device decodes: `DeviceDecoder::new`.

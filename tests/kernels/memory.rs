@@ -7,7 +7,7 @@ use crate::support::{Limited, PORTABLE};
 use pipe::cuda::Gpu;
 use pipe::model::memory::{Decode, Extent, Need, Part, Plan, Trained, Work};
 use pipe::model::{
-    Batch, Config, Device, Limits, LoraSpec, Model, Placed, Prompt, Recompute, Sampling, fit, generate_within, lora,
+    Batch, Config, Device, Limits, LoraSpec, Model, Placed, Prompt, Recompute, Sampling, fit, generate, lora,
 };
 use pipe::problem::Problem;
 use pipe::random::Stream;
@@ -233,11 +233,10 @@ fn planned_decoding_is_what_the_buffers_take_with_pages_for_one_or_for_all() {
                 if steps > 3 { Err(Problem::new("test::enough", "enough")) } else { Ok(()) }
             };
             let longest = prompt + max_tokens;
-            let limits = Limits { pages: ends * (longest.div_ceil(16) + 1), ..Limits::default() };
-            let _ = generate_within(&placed, &prompts, &sampling, &|_| String::new(), &mut on_step, &limits);
+            let limits = Limits { pages: ends * (longest - 1).div_ceil(16), ..Limits::default() };
+            let _ = generate(&placed, &prompts, &sampling, &|_| String::new(), &mut on_step, &limits);
             assert!(steps >= 3);
-            let (drawn, penalty) = (temperature > 0.0, repetition_penalty != 1.0);
-            let decode = Decode { ends, drawn, penalty, ..Decode::new(&config, true, count, longest, prompt) };
+            let decode = Decode { ends, ..Decode::new(&config, true, count, longest, prompt) };
             let plan = Plan {
                 config: &config,
                 dtype: Dtype::Bf16,
@@ -245,7 +244,8 @@ fn planned_decoding_is_what_the_buffers_take_with_pages_for_one_or_for_all() {
                 on_device: true,
                 work: Work::Decode(decode),
             };
-            let (need, what) = (plan.need(), format!("{count} prompts of {prompt}, pages for {ends}, drawn {drawn}"));
+            let (need, what) =
+                (plan.need(), format!("{count} prompts of {prompt}, pages for {ends}, at {temperature}"));
             let all_the_time = (need.device - plan.working()) as f64;
             assert!((all_the_time / there as f64 - 1.0).abs() <= ALLOWED, "{what}: {all_the_time}, {there}: {need:?}");
             // Room is left for all prompts together, even if pages are so few that only one is begun.
@@ -262,7 +262,7 @@ fn planned_decoding_is_what_the_buffers_take_with_pages_for_one_or_for_all() {
 #[test]
 fn a_decoder_begins_where_its_planned_least_is_free() {
     let (spec, config) = (spec(&lora::TARGETS[..7]), config(false));
-    let decode = Decode { drawn: false, penalty: false, ..Decode::new(&config, true, 4, 600, 200) };
+    let decode = Decode::new(&config, true, 4, 600, 200);
     let (dtype, trained, work) = (Dtype::Bf16, Trained::Adapter(&spec), Work::Decode(decode));
     let least = Plan { config: &config, dtype, trained, on_device: true, work }.need().device as usize;
     let sampling = Sampling { max_tokens: 400, stop_ids: (0..2200).collect(), ..Sampling::default() };
@@ -270,7 +270,7 @@ fn a_decoder_begins_where_its_planned_least_is_free() {
     let run = |bytes: usize| {
         let placed = placed(&Limited::to(bytes), false, &spec);
         let limits = Limits { graphs: false, ..Limits::default() };
-        generate_within(&placed, &prompts, &sampling, &|_| String::new(), &mut |_| Ok(()), &limits)
+        generate(&placed, &prompts, &sampling, &|_| String::new(), &mut |_| Ok(()), &limits)
     };
     let made = run(least * 5 / 4).unwrap();
     assert_eq!(made.len(), 4);

@@ -9,7 +9,7 @@ use crate::support::{
 };
 use half::bf16;
 use pipe::cuda::Gpu;
-use pipe::cuda::ops::sampling::{Drawn, Logits, Rule, Seen, next, scratch_len};
+use pipe::cuda::ops::sampling::{Drawn, Logits, Rule, Seen, next};
 use pipe::model::Sampling;
 use pipe::problem::Problem;
 use pipe::random::Stream;
@@ -50,6 +50,11 @@ impl Case {
     }
 
     fn run(&self, gpu: &Gpu, sampling: &Sampling) -> Result<Vec<Vec<u8>>, Problem> {
+        self.run_each(gpu, &vec![sampling.clone(); self.seen.len()])
+    }
+
+    /// A sampling for each row.
+    fn run_each(&self, gpu: &Gpu, samplings: &[Sampling]) -> Result<Vec<Vec<u8>>, Problem> {
         let rows = self.seen.len();
         // In the longest row there is no room for what is drawn.
         let widest = self.seen.iter().map(Vec::len).max().unwrap_or(0);
@@ -59,26 +64,26 @@ impl Case {
         }
         let lengths: Vec<u32> = self.seen.iter().map(|seen| seen.len() as u32).collect();
         let (mut on_device, lengths) = (gpu.upload(&ids)?, gpu.upload(&lengths)?);
-        let (streams, counters) = (gpu.upload(&self.streams)?, gpu.upload(&self.counters)?);
         let (wide, narrow) = (gpu.upload(&self.logits)?, gpu.upload(&rounded(&self.logits))?);
         let logits = if self.narrow { Logits::Bf16(&narrow) } else { Logits::F32(&wide) };
-        let rule = Rule {
-            temperature: sampling.temperature,
-            top_p: sampling.top_p,
-            top_k: sampling.top_k,
-            repetition_penalty: sampling.repetition_penalty,
+        let rule = |(row, sampling): (usize, &Sampling)| Rule {
             seed: sampling.seed,
-            id_limit: sampling.id_limit,
+            stream: self.streams[row],
+            counter: self.counters[row],
+            top_p: sampling.top_p,
+            temperature: sampling.temperature as f32,
+            repetition_penalty: sampling.repetition_penalty as f32,
+            top_k: sampling.top_k as u32,
+            id_limit: sampling.id_limit as u32,
         };
+        let rules = gpu.upload(&samplings.iter().enumerate().map(rule).collect::<Vec<Rule>>())?;
         let mut drawn = Drawn::new(gpu, rows)?;
-        let mut scratch = gpu.alloc(scratch_len(rows, self.columns, &rule))?;
+        let mut scratch = gpu.alloc(rows * self.columns)?;
         let seen = Seen { ids: &mut on_device, lengths: &lengths };
-        next(&mut drawn, &mut scratch, logits, Some(seen), &streams, &counters, &rule)?;
-        if rule.repetition_penalty != 1.0 {
-            for (row, (seen, drawn)) in self.seen.iter().zip(drawn.ids.download()?).enumerate() {
-                if seen.len() < widest {
-                    ids[row * widest + seen.len()] = drawn;
-                }
+        next(&mut drawn, &mut scratch, logits, seen, &rules)?;
+        for (row, (seen, drawn)) in self.seen.iter().zip(drawn.ids.download()?).enumerate() {
+            if seen.len() < widest && samplings[row].repetition_penalty != 1.0 {
+                ids[row * widest + seen.len()] = drawn;
             }
         }
         assert_eq!(on_device.download()?, ids, "an id is seen once it is drawn");
@@ -89,9 +94,14 @@ impl Case {
     /// Compares what [`Case::run`] gave with the CPU.
     #[track_caller]
     fn check(&self, got: &[Vec<u8>], sampling: &Sampling) {
+        self.check_each(got, &vec![sampling.clone(); self.seen.len()]);
+    }
+
+    #[track_caller]
+    fn check_each(&self, got: &[Vec<u8>], samplings: &[Sampling]) {
         let (ids, log_probs, probabilities) = (values::<u32>(&got[0]), values::<f32>(&got[1]), values::<f32>(&got[2]));
         let mut clear = 0;
-        for (row, logits) in self.logits.chunks(self.columns).enumerate() {
+        for ((row, logits), sampling) in self.logits.chunks(self.columns).enumerate().zip(samplings) {
             let what = format!("row {row} of {} columns, {sampling:?}", self.columns);
             let random = Stream::new(sampling.seed, self.streams[row]);
             let counter = self.counters[row];
@@ -229,11 +239,20 @@ fn bf16_logits_are_their_values() {
     }
 }
 
+/// And the rules of some say what the others must not do.
 #[test]
-fn rows_do_not_depend_on_their_neighbours() {
-    let (case, sampling) = (Case::new(3, 250), all());
-    let together = case.run(&gpu(), &sampling).unwrap_or_else(|problem| panic!("{problem}"));
-    for row in 0..3 {
+fn rows_have_rules_of_their_own_and_do_not_depend_on_their_neighbours() {
+    let mut samplings = rules();
+    samplings.extend([
+        all(),
+        Sampling { id_limit: 70, top_k: 0, ..all() },
+        Sampling { id_limit: 9, ..Sampling::default() },
+    ]);
+    let rows = samplings.len();
+    let case = Case::new(rows, 250);
+    let together = case.run_each(&gpu(), &samplings).unwrap_or_else(|problem| panic!("{problem}"));
+    case.check_each(&together, &samplings);
+    for (row, sampling) in samplings.iter().enumerate() {
         let alone = Case {
             columns: 250,
             logits: case.logits[row * 250..][..250].to_vec(),
@@ -242,7 +261,7 @@ fn rows_do_not_depend_on_their_neighbours() {
             counters: vec![case.counters[row]],
             narrow: false,
         };
-        let alone = alone.run(&gpu(), &sampling).unwrap_or_else(|problem| panic!("{problem}"));
+        let alone = alone.run(&gpu(), sampling).unwrap_or_else(|problem| panic!("{problem}"));
         for (alone, together) in alone.iter().zip(&together) {
             assert!(*alone == together[4 * row..][..4], "row {row}");
         }

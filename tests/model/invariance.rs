@@ -2,7 +2,7 @@
 
 use super::*;
 use pipe::model::sampling::argmax;
-use pipe::model::{Gradients, Prompt, Recompute, Sampling, generate};
+use pipe::model::{Device, Gradients, Limits, Placed, Prompt, Recompute, Sampling, generate};
 use proptest::prelude::*;
 
 fn run(model: &Model, packed: &Packed) -> (Vec<u32>, Vec<Vec<u32>>) {
@@ -164,11 +164,12 @@ proptest! {
 
         let prompts: Vec<Prompt> = all.iter().map(|ids| Prompt { ids: ids.clone(), stream: 0 }).collect();
         let sampling = Sampling { max_tokens: 3, ..Sampling::default() };
-        let completions = generate(&model, &prompts, &sampling, &|_| String::new(), &mut |_| Ok(())).unwrap();
+        let (model, limits) = (Placed::new(model, &Device::Cpu).unwrap(), Limits::default());
+        let completions = generate(&model, &prompts, &sampling, &|_| String::new(), &mut |_| Ok(()), &limits).unwrap();
         for (ids, completion) in all.iter().zip(completions) {
             let mut ids = ids.clone();
             for id in completion.ids {
-                let logits = model.logits(&ids);
+                let logits = model.logits(&ids).unwrap();
                 prop_assert_eq!(id, argmax(&logits[logits.len() - vocab..]));
                 ids.push(id);
             }
