@@ -29,9 +29,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
     pipe serve study.toml dpo --host 0.0.0.0 --api-key-env SERVE_KEY --model-name mine\n\n  \
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n    \
     -d '{\"model\": \"sft[size=3B,data=mixed]\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'\n\n\
-    /v1/chat/completions and /v1/completions take n, temperature, top_p, top_k, repetition_penalty, stop, seed,\n\
-    max_tokens, logprobs and stream; what they do not take is refused. /v1/models, /health and /metrics tell the rest.\n\
-    A request without `seed` gets another one each time. Ctrl-C lets what is at work end, for 20 seconds at most.")]
+    /v1/chat/completions and /v1/completions take n, temperature, top_p, top_k, repetition_penalty,\n\
+    stop, seed, max_tokens, logprobs and stream; what they do not take is refused. /v1/models,\n\
+    /health and /metrics tell the rest. A request without `seed` gets another one each time.\n\
+    Ctrl-C lets what is at work end, for 20 seconds at most.")]
 pub struct Arguments {
     #[command(flatten)]
     of: OfManifest,
