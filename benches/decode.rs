@@ -42,6 +42,7 @@ fn main() {
             continue;
         }
         let model = Model::random(Config::parse(SHAPE).expect("a shape"), 0, dtype);
+        let model = Placed::new(model, &Device::Cpu).expect("the host");
         let mut peer = std::env::var_os("PEER_PYTHON").map(|python| Peer::start(&python, word, new));
         for &batch in &batches {
             // What 32 at once are for is more than the roof; the peer's turns would take minutes.

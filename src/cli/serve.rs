@@ -29,9 +29,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
     pipe serve study.toml dpo --host 0.0.0.0 --api-key-env SERVE_KEY --model-name mine\n\n  \
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n    \
     -d '{\"model\": \"sft[size=3B,data=mixed]\", \"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'\n\n\
-    /v1/chat/completions and /v1/completions take n, temperature, top_p, top_k, repetition_penalty, stop, seed,\n\
-    max_tokens, logprobs and stream; what they do not take is refused. /v1/models, /health and /metrics tell the rest.\n\
-    A request without `seed` gets another one each time. Ctrl-C lets what is at work end, for 20 seconds at most.")]
+    /v1/chat/completions and /v1/completions take n, temperature, top_p, top_k, repetition_penalty,\n\
+    stop, seed, max_tokens, logprobs and stream; what they do not take is refused. /v1/models,\n\
+    /health and /metrics tell the rest. A request without `seed` gets another one each time.\n\
+    Ctrl-C lets what is at work end, for 20 seconds at most.")]
 pub struct Arguments {
     #[command(flatten)]
     of: OfManifest,
@@ -117,12 +118,15 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
         service.bounds.connections = service.bounds.requests + 256;
         service.seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
         let url = url(&arguments.host, address);
-        say(global, &format!("serving {cell} at {url} as `{name}` (Ctrl-C ends it)"));
-        if global.json {
-            let object =
-                json!({ "event": "serving", "cell": cell, "model": name, "url": url, "fingerprint": fingerprint });
-            print(&format!("{object}\n"))?;
-        }
+        let ready = || {
+            say(global, &format!("serving {cell} at {url} as `{name}` (Ctrl-C ends it)"));
+            if global.json {
+                let mut object = json!({ "event": "serving", "cell": cell, "model": name, "url": url });
+                object["fingerprint"] = fingerprint.as_str().into();
+                // Who does not read it can still ask.
+                let _ = print(&format!("{object}\n"));
+            }
+        };
         let log = |entry: &Entry| {
             if global.verbose > 0 {
                 live::above(|stderr| {
@@ -130,7 +134,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
                 });
             }
         };
-        serve(&listener, &model, &service, &STOP, &log)?;
+        serve(&listener, &model, &service, &STOP, ready, &log)?;
         Err(Stop::Code(Exit::Interrupted))
     })
 }

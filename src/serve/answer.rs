@@ -62,6 +62,8 @@ struct Shared<'a> {
     /// Requests that named no seed, or that need a name.
     counter: AtomicU64,
     counts: Mutex<Counts>,
+    /// When it began, in seconds since 1970.
+    began: u64,
 }
 
 /// What `/metrics` tells.
@@ -95,6 +97,7 @@ pub fn answer(
         requests: AtomicUsize::new(0),
         counter: AtomicU64::new(0),
         counts: Mutex::default(),
+        began: now(),
     };
     let shared = &shared;
     thread::scope(|scope| {
@@ -350,7 +353,7 @@ impl<'a> Shared<'a> {
 
     fn model_json(&self) -> Value {
         json!({
-            "id": self.service.name, "object": "model", "created": now(), "owned_by": "pipe",
+            "id": self.service.name, "object": "model", "created": self.began, "owned_by": "pipe",
             "root": self.service.fingerprint, "max_model_len": self.service.context,
         })
     }
@@ -460,6 +463,7 @@ impl<'a> Shared<'a> {
                 Ok(Piece::End { choice, completion }) => {
                     entry.completion_tokens += completion.ids.len();
                     choices[choice].end(&completion.text, completion.finish);
+                    choices[choice].text = completion.text;
                     left -= 1;
                 }
                 Ok(Piece::Failed(problem)) => {

@@ -147,7 +147,7 @@ impl Wanted {
         let sampling = fields.sampling(service, fresh)?;
         let limit = fields.max_tokens(form)?;
         let wish = |ids: Vec<u32>| {
-            let max_tokens = room(form, &ids, limit, service)?;
+            let max_tokens = room(form, ids.len(), limit, service)?;
             Ok(Wish { ids, sampling: Sampling { max_tokens, ..sampling.clone() } })
         };
         let (stream, usage) = fields.stream()?;
@@ -168,9 +168,9 @@ pub(super) fn unknown_model(name: &str, service: &Service) -> Refusal {
     Refusal { status: 404, code: Some("model_not_found"), ..Refusal::wrong("model", message) }
 }
 
-/// How long a completion of this prompt may become.
-fn room(form: Form, ids: &[u32], limit: Option<(&'static str, usize)>, service: &Service) -> Result<usize, Refusal> {
-    let (context, length) = (service.context, ids.len());
+/// How long a completion of a prompt of so many tokens may become.
+fn room(form: Form, length: usize, limit: Option<(&'static str, usize)>, service: &Service) -> Result<usize, Refusal> {
+    let context = service.context;
     let too_long = |param: &str, message: String| {
         Err(Refusal { code: Some("context_length_exceeded"), ..Refusal::wrong(param, message) })
     };
@@ -178,7 +178,7 @@ fn room(form: Form, ids: &[u32], limit: Option<(&'static str, usize)>, service: 
     if left == 0 {
         return too_long(
             if form == Form::Chat { "messages" } else { "prompt" },
-            format!("the prompt has {length} tokens, the model's context {context}, the answer included"),
+            format!("the prompt has {length} tokens or more, the model's context {context}, the answer included"),
         );
     }
     match limit {
@@ -198,6 +198,16 @@ fn room(form: Form, ids: &[u32], limit: Option<(&'static str, usize)>, service: 
             }
             Ok(limit)
         }
+    }
+}
+
+/// The ids of a text. One that cannot fit whatever its tokens are is not looked at: megabytes take seconds.
+fn encode(form: Form, text: &str, service: &Service) -> Result<Vec<u32>, Refusal> {
+    // Normalisation may make a text shorter, by less than this.
+    let least = text.len() / (4 * service.longest);
+    match least > service.context {
+        true => room(form, least, None, service).map(|_| Vec::new()),
+        false => Ok(service.tokenizer.encode(text)),
     }
 }
 
@@ -408,9 +418,10 @@ impl Fields {
             return Err(Refusal::wrong("messages", "there is no message to answer"));
         }
         let text = service.tokenizer.chat(&Value::Array(messages), None, true);
-        let mut ids = service.tokenizer.encode(&text.map_err(|problem| Refusal::wrong("messages", problem.message))?);
+        let text = text.map_err(|problem| Refusal::wrong("messages", problem.message))?;
+        let mut ids = encode(Form::Chat, &text, service)?;
         if let Some(opening) = opening {
-            ids.extend(service.tokenizer.encode(opening["content"].as_str().unwrap_or_default()));
+            ids.extend(encode(Form::Chat, opening["content"].as_str().unwrap_or_default(), service)?);
         }
         Ok(ids)
     }
@@ -419,16 +430,17 @@ impl Fields {
     fn prompts(&self, service: &Service) -> Result<Vec<Vec<u32>>, Refusal> {
         let wrong =
             || Refusal::wrong("prompt", "`prompt` is a text, a list of texts, a list of token ids, or a list of those");
-        let encode = |text: &str| service.tokenizer.encode(text);
+        let encode = |text: &str| encode(Form::Text, text, service);
         let prompts = match self.get("prompt") {
-            Some(Value::String(text)) => vec![encode(text)],
+            Some(Value::String(text)) => vec![encode(text)?],
             Some(Value::Array(list)) => match list.first() {
                 Some(Value::Number(_)) => vec![ids(list, "prompt", service)?],
                 _ if list.len() > MOST_CHOICES => {
                     return Err(Refusal::wrong("prompt", format!("at most {MOST_CHOICES} prompts at once")));
                 }
                 Some(Value::String(_)) => {
-                    list.iter().map(|text| text.as_str().map(encode)).collect::<Option<_>>().ok_or_else(wrong)?
+                    let one = |text: &Value| encode(text.as_str().ok_or_else(wrong)?);
+                    list.iter().map(one).collect::<Result<_, _>>()?
                 }
                 Some(Value::Array(_)) => {
                     let one = |value: &Value| ids(value.as_array().ok_or_else(wrong)?, "prompt", service);

@@ -78,6 +78,8 @@ pub struct Service {
     /// What they are told of which one it is.
     pub fingerprint: String,
     pub tokenizer: Tokenizer,
+    /// Bytes of the longest token.
+    longest: usize,
     /// Tokens that prompt and answer have together.
     pub context: usize,
     /// What ends an answer.
@@ -101,10 +103,12 @@ impl Service {
         stop_ids.extend(tokenizer.id("<|endoftext|>"));
         stop_ids.sort_unstable();
         stop_ids.dedup();
+        let longest = (0..tokenizer.id_limit() as u32).map(|id| tokenizer.bytes(id).len()).max().unwrap_or(0);
         Ok(Service {
             name: name.to_string(),
             fingerprint: fingerprint.to_string(),
             tokenizer,
+            longest: longest.max(1),
             context: model.config.max_position_embeddings,
             stop_ids,
             max_tokens: None,
@@ -116,20 +120,21 @@ impl Service {
     }
 }
 
-/// Answers at `listener` until `stop` is set, and then until what is at work has ended, within bounds. `log` is told
-/// of every request when it is over. `Err` if the model cannot be run at all.
+/// Answers at `listener` until `stop` is set, and then until what is at work has ended, within bounds. `ready` is told
+/// when the model can be asked, `log` of every request when it is over. `Err` if the model cannot be run at all.
 pub fn serve(
     listener: &TcpListener,
     placed: &Placed,
     service: &Service,
     stop: &AtomicBool,
+    ready: impl FnOnce(),
     log: &(dyn Fn(&Entry) + Sync),
 ) -> Result<(), Problem> {
     let (jobs, asked) = mpsc::channel();
     let gauges = Gauges::default();
     std::thread::scope(|scope| {
         scope.spawn(|| answer(listener, service, jobs, &gauges, stop, log));
-        let done = decode(placed, service, asked, &gauges);
+        let done = decode(placed, service, asked, &gauges, ready);
         // Where it ended by itself, nobody is left to answer.
         stop.store(true, Ordering::Relaxed);
         done

@@ -53,12 +53,22 @@ struct Work {
     choice: usize,
 }
 
-/// Runs the engine until nobody can ask any more. What fails, fails for those who are being served, who are told;
-/// `Err` only if no engine can be made.
-pub fn decode(placed: &Placed, service: &Service, jobs: Receiver<Job>, gauges: &Gauges) -> Result<(), Problem> {
+/// Runs the engine until nobody can ask any more; `ready` is told when it is there. What fails, fails for those who are
+/// being served, who are told; `Err` only if no engine can be made.
+pub fn decode(
+    placed: &Placed,
+    service: &Service,
+    jobs: Receiver<Job>,
+    gauges: &Gauges,
+    ready: impl FnOnce(),
+) -> Result<(), Problem> {
     let decode = |ids: &[u32]| service.tokenizer.decode(ids, false);
+    let mut ready = Some(ready);
     loop {
         let mut engine = Engine::new(placed, service.limits.clone(), &decode)?;
+        if let Some(ready) = ready.take() {
+            ready();
+        }
         let mut works = HashMap::new();
         let run = catch_unwind(AssertUnwindSafe(|| run(&mut engine, &mut works, &jobs, gauges)));
         let problem = match run {

@@ -240,6 +240,11 @@ fn the_length_is_bounded_by_what_the_prompt_leaves() {
     assert_eq!(error["param"], "max_completion_tokens");
     let error = server.chat(&"pens ".repeat(600), json!({})).error(400);
     assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!("messages")));
+    // Megabytes that cannot fit are not taken apart first.
+    let begun = std::time::Instant::now();
+    let error = server.post("/v1/completions", &text(json!("7".repeat(4_000_000)), json!({}))).error(400);
+    assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!("prompt")));
+    assert!(begun.elapsed() < std::time::Duration::from_secs(5), "{:?}", begun.elapsed());
 
     let server = Server::start(|service| service.max_tokens = Some(7));
     let reply = server.chat(QUESTION, json!({"temperature": 2.5, "seed": 1, "ignore_eos": true})).ok();

@@ -40,16 +40,16 @@ pub struct Server {
 impl Server {
     /// With the smallest of the bundled models.
     pub fn start(change: impl FnOnce(&mut Service)) -> Server {
-        Server::of("mini-3B", change)
+        Server::of(mini("mini-3B").0, change)
     }
 
-    pub fn of(name: &str, change: impl FnOnce(&mut Service)) -> Server {
-        let (model, tokenizer) = mini(name);
+    pub fn of(model: Model, change: impl FnOnce(&mut Service)) -> Server {
+        let tokenizer = mini("mini-3B").1;
         let mut service = Service::new(MODEL, "fp_test", tokenizer, &model).expect("they belong together");
         change(&mut service);
         Server::run(move |listener, stop, log| {
             let placed = Placed::new(model, &Device::Cpu).expect("the processor");
-            serve::serve(listener, &placed, &service, stop, log).expect("it serves");
+            serve::serve(listener, &placed, &service, stop, || {}, log).expect("it serves");
         })
     }
 
@@ -83,7 +83,7 @@ impl Server {
     }
 
     pub fn get(&self, path: &str) -> Reply {
-        self.connect().ask(&format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n"))
+        self.connect().ask(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n"))
     }
 
     pub fn post(&self, path: &str, body: &Value) -> Reply {
@@ -98,8 +98,8 @@ impl Server {
     /// A number that `/metrics` tells.
     pub fn metric(&self, name: &str) -> u64 {
         let text = String::from_utf8(self.get("/metrics").body).expect("UTF-8");
-        let line = text.lines().find(|line| line.starts_with(name) && !line.starts_with('#'));
-        line.and_then(|line| line.rsplit(' ').next()).map_or(0, |value| value.parse().expect("a number"))
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.map_or(0, |value| value.parse().expect("a number"))
     }
 
     /// Waits until a number is there.

@@ -272,6 +272,7 @@ max_tokens = 100
     client.ok(&["run", "m.toml", "--set", "endpoint.local.max_concurrency=4"]);
     let second = serving.answered() - first;
     assert_eq!((client.journalled(), second), (RECORDS, RECORDS - before));
+    println!("{before} replies in the journal when killed, {first} given; then {second} more: {RECORDS} records");
     client.ok(&["run", "m.toml", "--force", "answers"]);
     assert_eq!(serving.answered(), first + second, "what is in the journal is not asked again");
     client.ok(&["export", "m.toml", "answers", "answers"]);
