@@ -111,7 +111,7 @@ fn a_response_may_be_nothing_but_its_answer() {
         ("1000", "1 000", Correct),
         ("34", "Final Answer: The largest $n$ is 34.", Correct),
         ("5", "The answer is not 5, it is 6", Undecided),
-        ("5", "The answer is 5, which is not 6", Correct),
+        ("5", "The answer is 5, which is not 6", Undecided),
         ("4", "Final Answer: The first is 3 and the second is 4", Undecided),
         ("13", "\\boxed{}", Wrong),
     ] {

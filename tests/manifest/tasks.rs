@@ -254,7 +254,7 @@ fn what_neither_the_task_nor_the_stage_gives_is_missing_for_that_task_alone() {
     assert_snapshot!(told(&TEXT.replace("max_tokens = 200\n", "")), @r#"
 error[manifest::missing_key]: stage `eval` needs the key `max_tokens`
   m.toml:27 "[stage.eval]"
-  note: `max_tokens`: Longest completion, in tokens, thinking included. With the prompt it has to fit the model's context.
+  note: `max_tokens`: Longest completion, in tokens, thinking included; with `thinking`, of what follows it. With the prompt it has to fit the model's context.
   note: task `words` does not give it either
     "#);
     // A dataset of its own has no task to wait for.
@@ -262,7 +262,7 @@ error[manifest::missing_key]: stage `eval` needs the key `max_tokens`
     assert_snapshot!(told(&own), @r#"
 error[manifest::missing_key]: stage `eval` needs the key `max_tokens`
   m.toml:28 "[stage.eval]"
-  note: `max_tokens`: Longest completion, in tokens, thinking included. With the prompt it has to fit the model's context.
+  note: `max_tokens`: Longest completion, in tokens, thinking included; with `thinking`, of what follows it. With the prompt it has to fit the model's context.
     "#);
     assert_eq!(told(&own.replace("seed = 7", "max_tokens = 7")), "no problem");
 }

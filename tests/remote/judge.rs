@@ -15,6 +15,7 @@ fn study(server: &Server, judge: &str, more: &str) -> Study {
 [endpoint.solver]
 url = "{0}"
 model = "teacher-large"
+api_key_env = "PIPE_TEST_OTHER_KEY"
 
 [endpoint.referee]
 url = "{0}"
@@ -106,6 +107,7 @@ fn judged(server: &Server) -> Vec<Value> {
 #[test]
 fn the_judge_decides_what_the_grader_does_not_and_a_second_run_asks_nobody() {
     let server = Server::start();
+    server.guard_list(true);
     solver_and_judge(&server, ANSWERS);
     let study = study(&server, "seed = 5", "");
     study.ok(&[]);
@@ -143,6 +145,7 @@ fn the_judge_decides_what_the_grader_does_not_and_a_second_run_asks_nobody() {
 #[test]
 fn asked_about_all_it_decides_all_and_is_compared_with_the_grader() {
     let server = Server::start();
+    server.guard_list(true);
     let mut answers = ANSWERS.to_vec();
     answers[3] = "\\boxed{24.0}";
     solver_and_judge(&server, &answers);
@@ -160,6 +163,7 @@ fn asked_about_all_it_decides_all_and_is_compared_with_the_grader() {
 #[test]
 fn a_reply_that_cannot_be_read_is_asked_for_again_and_then_leaves_an_interval() {
     let server = Server::start();
+    server.guard_list(true);
     let tries = Arc::new(Mutex::new(0));
     let counted = tries.clone();
     server.model(move |body| {
@@ -195,6 +199,7 @@ fn a_reply_that_cannot_be_read_is_asked_for_again_and_then_leaves_an_interval() 
 #[test]
 fn without_its_key_the_run_does_not_begin_unless_the_judge_is_not_to_be_asked() {
     let server = Server::start();
+    server.guard_list(true);
     solver_and_judge(&server, ANSWERS);
     let study = study(&server, "", "");
     let run = |more: &[&str]| {
@@ -228,6 +233,7 @@ fn no_answer_talks_the_judge_into_a_credit() {
     .into();
     let answers: Vec<&str> = answers.iter().map(String::as_str).collect();
     let server = Server::start();
+    server.guard_list(true);
     solver_and_judge(&server, &answers);
     let honest = study(&server, "ask = \"all\"", "");
     honest.ok(&[]);
@@ -247,6 +253,7 @@ fn no_answer_talks_the_judge_into_a_credit() {
 #[test]
 fn a_judgement_that_does_not_come_fails_the_stage_or_stays_open() {
     let server = Server::start();
+    server.guard_list(true);
     solver_and_judge(&server, ANSWERS);
     let study = study(&server, "", "");
     let refuse = || server.fault("25\\ldots", Fault::Status(400, "", "{\"error\": {\"message\": \"no room\"}}"));
@@ -264,6 +271,7 @@ fn a_judgement_that_does_not_come_fails_the_stage_or_stays_open() {
 #[test]
 fn an_answer_longer_than_may_be_shown_is_not_judged_and_the_end_of_a_response_is() {
     let server = Server::start();
+    server.guard_list(true);
     let long = format!("\\boxed{{{}24\\ldots}}", "0+".repeat(100));
     let wordy = format!("{}END\\boxed{{24\\ldots}}", "many words. ".repeat(100));
     solver_and_judge(&server, &[&long, &wordy, "\\boxed{24}", "\\boxed{24}"]);
@@ -281,6 +289,7 @@ fn an_answer_longer_than_may_be_shown_is_not_judged_and_the_end_of_a_response_is
 #[test]
 fn s1s_judge_is_shown_the_gold_answer_and_those_before() {
     let server = Server::start();
+    server.guard_list(true);
     server.model(|body| {
         let text = question(body);
         if !is_judge(body) {
@@ -344,6 +353,7 @@ fn s1s_judge_is_shown_the_gold_answer_and_those_before() {
 #[test]
 fn letters_that_are_not_bare_go_to_s1s_judge_and_no_letter_is_a() {
     let server = Server::start();
+    server.guard_list(true);
     solver_and_judge(&server, ANSWERS);
     server.model(|body| {
         if !is_judge(body) {

@@ -84,7 +84,8 @@ parse = {{ kind = "boxed" }}
 
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pipe"));
-        command.current_dir(self.dir.path()).args(args).env("PIPE_TEST_KEY", KEY).env_remove("RUST_LOG");
+        command.current_dir(self.dir.path()).args(args).env("PIPE_TEST_KEY", KEY);
+        command.env("PIPE_TEST_OTHER_KEY", KEY).env_remove("RUST_LOG");
         command
     }
 
