@@ -282,15 +282,7 @@ fn weak(text: &str) -> Option<Found> {
         }
     }
     let words = |line: &str| line.split([' ', ',']).any(|word| word.len() > 3 && word.chars().all(char::is_alphabetic));
-    // Nothing but an expression.
-    let expression = |c: char| c.is_ascii_digit() || c == '\\';
-    let boxes = ["\\boxed", "\\fbox"].iter().any(|name| text.contains(name));
-    if !boxes
-        && text.trim() == last_line
-        && last_line.len() < 200
-        && !words(last_line)
-        && last_line.contains(expression)
-    {
+    if text.trim() == last_line && last_line.len() < 200 && is_expression(last_line) {
         return found(last_line, "whole");
     }
     if last_line.len() < 200 {
@@ -304,6 +296,19 @@ fn weak(text: &str) -> Option<Found> {
         }
     }
     None
+}
+
+/// A number or formula with no word beside it: commands apart, no two letters are neighbours.
+fn is_expression(line: &str) -> bool {
+    let (mut letters, mut command) = (0, false);
+    for c in line.chars() {
+        command = c == '\\' || (command && c.is_alphabetic());
+        letters = if c.is_alphabetic() && !command { letters + 1 } else { 0 };
+        if letters > 1 {
+            return false;
+        }
+    }
+    line.contains(|c: char| c.is_ascii_digit()) && !["\\boxed", "\\fbox"].iter().any(|name| line.contains(name))
 }
 
 /// What stands between the last closing mark and the opening one before it.

@@ -114,6 +114,8 @@ fn a_response_may_be_nothing_but_its_answer() {
         ("5", "The answer is 5, which is not 6", Undecided),
         ("4", "Final Answer: The first is 3 and the second is 4", Undecided),
         ("13", "\\boxed{}", Wrong),
+        ("4", "Now Eva has 4 balls.", Correct),
+        ("4", "Now Eva has 5 balls.", Wrong),
     ] {
         assert_eq!(verdict(gold, response), wanted, "gold {gold}, response {response}");
     }
