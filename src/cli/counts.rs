@@ -115,10 +115,11 @@ impl<'a> Counts<'a> {
             };
             rows.push(row);
             if let Some(endpoint) = counts::judge(&look.cell(*id).params) {
-                let judging = reader.judging(*id, &endpoint);
                 let line = asked(&mut endpoints, endpoint, remote)?;
+                // Of a cell whose data are not there that is all there is to say, and its own row says it.
+                let judging = reader.judging(*id, &endpoints[line].endpoint);
                 endpoints[line].add(&judging);
-                rows.push(judging);
+                rows.extend(Some(judging).filter(|row| row.work.is_some()));
             }
         }
         rows.sort_by_key(|row| row.cell);
@@ -461,15 +462,14 @@ fn likely_words(likely: Option<&Likely>, endpoint: &Endpoint) -> String {
 impl Asked {
     fn add(&mut self, row: &Row) {
         let Some(Work::Calls(calls)) = &row.work else {
-            self.unknown.push(row.cell);
-            return;
+            return self.wait_for(row.cell);
         };
         let first = self.wanted == 0;
         self.wanted = self.wanted.saturating_add(calls.wanted);
         self.once.add(&calls.once);
         self.most.add(&calls.most);
         if !calls.prompts_known {
-            self.unknown.push(row.cell);
+            self.wait_for(row.cell);
         }
         if first {
             self.likely = calls.likely;
@@ -480,6 +480,12 @@ impl Asked {
                 replies: sum.replies.max(more.replies),
                 own: false,
             });
+        }
+    }
+
+    fn wait_for(&mut self, cell: CellId) {
+        if self.unknown.last() != Some(&cell) {
+            self.unknown.push(cell);
         }
     }
 

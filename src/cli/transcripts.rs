@@ -571,7 +571,8 @@ pub fn compare(global: &Global, engine: &Engine, pair: [&Found; 2], browse: &Bro
         false => writeln!(text, "{alike} alike"),
     };
     if let Some(p) = p {
-        let _ = writeln!(text, "p = {p:.3}: how often chance alone is as far apart (exact paired permutation test)");
+        let p = if p < 0.0005 { "p < 0.001".to_string() } else { format!("p = {p:.3}") };
+        let _ = writeln!(text, "{p}: how often chance alone is as far apart (exact paired permutation test)");
     }
     print(&text)
 }

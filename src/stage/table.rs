@@ -258,6 +258,7 @@ pub(super) fn unknown_axis(key: &'static str, name: &str, known: &[String]) -> B
         message: format!("no input has the axis `{name}`"),
         help: match near {
             Some(near) => format!("an axis with a similar name exists: `{near}`"),
+            None if known.is_empty() => "the inputs have no axes; `stage` tells one stage from another".into(),
             None => format!("axes of the inputs: {}", known.join(", ")),
         },
     }
