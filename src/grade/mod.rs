@@ -77,11 +77,11 @@ pub fn grade(gold: &str, response: &str, kind: Kind) -> Graded {
 
 /// Compares two answers as they stand, without extraction; a gold answer in a box is what the box holds.
 pub fn judge(gold: &str, given: &str) -> decide::Ruling {
-    let gold = unboxed(gold);
-    let gold = gold.as_ref();
-    if gold.trim() == given.trim() {
+    let inner = unboxed(gold);
+    if [gold, &*inner].iter().any(|gold| gold.trim() == given.trim()) {
         return (Verdict::Correct, "same text");
     }
+    let gold = &*inner;
     if given.len() > ANSWER_BYTES || gold.len() > ANSWER_BYTES {
         return (Verdict::Undecided, "too long");
     }

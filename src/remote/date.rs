@@ -8,8 +8,10 @@ use std::time::Duration;
 pub fn retry_after(value: &str, date: Option<&str>, now: u64, longest: Duration) -> Option<Duration> {
     let value = value.trim();
     if let Ok(seconds) = value.parse::<f64>() {
-        return (seconds.is_finite() && seconds > 0.0)
-            .then(|| Duration::from_secs_f64(seconds.min(longest.as_secs_f64())));
+        let wait =
+            (seconds.is_finite() && seconds > 0.0).then(|| Duration::from_secs_f64(seconds.min(longest.as_secs_f64())));
+        // Less than a nanosecond is no word about waiting.
+        return wait.filter(|wait| !wait.is_zero());
     }
     let then = seconds_of(value)?;
     let now = date.and_then(seconds_of).unwrap_or(now);
@@ -61,6 +63,7 @@ mod tests {
     fn a_wait_is_bounded_whatever_the_clocks_say() {
         let after = |value, date| retry_after(value, date, 784_111_777, LONGEST);
         assert_eq!(after("2", None), Some(Duration::from_secs(2)));
+        assert_eq!(after("0.0000000000000005", None), None);
         assert_eq!(after("0.5", None), Some(Duration::from_millis(500)));
         assert_eq!(after("86400", None), Some(LONGEST));
         for nothing in ["-3", "0", "inf", "NaN", "soon", ""] {

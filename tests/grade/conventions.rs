@@ -103,6 +103,13 @@ fn latex_that_was_escaped_twice_and_boxed_gold_answers_are_read() {
 }
 
 #[test]
+fn every_answer_is_the_same_as_itself() {
+    for answer in ["\\begin{bmatrix} 1 \\boxedend{bmatrix}}", "x \\boxed{}", "\\boxed{1}\\boxed{2}", "?"] {
+        assert!(pipe::grade::same(answer, answer, Kind::Math), "{answer}");
+    }
+}
+
+#[test]
 fn a_response_may_be_nothing_but_its_answer() {
     let verdict = |gold: &str, response: &str| grade(gold, response, Kind::Math).verdict;
     for (gold, response, wanted) in [
