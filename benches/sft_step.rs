@@ -6,7 +6,7 @@
 //! A step is forward, loss, backward, clipping and AdamW. The first step is not timed. Peak memory is the
 //! process's high-water mark; processor seconds are those of the process, for machines that are not idle.
 
-use pipe::model::{Batch, Config, Gradients, LoraSpec, Model, Recompute};
+use pipe::model::{Batch, Config, Gradients, LoraSpec, Model, Policy, Recompute};
 use pipe::tensor::Dtype;
 use pipe::train::{Kind, Optimizer, Options, clip, global_norm};
 use serde_json::{Value, json};
@@ -71,7 +71,8 @@ fn measure(config: &str) -> Value {
     let (dtype, recompute) = config.split_once(',').expect("dtype,recompute");
     let storage = if dtype == "bf16" { Dtype::Bf16 } else { Dtype::F32 };
     let mut model = Model::random(Config::parse(SHAPE).expect("a shape"), 0, storage);
-    model.recompute = if recompute == "none" { Recompute::None } else { Recompute::All };
+    let layers = if recompute == "none" { Recompute::None } else { Recompute::All };
+    let policy = Policy { recompute: layers, ..Policy::default() };
     let targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"].map(String::from);
     model.add_lora(&LoraSpec { rank: 16, alpha: 32.0, targets: targets.into() }, 0).expect("an adapter");
     let mut optimizer = Optimizer::new(Kind::AdamW, Options::default(), model.params());
@@ -83,7 +84,7 @@ fn measure(config: &str) -> Value {
     let mut start = (Instant::now(), cpu_seconds());
     for step in 0..=STEPS {
         grads.clear();
-        let forward = model.forward(&batch);
+        let forward = model.forward_with(policy, &batch);
         let loss = -forward.logprobs.iter().sum::<f32>() / rows.len() as f32;
         assert!(loss.is_finite());
         model.backward(forward.tape, &vec![-1.0 / rows.len() as f32; rows.len()], &mut grads);

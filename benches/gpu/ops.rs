@@ -5,12 +5,12 @@ use pipe::cuda::ops::lora_matmul::Rows;
 use pipe::cuda::ops::{adamw, attention, head_logprob, lora_matmul, residual, rmsnorm, rope, swiglu};
 use pipe::cuda::{Buffer, Gpu};
 use pipe::model::{
-    Batch, Config, Device, Limits, LoraSpec, Model, Placed, Prompt, Recompute, Sampling, generate, lora,
+    Batch, Config, Device, Limits, LoraSpec, Model, Placed, Policy, Prompt, Recompute, Sampling, generate, lora,
 };
 use pipe::problem::Problem;
 use pipe::random::Stream;
 use pipe::tensor::Dtype;
-use pipe::train::{Kind, Options, PlacedOptimizer};
+use pipe::train::{Kind, Options, Trainer};
 
 /// What an operation does at least, whichever way it is done.
 #[derive(Debug, Clone, Copy)]
@@ -431,12 +431,11 @@ fn step(op: &'static str, against: Against, (shape, tokens, rank): (&'static str
         target: 0.5,
         make: Box::new(move |gpu| {
             let mut model = Model::random(config.clone(), 0, Dtype::Bf16);
-            (model.recompute, model.graphs) = (Recompute::All, graphs);
             let targets = lora::TARGETS.map(String::from).to_vec();
             model.add_lora(&LoraSpec { rank, alpha: 2.0 * rank as f64, targets }, 0)?;
-            let mut placed = Placed::new(model, &Device::Cuda(gpu.clone()))?;
-            let mut optimizer = PlacedOptimizer::new(Kind::AdamW, Options::default(), &placed)?;
-            let mut gradients = placed.zero_gradients()?;
+            let policy = Policy { recompute: Recompute::All, graphs, ..Policy::default() };
+            let placed = Placed::with(model, &Device::Cuda(gpu.clone()), policy)?;
+            let mut trainer = Trainer::new(placed, Kind::AdamW, Options::default())?;
             let vocabulary = config.vocab_size as u32;
             let ids: Vec<u32> = (0..tokens as u32).map(|i| i.wrapping_mul(2_654_435_761) % vocabulary).collect();
             let (rows, targets): (Vec<usize>, Vec<u32>) = (0..tokens - 1).map(|t| (t, ids[t + 1])).unzip();
@@ -444,13 +443,11 @@ fn step(op: &'static str, against: Against, (shape, tokens, rank): (&'static str
             Ok(Box::new(move || {
                 device.time(&mut || {
                     let batch = Batch { ids: &ids, lengths: &[tokens], rows: &rows, targets: &targets };
-                    gradients.clear()?;
-                    let forward = placed.forward(&batch)?;
-                    let slopes = vec![-1.0 / rows.len() as f32; rows.len()];
-                    placed.backward(forward.tape, &slopes, &mut gradients)?;
-                    let norm = optimizer.norm(&gradients)?;
-                    optimizer.clip(&mut gradients, norm, 1.0)?;
-                    optimizer.step(&mut placed, &gradients, 1e-4)
+                    trainer.clear_gradients()?;
+                    trainer.forward(&batch)?.backward(&vec![-1.0 / rows.len() as f32; rows.len()])?;
+                    let norm = trainer.norm()?;
+                    trainer.clip(norm, 1.0)?;
+                    trainer.step(1e-4)
                 })
             }))
         }),

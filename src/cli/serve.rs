@@ -111,7 +111,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
         let fold_last = matches!(dtype, Dtype::F32);
         let model = Placed::new(Model::load(&parts, &LoadOptions { dtype, fold_last })?, &global.open_device()?)?;
         let name = arguments.model_name.as_deref().unwrap_or(&cell);
-        let mut service = Service::new(name, &fingerprint, tokenizer, &model)?;
+        let mut service = Service::new(name, &fingerprint, tokenizer, model.config())?;
         service.key = key;
         service.max_tokens = arguments.max_tokens.map(|most| most as usize);
         service.bounds.requests = usize::from(arguments.max_concurrency);

@@ -1,10 +1,11 @@
-//! `config.json` of a Qwen2 / Qwen2.5 checkpoint: read, validated, written back.
+//! `config.json` of a checkpoint of a known family: read, validated, written back.
 //!
 //! Fields carry the names of the file. Both spellings that are in use are read: `torch_dtype` or `dtype`,
 //! `rope_theta` at the top or (transformers 5) inside `rope_parameters`, with or without `layer_types`.
 //! What would change the numbers and is not implemented (RoPE scaling, sliding-window layers, another
 //! activation or architecture) is refused: computing something else silently is the worst outcome.
 
+use super::family::{self, Family};
 use crate::files::Files;
 use crate::problem::{Exit, Problem};
 use serde_json::{Map, Value};
@@ -13,6 +14,9 @@ use std::path::Path;
 /// The shape of a model. All counts are at least 1 and small enough that products of two fit in 64 bits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
+    /// What is particular to the architecture.
+    pub family: &'static Family,
+    /// V: rows of the embedding.
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -31,6 +35,17 @@ pub struct Config {
     pub eos_token_ids: Vec<u32>,
     /// The file as it was read, so that writing keeps what is not understood here.
     raw: Map<String, Value>,
+}
+
+/// Heads of attention and their size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Of the queries.
+    pub heads: usize,
+    /// Of keys and values.
+    pub kv_heads: usize,
+    /// Values of each.
+    pub head_dim: usize,
 }
 
 /// No dimension of a real model is near this; it keeps products far from overflow.
@@ -59,17 +74,18 @@ impl Config {
     /// From the fields of a `config.json`.
     pub fn from_map(raw: Map<String, Value>) -> Result<Config, Problem> {
         let read = Reader(&raw);
-        match raw.get("model_type").and_then(Value::as_str) {
-            Some("qwen2") => {}
-            Some(other) => {
-                return Err(unsupported(format!("the architecture is `{other}`; only `qwen2` is implemented")));
-            }
+        let family = match raw.get("model_type").and_then(Value::as_str) {
+            Some(name) => family::named(name).ok_or_else(|| {
+                let known: Vec<String> =
+                    family::FAMILIES.iter().map(|family| format!("`{}`", family.model_type)).collect();
+                unsupported(format!("the architecture is `{name}`; only {} is implemented", known.join(", ")))
+            })?,
             None => return Err(bad("`model_type` is missing".into())),
-        }
+        };
         if let Some(act) = raw.get("hidden_act").and_then(Value::as_str)
-            && act != "silu"
+            && act != family.activation
         {
-            return Err(unsupported(format!("`hidden_act` is `{act}`; Qwen2 has `silu`")));
+            return Err(unsupported(format!("`hidden_act` is `{act}`; {} has `{}`", family.name, family.activation)));
         }
         let hidden_size = read.count("hidden_size")?;
         let heads = read.count("num_attention_heads")?;
@@ -84,6 +100,7 @@ impl Config {
         };
         let kv_heads = read.present("num_key_value_heads").map_or(Ok(heads), |_| read.count("num_key_value_heads"))?;
         let config = Config {
+            family,
             vocab_size: read.count("vocab_size")?,
             hidden_size,
             intermediate_size: read.count("intermediate_size")?,
@@ -128,12 +145,22 @@ impl Config {
         self.num_key_value_heads * self.head_dim
     }
 
-    /// Number of weights, the tied head counted once.
-    pub fn parameters(&self) -> usize {
-        let (h, q, k, i) = (self.hidden_size, self.query_size(), self.key_size(), self.intermediate_size);
-        let layer = (q + 2 * k) * (h + 1) + h * q + 3 * h * i + 2 * h;
-        let embeddings = self.vocab_size * h * if self.tie_word_embeddings { 1 } else { 2 };
-        embeddings + self.num_hidden_layers * layer + h
+    /// How attention is divided.
+    pub fn heads(&self) -> Heads {
+        Heads { heads: self.num_attention_heads, kv_heads: self.num_key_value_heads, head_dim: self.head_dim }
+    }
+
+    /// `Err` naming the first id that the embedding has no row for.
+    pub fn check_ids(&self, ids: &[u32]) -> Result<(), Problem> {
+        match ids.iter().find(|&&id| id as usize >= self.vocab_size) {
+            None => Ok(()),
+            Some(id) => Err(Problem::new(
+                "model::id_out_of_range",
+                format!("token id {id} has no row in an embedding of {}", self.vocab_size),
+            )
+            .exit(Exit::Failed)
+            .note("the tokenizer or the token ids belong to another model")),
+        }
     }
 
     /// The text of `config.json` for weights stored as `dtype` (`float32`, `bfloat16`): what was read, with

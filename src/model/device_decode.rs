@@ -5,15 +5,17 @@
 //!
 //! A step is a fixed sequence of launches over fixed buffers: what changes from one to the next is uploaded at once,
 //! into `Workspace::inputs`, and the ids that are drawn come down. So a step is captured once and then launched as a
-//! whole, once for each [`Shape`]: completions and keys are rounded up to a few numbers, rows beyond the completions
+//! whole, once for each [`StepShape`]: completions and keys are rounded up to a few numbers, rows beyond the completions
 //! write to a page of their own, and no row looks at another. How a row is drawn is among the inputs, so that requests
 //! of all kinds go through the same launches.
 
-use super::device::{DeviceModel, attention_dims};
-use super::engine::{Beginning, Draw, KNOWN, Limits, Live, Ticket};
+use super::decoder::Decoder;
+use super::device::Cuda;
 use super::memory::{Decode, Plan, Trained, Work};
-use super::qwen2::Model;
+use super::request::{Beginning, Draw, Limits, Live, Ticket};
 use super::sampling::log_softmax;
+use super::sizes::{DEVICE_PAGE as PAGE, KNOWN, Sections, StepShape};
+use super::step::StepRows;
 use crate::cuda::ops::attention_decode::{self, Parts, SPAN};
 use crate::cuda::ops::residual;
 use crate::cuda::ops::rope::Table;
@@ -24,12 +26,9 @@ use crate::tensor::Dtype;
 use half::bf16;
 use std::collections::HashMap;
 
-pub(super) use crate::cuda::ops::attention_decode::PAGE;
-
 /// Completions in the making on a device.
 pub(super) struct DeviceDecoder<'m> {
-    model: &'m Model,
-    device: &'m DeviceModel,
+    model: &'m Decoder<Cuda>,
     /// The page that rows without a completion write to, behind all others.
     spare: u32,
     /// `[pages, 16, KV, D]` of each layer.
@@ -38,58 +37,18 @@ pub(super) struct DeviceDecoder<'m> {
     table: Table,
     work: Workspace,
     /// What is known of each shape; absent if nothing is to be captured.
-    graphs: Option<HashMap<Shape, Option<Graph>>>,
+    graphs: Option<HashMap<StepShape, Option<Graph>>>,
     /// The logits after the prompts that are known, `[KNOWN, V]`.
     kept: Buffer<bf16>,
 }
 
-/// What a step is captured for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Shape {
-    pub rows: usize,
-    /// The most that a row may attend to.
-    pub keys: usize,
-}
-
-/// Completions are rounded up to so many: few enough to be captured one by one, at most 7 more than there are.
-fn rounded(live: usize) -> usize {
-    if live <= 8 { live.next_power_of_two() } else { live.next_multiple_of(8) }
-}
-
-impl Shape {
-    pub fn of(live: usize, longest: usize) -> Shape {
-        Shape { rows: rounded(live), keys: longest.div_ceil(SPAN).next_power_of_two() * SPAN }
-    }
-
-    /// Entries that a row has in the page table.
-    fn pages(self) -> usize {
-        self.keys / PAGE
-    }
-
-    /// Of what a step is given.
-    pub fn input_bytes(self) -> usize {
-        self.rows * (Inputs::PAGES + self.pages() * size_of::<u32>())
-    }
-}
-
-/// The buffers of steps of at most so many rows and keys. Smaller steps use the first part of each.
+/// The buffers of steps of at most this many rows and keys. Smaller steps use the first part of each.
 struct Workspace {
-    most: Shape,
+    most: StepShape,
     /// The sections that [`Inputs`] lists.
     inputs: Buffer<u8>,
-    x: Buffer<bf16>,
-    norm: Buffer<bf16>,
-    rstd: Buffer<f32>,
-    q: Buffer<bf16>,
-    k: Buffer<bf16>,
-    v: Buffer<bf16>,
-    attended: Buffer<bf16>,
-    gate: Buffer<bf16>,
-    up: Buffer<bf16>,
-    gated: Buffer<bf16>,
-    low: Buffer<bf16>,
+    rows: StepRows<Cuda>,
     parts: Parts,
-    logits: Buffer<bf16>,
     scratch: Buffer<f32>,
     /// Ids, log-probs and probabilities, one after the other.
     drawn: Buffer<u32>,
@@ -105,28 +64,15 @@ struct Contexts {
     owners: Vec<Option<Ticket>>,
 }
 
-/// The buffers of one step, [`Shape::rows`] rows each.
-pub(super) struct StepRows {
-    pub ids: Buffer<u32>,
-    pub positions: Buffer<u32>,
+/// What a step has beside [`StepRows`], [`StepShape::rows`] rows each.
+struct Beside {
+    ids: Buffer<u32>,
+    positions: Buffer<u32>,
     /// How many keys each row attends to, its own included.
     lengths: Buffer<u32>,
     /// `[rows, pages]`.
     page_table: Buffer<u32>,
     rules: Buffer<Rule>,
-    pub x: Buffer<bf16>,
-    pub norm: Buffer<bf16>,
-    pub rstd: Buffer<f32>,
-    pub q: Buffer<bf16>,
-    pub k: Buffer<bf16>,
-    pub v: Buffer<bf16>,
-    pub attended: Buffer<bf16>,
-    pub gate: Buffer<bf16>,
-    pub up: Buffer<bf16>,
-    pub gated: Buffer<bf16>,
-    /// A x of an adapter, for as many rows as there are and the largest rank.
-    pub low: Buffer<bf16>,
-    pub logits: Buffer<bf16>,
     parts: Parts,
     scratch: Buffer<f32>,
     drawn: Drawn,
@@ -136,25 +82,18 @@ pub(super) struct StepRows {
 
 /// What a step is given, row by row. Uploaded in one piece: rules, ids, positions, lengths, page table.
 struct Inputs {
-    shape: Shape,
+    shape: StepShape,
     bytes: Vec<u8>,
 }
 
 impl Inputs {
-    /// Where the sections begin, in bytes per row before them.
-    const IDS: usize = size_of::<Rule>();
-    const POSITIONS: usize = Inputs::IDS + 4;
-    const LENGTHS: usize = Inputs::POSITIONS + 4;
-    /// Also what a row takes without its pages.
-    const PAGES: usize = Inputs::LENGTHS + 4;
-
     /// For rows without completions, which attend to nothing and write to `spare`, each to a place of its own.
-    fn new(shape: Shape, spare: u32) -> Inputs {
+    fn new(shape: StepShape, spare: u32) -> Inputs {
         let mut inputs = Inputs { shape, bytes: vec![0; shape.input_bytes()] };
         for row in 0..shape.rows {
             inputs.set(0, row, bytemuck::bytes_of(&Rule::GREEDY));
-            inputs.set(Inputs::POSITIONS, row, &((row % PAGE) as u32).to_le_bytes());
-            inputs.set(Inputs::PAGES, row * shape.pages(), &spare.to_le_bytes());
+            inputs.set(Sections::POSITIONS, row, &((row % PAGE) as u32).to_le_bytes());
+            inputs.set(Sections::PAGES, row * shape.pages(), &spare.to_le_bytes());
         }
         inputs
     }
@@ -169,12 +108,12 @@ impl Inputs {
     fn row(&mut self, row: usize, one: &Live) {
         let last = one.ids.len() as u32 - 1;
         self.set(0, row, bytemuck::bytes_of(&rule(one)));
-        self.set(Inputs::IDS, row, &one.ids[last as usize].to_le_bytes());
-        self.set(Inputs::POSITIONS, row, &last.to_le_bytes());
-        self.set(Inputs::LENGTHS, row, &(last + 1).to_le_bytes());
+        self.set(Sections::IDS, row, &one.ids[last as usize].to_le_bytes());
+        self.set(Sections::POSITIONS, row, &last.to_le_bytes());
+        self.set(Sections::LENGTHS, row, &(last + 1).to_le_bytes());
         let width = self.shape.pages();
         for (entry, page) in one.held.pages().iter().take(width).enumerate() {
-            self.set(Inputs::PAGES, row * width + entry, &page.to_le_bytes());
+            self.set(Sections::PAGES, row * width + entry, &page.to_le_bytes());
         }
     }
 }
@@ -197,35 +136,21 @@ fn rule(one: &Live) -> Rule {
 }
 
 impl Workspace {
-    fn new(gpu: &Gpu, model: &Model, most: Shape, longest: usize) -> Result<Workspace, Problem> {
-        let config = &model.config;
-        let (rows, hidden, inner) = (most.rows, config.hidden_size, config.intermediate_size);
-        let linears = model.layers.iter().flat_map(|layer| &layer.linears).chain([&model.head]);
-        let rank = linears.filter_map(|linear| linear.lora).map(|lora| lora.rank).max().unwrap_or(0);
+    fn new(gpu: &Gpu, model: &Decoder<Cuda>, most: StepShape, longest: usize) -> Result<Workspace, Problem> {
+        let (rows, vocab) = (most.rows, model.config.vocab_size);
         Ok(Workspace {
             most,
             inputs: gpu.alloc(most.input_bytes())?,
-            x: gpu.alloc(rows * hidden)?,
-            norm: gpu.alloc(rows * hidden)?,
-            rstd: gpu.alloc(rows)?,
-            q: gpu.alloc(rows * config.query_size())?,
-            k: gpu.alloc(rows * config.key_size())?,
-            v: gpu.alloc(rows * config.key_size())?,
-            attended: gpu.alloc(rows * config.query_size())?,
-            gate: gpu.alloc(rows * inner)?,
-            up: gpu.alloc(rows * inner)?,
-            gated: gpu.alloc(rows * inner)?,
-            low: gpu.alloc(rows * rank)?,
-            parts: Parts::new(gpu, rows, most.keys, attention_dims(model))?,
-            logits: gpu.alloc(rows * config.vocab_size)?,
-            scratch: gpu.alloc(rows * config.vocab_size)?,
+            rows: StepRows::new(model, rows)?,
+            parts: Parts::new(gpu, rows, most.keys, model.config.heads().on_device())?,
+            scratch: gpu.alloc(rows * vocab)?,
             drawn: gpu.alloc(rows * 3)?,
             seen: Contexts { ids: gpu.alloc(rows * longest)?, longest, owners: vec![None; rows] },
         })
     }
 
     /// The buffers of a step. The contexts are those from row `first` on.
-    fn rows(&self, shape: Shape, first: usize, model: &Model) -> StepRows {
+    fn of(&self, shape: StepShape, first: usize, model: &Decoder<Cuda>) -> (StepRows<Cuda>, Beside) {
         let (rows, most) = (shape.rows, self.most.rows);
         let numbers = |before: usize| self.inputs.part(rows * before, rows);
         let drawn = |which: usize| which * rows * size_of::<u32>();
@@ -233,25 +158,28 @@ impl Workspace {
         fn of<T: bytemuck::Pod>(buffer: &Buffer<T>, rows: usize, most: usize) -> Buffer<T> {
             buffer.part(0, buffer.len() / most * rows)
         }
-        StepRows {
-            ids: numbers(Inputs::IDS),
-            positions: numbers(Inputs::POSITIONS),
-            lengths: numbers(Inputs::LENGTHS),
-            page_table: self.inputs.part(rows * Inputs::PAGES, rows * shape.pages()),
+        let all = &self.rows;
+        let step = StepRows {
+            x: of(&all.x, rows, most),
+            norm: of(&all.norm, rows, most),
+            rstd: of(&all.rstd, rows, most),
+            q: of(&all.q, rows, most),
+            k: of(&all.k, rows, most),
+            v: of(&all.v, rows, most),
+            attended: of(&all.attended, rows, most),
+            gate: of(&all.gate, rows, most),
+            up: of(&all.up, rows, most),
+            gated: of(&all.gated, rows, most),
+            low: all.low.as_ref().map(|low| of(low, rows, most)),
+            logits: of(&all.logits, rows, most),
+        };
+        let beside = Beside {
+            ids: numbers(Sections::IDS),
+            positions: numbers(Sections::POSITIONS),
+            lengths: numbers(Sections::LENGTHS),
+            page_table: self.inputs.part(rows * Sections::PAGES, rows * shape.pages()),
             rules: self.inputs.part(0, rows),
-            x: of(&self.x, rows, most),
-            norm: of(&self.norm, rows, most),
-            rstd: of(&self.rstd, rows, most),
-            q: of(&self.q, rows, most),
-            k: of(&self.k, rows, most),
-            v: of(&self.v, rows, most),
-            attended: of(&self.attended, rows, most),
-            gate: of(&self.gate, rows, most),
-            up: of(&self.up, rows, most),
-            gated: of(&self.gated, rows, most),
-            low: of(&self.low, rows, most),
-            logits: of(&self.logits, rows, most),
-            parts: self.parts.part(rows, shape.keys, attention_dims(model)),
+            parts: self.parts.part(rows, shape.keys, model.config.heads().on_device()),
             scratch: of(&self.scratch, rows, most),
             drawn: Drawn {
                 ids: self.drawn.part(drawn(0), rows),
@@ -259,7 +187,8 @@ impl Workspace {
                 probabilities: self.drawn.part(drawn(2), rows),
             },
             seen: self.seen.ids.part(first * self.seen.longest * size_of::<u32>(), rows * self.seen.longest),
-        }
+        };
+        (step, beside)
     }
 
     /// Uploads inputs, and the contexts of rows with a penalty, from row `first` on, that have changed hands.
@@ -290,8 +219,9 @@ impl Workspace {
 
     /// The likeliest ids of a row. What is known of the one that was drawn is not said in two ways.
     fn likeliest(&self, row: usize, one: &Live, drawn: (u32, f32)) -> Result<Vec<(u32, f32)>, Problem> {
-        let vocab = self.logits.len() / self.most.rows;
-        let logits = self.logits.part::<bf16>(row * vocab * size_of::<bf16>(), vocab).download()?;
+        let all = &self.rows.logits;
+        let vocab = all.len() / self.most.rows;
+        let logits = all.part::<bf16>(row * vocab * size_of::<bf16>(), vocab).download()?;
         let logits: Vec<f32> = logits.into_iter().map(bf16::to_f32).collect();
         let top = one.sampling.likeliest(&logits, one.top_logprobs);
         let log_p = log_softmax(&logits);
@@ -303,33 +233,22 @@ impl<'m> DeviceDecoder<'m> {
     /// Room for at most `live` completions of at most `longest` tokens, prompts included, with as many pages as there
     /// are limits and memory for. No prompt has more than `prompt` tokens.
     pub fn new(
-        model: &'m Model,
-        device: &'m DeviceModel,
+        model: &'m Decoder<Cuda>,
         limits: &Limits,
         live: usize,
         longest: usize,
         prompt: usize,
     ) -> Result<DeviceDecoder<'m>, Problem> {
-        let (gpu, config) = (device.gpu(), &model.config);
+        let (gpu, config) = (model.gpu(), &model.config);
         let table = Table::upload(gpu, longest, config.head_dim, config.rope_theta)?;
-        let work = Workspace::new(gpu, model, Shape::of(live, longest), longest)?;
+        let work = Workspace::new(gpu, model, StepShape::of(live, longest), longest)?;
         let kept = gpu.alloc(KNOWN * config.vocab_size)?;
         let decode = Decode::new(config, true, live, longest, prompt);
         let count = room(gpu, model, decode)?.min(limits.pages).min(live.saturating_mul(Decode::pages(longest)));
         let len = (count + 1) * PAGE * config.key_size();
         let pool = || model.layers.iter().map(|_| gpu.alloc(len)).collect::<Result<Vec<_>, _>>();
         let graphs = limits.graphs.then(HashMap::new);
-        Ok(DeviceDecoder {
-            model,
-            device,
-            spare: count as u32,
-            keys: pool()?,
-            values: pool()?,
-            table,
-            work,
-            graphs,
-            kept,
-        })
+        Ok(DeviceDecoder { model, spare: count as u32, keys: pool()?, values: pool()?, table, work, graphs, kept })
     }
 
     /// How many pages there are for completions.
@@ -339,7 +258,7 @@ impl<'m> DeviceDecoder<'m> {
 
     /// Runs prompts and draws the first token of each of `new`, which become the rows from `first` on.
     pub fn begin(&mut self, new: &[Live], first: usize, beginning: &Beginning) -> Result<Vec<Draw>, Problem> {
-        let (gpu, vocab) = (self.device.gpu().clone(), self.model.config.vocab_size);
+        let (gpu, vocab) = (self.model.gpu().clone(), self.model.config.vocab_size);
         let which = |which: &[usize]| gpu.upload(&which.iter().map(|&i| i as u32).collect::<Vec<_>>());
         let fresh = match beginning.runs.is_empty() {
             true => None,
@@ -351,14 +270,14 @@ impl<'m> DeviceDecoder<'m> {
             let last = fresh.part(fresh.len() * size_of::<bf16>() - keep * vocab * size_of::<bf16>(), keep * vocab);
             residual::scatter_rows(&mut self.kept, &last, &which(&beginning.keep)?, vocab)?;
         }
-        let shape = Shape { rows: new.len(), keys: SPAN };
+        let shape = StepShape { rows: new.len(), keys: SPAN };
         let mut inputs = Inputs::new(shape, self.spare);
         new.iter().enumerate().for_each(|(row, one)| inputs.row(row, one));
         self.work.upload(&inputs, new, first)?;
-        let mut rows = self.work.rows(shape, first, self.model);
+        let (mut rows, mut beside) = self.work.of(shape, first, self.model);
         let logits = fresh.as_ref().unwrap_or(&self.kept);
         residual::gather_rows(&mut rows.logits, logits, &which(&beginning.prompt)?, vocab)?;
-        draw(&mut rows)?;
+        draw(&rows, &mut beside)?;
         self.work.drawn(shape.rows, new)
     }
 
@@ -367,10 +286,10 @@ impl<'m> DeviceDecoder<'m> {
         let width = self.model.config.key_size();
         let row = |one: &Live, token: usize| one.held.pages()[token / PAGE] * PAGE as u32 + (token % PAGE) as u32;
         let rows = prompts.iter().flat_map(|one| (0..one.prompt_len).map(move |token| row(one, token)));
-        let rows = self.device.gpu().upload(&rows.collect::<Vec<u32>>())?;
+        let rows = self.model.gpu().upload(&rows.collect::<Vec<u32>>())?;
         let (keys, values) = (&mut self.keys, &mut self.values);
         let ids: Vec<&[u32]> = prompts.iter().map(|one| one.prompt()).collect();
-        self.device.run_prompts(self.model, &ids, &self.table, &mut |layer, k, v| {
+        self.model.run_prompts(&ids, self.table.share(), &mut |layer, k, v| {
             residual::scatter_rows(&mut keys[layer], k, &rows, width)?;
             residual::scatter_rows(&mut values[layer], v, &rows, width)
         })
@@ -381,7 +300,7 @@ impl<'m> DeviceDecoder<'m> {
         if from.is_empty() {
             return Ok(());
         }
-        let (gpu, width) = (self.device.gpu(), self.model.config.key_size());
+        let (gpu, width) = (self.model.gpu(), self.model.config.key_size());
         let (from, to) = (gpu.upload(from)?, gpu.upload(to)?);
         let mut rows = gpu.alloc(from.len() * width)?;
         for cache in self.keys.iter_mut().chain(&mut self.values) {
@@ -394,7 +313,7 @@ impl<'m> DeviceDecoder<'m> {
     /// One token further for all.
     pub fn step(&mut self, live: &[Live]) -> Result<Vec<Draw>, Problem> {
         let longest = live.iter().map(|one| one.ids.len()).max().unwrap_or(0);
-        let shape = Shape::of(live.len(), longest);
+        let shape = StepShape::of(live.len(), longest);
         let mut inputs = Inputs::new(shape, self.spare);
         live.iter().enumerate().for_each(|(row, one)| inputs.row(row, one));
         self.work.upload(&inputs, live, 0)?;
@@ -404,20 +323,20 @@ impl<'m> DeviceDecoder<'m> {
 
     /// Launches a step: by itself the first time, when kernels may have to be loaded; captured the second time; from
     /// then on as a whole.
-    fn run(&mut self, shape: Shape) -> Result<(), Problem> {
+    fn run(&mut self, shape: StepShape) -> Result<(), Problem> {
         let known = self.graphs.as_ref().and_then(|graphs| graphs.get(&shape));
         if let Some(Some(graph)) = known {
             return graph.launch();
         }
         let capture = known.is_some();
-        let mut rows = self.work.rows(shape, 0, self.model);
+        let (mut rows, mut beside) = self.work.of(shape, 0, self.model);
         let graph = if capture {
-            let gpu = self.device.gpu().clone();
-            let graph = gpu.capture(|| self.launch(&mut rows))?;
+            let gpu = self.model.gpu().clone();
+            let graph = gpu.capture(|| self.launch(&mut rows, &mut beside))?;
             graph.launch()?;
             Some(graph)
         } else {
-            self.launch(&mut rows)?;
+            self.launch(&mut rows, &mut beside)?;
             None
         };
         if let Some(graphs) = &mut self.graphs {
@@ -426,27 +345,28 @@ impl<'m> DeviceDecoder<'m> {
         Ok(())
     }
 
-    fn launch(&mut self, rows: &mut StepRows) -> Result<(), Problem> {
-        let (keys, values, dims) = (&mut self.keys, &mut self.values, attention_dims(self.model));
-        self.device.run_tokens(self.model, rows, &self.table, &mut |layer, rows| {
+    fn launch(&mut self, rows: &mut StepRows<Cuda>, beside: &mut Beside) -> Result<(), Problem> {
+        let (keys, values, dims) = (&mut self.keys, &mut self.values, self.model.config.heads().on_device());
+        let Beside { ids, positions, lengths, page_table, parts, .. } = beside;
+        self.model.run_tokens(rows, ids, positions, &self.table, &mut |layer, rows| {
             let (keys, values) = (&mut keys[layer], &mut values[layer]);
-            let StepRows { q, k, v, attended, page_table, lengths, positions, parts, .. } = rows;
+            let StepRows { q, k, v, attended, .. } = rows;
             attention_decode::append(keys, values, k, v, page_table, positions, dims)?;
             attention_decode::forward(attended, q, keys, values, page_table, lengths, parts, dims)
         })?;
-        draw(rows)
+        draw(rows, beside)
     }
 }
 
 /// Draws a token from each row's logits.
-fn draw(rows: &mut StepRows) -> Result<(), Problem> {
-    let StepRows { drawn, scratch, logits, seen: ids, lengths, rules, .. } = rows;
-    sampling::next(drawn, scratch, Logits::Bf16(logits), Seen { ids, lengths }, rules)
+fn draw(rows: &StepRows<Cuda>, beside: &mut Beside) -> Result<(), Problem> {
+    let Beside { drawn, scratch, seen: ids, lengths, rules, .. } = beside;
+    sampling::next(drawn, scratch, Logits::Bf16(&rows.logits), Seen { ids, lengths }, rules)
 }
 
 /// Pages that there is memory for, beside what it takes to run prompts and a sixteenth of the device, for graphs and
 /// for whoever else has a little of it.
-fn room(gpu: &Gpu, model: &Model, decode: Decode) -> Result<usize, Problem> {
+fn room(gpu: &Gpu, model: &Decoder<Cuda>, decode: Decode) -> Result<usize, Problem> {
     let config = &model.config;
     let (_, total) = gpu.driver().memory()?;
     let (dtype, trained, work) = (Dtype::Bf16, Trained::from(model), Work::Decode(decode));
@@ -454,22 +374,4 @@ fn room(gpu: &Gpu, model: &Model, decode: Decode) -> Result<usize, Problem> {
     let layer = gpu.room(2 * config.num_hidden_layers, total / 16 + prompts + prompts / 8)?;
     // One of them is the spare one.
     Ok((layer / (PAGE * config.key_size() * size_of::<bf16>())).saturating_sub(1))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shapes_are_few_and_hold_what_they_are_for() {
-        for live in 1..300 {
-            let rows = rounded(live);
-            // Each of the rows beyond has a token of the spare page for itself.
-            assert!(rows >= live && rows - live < 8, "{live}: {rows}");
-            assert_eq!(rounded(rows), rows);
-        }
-        for (longest, keys) in [(1, 256), (256, 256), (257, 512), (600, 1024), (1025, 2048)] {
-            assert_eq!(Shape::of(3, longest), Shape { rows: 4, keys });
-        }
-    }
 }

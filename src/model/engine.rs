@@ -9,116 +9,18 @@
 //! None of this changes what comes out: a request has the same tokens alone as in any company, to the bit, because
 //! every row is computed by itself, has its own [`Sampling`] and draws its own random numbers.
 
-use super::device_decode::{self, DeviceDecoder};
-use super::host_decode::{self, HostDecoder};
+use super::config::Config;
+use super::device_decode::DeviceDecoder;
+use super::host_decode::HostDecoder;
 use super::pages::{Held, Pages};
 use super::placed::Placed;
-use super::qwen2::Model;
+use super::request::{Ask, Beginning, Completion, Draw, Event, Finish, Limits, Live, MOST_TOP, Prompt, Ticket};
 use super::sampling::Sampling;
+use super::sizes::{
+    DEVICE_PAGE, HOST_PAGE, KNOWN, MOST_LIVE, PROMPT_TOKENS, most_live_on_host, pages_of, pages_on_host,
+};
 use crate::problem::{Exit, Problem};
 use std::collections::VecDeque;
-
-/// A prompt and the random numbers of its completion.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Prompt {
-    pub ids: Vec<u32>,
-    /// Which numbers it draws; make it from the record's id and the index of the sample.
-    pub stream: u64,
-}
-
-/// What is asked of an [`Engine`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct Ask {
-    /// The prompt.
-    pub ids: Vec<u32>,
-    /// Which random numbers it draws, beside the seed.
-    pub stream: u64,
-    pub sampling: Sampling,
-    /// So many of the likeliest ids are told with each token, at most [`MOST_TOP`].
-    pub top_logprobs: usize,
-}
-
-/// A request's name, in the order of their coming: the first of an engine is 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Ticket(u64);
-
-/// What a step tells.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Event {
-    /// A token was drawn; a stop id too, and those that a stop text is cut off with.
-    Token {
-        ticket: Ticket,
-        id: u32,
-        /// log p under the model itself: before penalty, temperature and filters.
-        logprob: f32,
-        /// The likeliest ids that may be drawn, likeliest first, with the same log p.
-        top: Vec<(u32, f32)>,
-    },
-    /// There is no more of it.
-    End { ticket: Ticket, completion: Completion },
-}
-
-/// Why a completion ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Finish {
-    /// At a stop id or a stop text.
-    Stop,
-    /// At `max_tokens`.
-    Length,
-}
-
-#[derive(Debug, Clone, PartialEq)]
-pub struct Completion {
-    /// New ids, the stop id included.
-    pub ids: Vec<u32>,
-    /// Their text, without stop id and from the stop text on cut off.
-    pub text: String,
-    pub finish: Finish,
-    /// log p of each id under the model itself: before penalty, temperature and filters.
-    pub logprobs: Vec<f32>,
-}
-
-/// What generation may take of a machine. Changes nothing of what comes out.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Limits {
-    /// Completions at once.
-    pub live: usize,
-    /// Pages of keys and values, of 16 tokens on a device and of 64 on the host; those that there is memory for, if
-    /// they are fewer.
-    pub pages: usize,
-    /// Tokens of the longest request, completion included; the model's context, if that is shorter.
-    pub longest: usize,
-    /// Tokens of the longest prompt.
-    pub prompt: usize,
-    /// Whether steps on a device are captured and launched as a whole.
-    pub graphs: bool,
-}
-
-impl Default for Limits {
-    /// As much as there is.
-    fn default() -> Limits {
-        Limits { live: MOST_LIVE, pages: usize::MAX, longest: usize::MAX, prompt: usize::MAX, graphs: true }
-    }
-}
-
-/// Completions at once.
-pub(super) const MOST_LIVE: usize = 256;
-/// The most [`Ask::top_logprobs`].
-pub const MOST_TOP: usize = 20;
-/// Tokens of prompts that are run in one step; one longer prompt is run alone.
-const PROMPT_TOKENS: usize = 4096;
-/// Prompts whose pages, and the logits after them, are kept for those who come with the same.
-pub(super) const KNOWN: usize = 8;
-
-/// Tokens of prompts, none longer than `prompt`, that are run together at most for so many completions.
-pub(super) fn prompts_together(live: usize, prompt: usize) -> usize {
-    live.saturating_mul(prompt).min(prompt.max(PROMPT_TOKENS)).max(1)
-}
-
-/// Pages for a request of at most `longest` tokens: the last one is drawn and never run.
-pub(super) fn pages_of(longest: usize, page: usize) -> usize {
-    (longest.max(2) - 1).div_ceil(page)
-}
 
 /// Completes `prompts`, in order. `decode` turns ids to text (without special tokens, if that is wanted).
 /// `on_step` is told how many are finished, at least once per token; its `Err` ends the work. `Err` also for a prompt
@@ -178,7 +80,7 @@ pub fn complete(
 
 /// Takes requests and gives their tokens, step by step. After an `Err` of [`Engine::step`] it is of no more use.
 pub struct Engine<'m> {
-    model: &'m Model,
+    config: &'m Config,
     decode: &'m dyn Fn(&[u32]) -> String,
     place: Place<'m>,
     /// Completions that it runs at once.
@@ -196,58 +98,12 @@ pub struct Engine<'m> {
     tickets: u64,
 }
 
-/// A request, waiting or a completion in the making.
-pub(super) struct Live {
-    pub ticket: Ticket,
-    /// Prompt and completion.
-    pub ids: Vec<u32>,
-    pub prompt_len: usize,
-    pub stream: u64,
-    pub sampling: Sampling,
-    pub top_logprobs: usize,
-    /// Where keys and values are.
-    pub held: Held,
-    logprobs: Vec<f32>,
-}
-
-impl Live {
-    pub fn prompt(&self) -> &[u32] {
-        &self.ids[..self.prompt_len]
-    }
-
-    /// Number of the next draw.
-    pub fn counter(&self) -> u64 {
-        (self.ids.len() - self.prompt_len) as u64
-    }
-}
-
 /// A prompt that was run.
 struct Known {
     ids: Vec<u32>,
     held: Held,
     /// Where the logits after it are kept.
     slot: usize,
-}
-
-/// What is drawn for a row.
-pub(super) struct Draw {
-    pub id: u32,
-    pub logprob: f32,
-    pub top: Vec<(u32, f32)>,
-}
-
-/// Requests that begin together. Either all of their prompts are known or none is.
-#[derive(Default)]
-pub(super) struct Beginning {
-    /// Those of them whose prompts are run, each to the pages that it holds; empty if all are known.
-    pub runs: Vec<usize>,
-    /// Of each, the place of its prompt among those, or the slot of the known one.
-    pub prompt: Vec<usize>,
-    /// Then these rows of the cache are copied: row `i` of a page is its number times the page's tokens, and `i`.
-    pub from: Vec<u32>,
-    pub to: Vec<u32>,
-    /// In which slots the logits of the last of `runs` are kept.
-    pub keep: Vec<usize>,
 }
 
 /// Runs prompts and tokens and draws from what comes out.
@@ -260,8 +116,8 @@ impl Place<'_> {
     /// Tokens of a page.
     fn page(&self) -> usize {
         match self {
-            Place::Host(_) => host_decode::PAGE,
-            Place::Device(_) => device_decode::PAGE,
+            Place::Host(_) => HOST_PAGE,
+            Place::Device(_) => DEVICE_PAGE,
         }
     }
 
@@ -298,23 +154,23 @@ impl<'m> Engine<'m> {
         limits: Limits,
         decode: &'m dyn Fn(&[u32]) -> String,
     ) -> Result<Engine<'m>, Problem> {
-        let model: &Model = placed;
-        let longest = limits.longest.min(model.config.max_position_embeddings).max(1);
+        let config = placed.config();
+        let longest = limits.longest.min(config.max_position_embeddings).max(1);
         let prompt = limits.prompt.min(longest);
-        let (width, place) = match placed.device() {
-            None => {
-                let width = limits.live.clamp(1, host_decode::most_live(&model.config));
-                let count = host_decode::pages(&model.config, width, longest).min(limits.pages);
-                (width, Place::Host(Box::new(HostDecoder::new(model, longest, count))))
+        let (width, place) = match placed {
+            Placed::Host(side) => {
+                let width = limits.live.clamp(1, most_live_on_host(config));
+                let count = pages_on_host(config, width, longest).min(limits.pages);
+                (width, Place::Host(Box::new(HostDecoder::new(&side.model, longest, count))))
             }
-            Some(device) => {
+            Placed::Device(side) => {
                 let width = limits.live.clamp(1, MOST_LIVE);
-                let decoder = DeviceDecoder::new(model, device, &limits, width, longest, prompt)?;
+                let decoder = DeviceDecoder::new(&side.model, &limits, width, longest, prompt)?;
                 (width, Place::Device(Box::new(decoder)))
             }
         };
         Ok(Engine {
-            model,
+            config,
             decode,
             pages: Pages::new(place.pages()),
             place,
@@ -352,7 +208,7 @@ impl<'m> Engine<'m> {
         if ids.is_empty() {
             return Err(Problem::new("model::empty_prompt", "a prompt has no tokens"));
         }
-        self.model.check_ids(ids)?;
+        self.config.check_ids(ids)?;
         sampling.check()?;
         if *top_logprobs > MOST_TOP {
             let message = format!("{top_logprobs} of the likeliest tokens are asked for, and {MOST_TOP} are told");

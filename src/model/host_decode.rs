@@ -3,40 +3,21 @@
 //! A page holds 64 tokens of every layer, which is as many keys as attention looks at at once: a sequence has the same
 //! bits in pages as in one piece. Pages are allocated when they are first written to, and stay.
 
-use super::config::Config;
-use super::engine::{Beginning, Draw, KNOWN, Live, MOST_LIVE, pages_of};
-use super::qwen2::{Layer, Model, Sequences};
+use super::decoder::Decoder;
+use super::host::{Host, sure};
+use super::place::Place;
+use super::request::{Beginning, Draw, Live};
 use super::sampling::log_softmax;
+use super::sizes::{HOST_PAGE as PAGE, KNOWN};
+use super::step::StepRows;
 use crate::random::Stream;
 use crate::tensor::ops::{self, RopeTable};
 use rayon::prelude::*;
-
-pub(super) use crate::tensor::ops::PAGE;
-
-/// Bytes that keys and values of all live completions may take together; one completion may always take its own.
-const CACHE_BYTES: usize = 1 << 30;
-/// Bytes of logits `[live, V]`.
-const LOGIT_BYTES: usize = 128 << 20;
-
-/// How many completions memory allows at once.
-pub(super) fn most_live(config: &Config) -> usize {
-    (LOGIT_BYTES / (config.vocab_size * size_of::<f32>())).clamp(1, MOST_LIVE)
-}
-
-/// Values of a page.
-fn page_len(config: &Config) -> usize {
-    config.num_hidden_layers * 2 * PAGE * config.key_size()
-}
-
-/// Pages that there are for `live` completions of at most `longest` tokens.
-pub(super) fn pages(config: &Config, live: usize, longest: usize) -> usize {
-    let (one, most) = (pages_of(longest, PAGE), CACHE_BYTES / (page_len(config) * size_of::<f32>()));
-    live.saturating_mul(one).min(most).max(one)
-}
+use std::sync::Arc;
 
 pub(super) struct HostDecoder<'m> {
-    model: &'m Model,
-    rope: RopeTable,
+    model: &'m Decoder<Host>,
+    angles: Arc<RopeTable>,
     cache: Cache,
     /// The logits after the prompts that are known, by slot.
     kept: [Vec<f32>; KNOWN],
@@ -85,13 +66,13 @@ impl Cache {
 }
 
 impl HostDecoder<'_> {
-    /// For sequences of at most `longest` tokens in so many pages.
-    pub fn new(model: &Model, longest: usize, pages: usize) -> HostDecoder<'_> {
+    /// For sequences of at most `longest` tokens in this many pages.
+    pub fn new(model: &Decoder<Host>, longest: usize, pages: usize) -> HostDecoder<'_> {
         let config = &model.config;
         let (layers, width) = (config.num_hidden_layers, config.key_size());
         HostDecoder {
             model,
-            rope: RopeTable::new(longest, config.head_dim, config.rope_theta),
+            angles: sure(model.place.angles(config, longest)),
             cache: Cache { pages: vec![Vec::new(); pages], layers, width },
             kept: Default::default(),
         }
@@ -120,22 +101,18 @@ impl HostDecoder<'_> {
 
     /// Writes keys and values of whole prompts. Returns the logits after each.
     fn run_prompts(&mut self, prompts: &[&Live]) -> Vec<f32> {
-        let (model, width) = (self.model, self.model.config.key_size());
-        let lengths: Vec<usize> = prompts.iter().map(|one| one.prompt_len).collect();
-        let sequences = Sequences::new(&model.config, &lengths);
+        let width = self.cache.width;
         let row = |one: &Live, token: usize| one.held.pages()[token / PAGE] * PAGE as u32 + (token % PAGE) as u32;
         let rows: Vec<u32> =
             prompts.iter().flat_map(|one| (0..one.prompt_len).map(move |token| row(one, token))).collect();
-        let mut x = model.embed_ids(&prompts.iter().flat_map(|one| one.prompt()).copied().collect::<Vec<u32>>());
-        for (i, layer) in model.layers.iter().enumerate() {
-            let (k, v) = model.layer_keys_values(layer, &mut x, &sequences);
+        let ids: Vec<&[u32]> = prompts.iter().map(|one| one.prompt()).collect();
+        let cache = &mut self.cache;
+        sure(self.model.run_prompts(&ids, self.angles.clone(), &mut |layer, k, v| {
             for ((k, v), &row) in k.chunks_exact(width).zip(v.chunks_exact(width)).zip(&rows) {
-                self.cache.write(row, i, k, v);
+                cache.write(row, layer, k, v);
             }
-        }
-        let hidden = model.config.hidden_size;
-        let ends = lengths.iter().scan(0, |end, length| (*end += length, Some(*end)).1);
-        head(model, &ends.flat_map(|end| &x[(end - 1) * hidden..end * hidden]).copied().collect::<Vec<f32>>())
+            Ok(())
+        }))
     }
 
     /// One token further for all.
@@ -145,34 +122,33 @@ impl HostDecoder<'_> {
     }
 
     fn step_here(&mut self, live: &[Live]) -> Vec<Draw> {
-        let model = self.model;
+        let (model, cache) = (self.model, &mut self.cache);
         let ids: Vec<u32> = live.iter().map(|one| one.ids[one.ids.len() - 1]).collect();
         let positions: Vec<u32> = live.iter().map(|one| one.ids.len() as u32 - 1).collect();
-        let mut x = model.embed_ids(&ids);
-        for (i, layer) in model.layers.iter().enumerate() {
-            self.step_layer(layer, i, &mut x, live, &positions);
-        }
-        draw(live, &head(model, &x).chunks_exact(model.config.vocab_size).collect::<Vec<&[f32]>>())
+        let mut rows = sure(StepRows::new(model, live.len()));
+        sure(model.run_tokens(&mut rows, &ids, &positions, &self.angles, &mut |layer, rows| {
+            cache.attend(model, layer, rows, live);
+            Ok(())
+        }));
+        draw(live, &rows.logits.chunks_exact(model.config.vocab_size).collect::<Vec<&[f32]>>())
     }
+}
 
-    fn step_layer(&mut self, layer: &Layer, i: usize, x: &mut [f32], live: &[Live], positions: &[u32]) {
-        let (model, cache) = (self.model, &mut self.cache);
-        let (norm, _) = model.rmsnorm(x, &layer.norm1);
-        let mut low = Default::default();
-        let [q, k, v] = model.project(layer, &norm, (&self.rope, positions), &mut low);
-        for ((one, k), v) in live.iter().zip(k.chunks_exact(cache.width)).zip(v.chunks_exact(cache.width)) {
+impl Cache {
+    /// Writes the keys and values of the last token of each, and attends to all of them.
+    fn attend(&mut self, model: &Decoder<Host>, layer: usize, rows: &mut StepRows<Host>, live: &[Live]) {
+        let StepRows { q, k, v, attended, .. } = rows;
+        for ((one, k), v) in live.iter().zip(k.chunks_exact(self.width)).zip(v.chunks_exact(self.width)) {
             let last = one.ids.len() - 1;
-            cache.write(one.held.pages()[last / PAGE] * PAGE as u32 + (last % PAGE) as u32, i, k, v);
+            self.write(one.held.pages()[last / PAGE] * PAGE as u32 + (last % PAGE) as u32, layer, k, v);
         }
-        let mut attended = vec![0.0; q.len()];
-        let (width, dims, cache) = (model.config.query_size(), model.attention_dims(), &self.cache);
+        let (width, dims, cache) = (model.config.query_size(), model.config.heads().on_host(), &*self);
         let each = attended.par_chunks_exact_mut(width).zip(q.par_chunks_exact(width)).zip(live.par_iter());
         each.for_each(|((attended, q), one)| {
-            let page = |&page: &u32| [0, 1].map(|which| cache.part(page, i, which));
+            let page = |&page: &u32| [0, 1].map(|which| cache.part(page, layer, which));
             let pages: Vec<[&[f32]; 2]> = one.held.pages().iter().map(page).collect();
             ops::attention_decode(attended, q, &pages, one.ids.len(), dims);
         });
-        model.after_attention(layer, x, &attended, &mut low);
     }
 }
 
@@ -189,12 +165,4 @@ fn draw(live: &[Live], logits: &[&[f32]]) -> Vec<Draw> {
         Draw { id, logprob: log_p(logits[id as usize]), top }
     };
     live.par_iter().zip(logits).map(draw).collect()
-}
-
-fn head(model: &Model, x: &[f32]) -> Vec<f32> {
-    let rows = x.len() / model.config.hidden_size;
-    let (normed, _) = model.final_norm(x);
-    let mut logits = vec![0.0; rows * model.config.vocab_size];
-    model.head.forward(model, &mut logits, &normed, rows);
-    logits
 }

@@ -6,17 +6,18 @@
 //!
 //! Tensors are read, folded, converted and packed one at a time, so the whole model is in memory once.
 
+use super::build::Source;
 use super::config::{self, Config};
-use super::lora::{self, AdapterFolder};
-use super::qwen2::{Linear, Model, Trained};
+use super::decoder::{Decoder, Held, Trained};
+use super::family::{HEAD, TARGETS};
+use super::host::Host;
+use super::lora::{self, AdapterFolder, LoraSpec};
+use super::parameter::Parameter;
+use super::tensors;
 use super::weights::{self, Element, MODEL_FILE, Tensors};
 use crate::files::Files;
 use crate::problem::Problem;
-use crate::random::Stream;
-use crate::tensor::ops::HeadLora;
 use crate::tensor::{self, Dtype, Matrix};
-use half::bf16;
-use rayon::prelude::*;
 use std::borrow::Cow;
 use std::path::Path;
 
@@ -35,61 +36,43 @@ impl Default for LoadOptions {
     }
 }
 
-/// Gives the tensor of a name and shape.
-pub(super) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<Values, Problem> + 'a;
-
-/// A tensor on its way into a model.
-pub(super) enum Values {
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
+/// Tensors of a folder, with adapters folded in.
+struct Folder<'a> {
+    tensors: Tensors,
+    folded: &'a [AdapterFolder],
+    dtype: Dtype,
+    /// Whether the head is the embedding in the file.
+    tied: bool,
 }
 
-impl Values {
-    pub(super) fn f32(self) -> Vec<f32> {
-        match self {
-            Values::F32(values) => values,
-            Values::Bf16(values) => values.into_iter().map(bf16::to_f32).collect(),
+impl Source<Host> for Folder<'_> {
+    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<Matrix, Problem> {
+        let [out, input] = shape;
+        let linear = name.strip_suffix(".weight").unwrap_or(name);
+        let stored = if self.tied && linear == TARGETS[HEAD] { tensors::EMBEDDING } else { name };
+        let mut pairs = Vec::new();
+        for adapter in self.folded {
+            pairs.extend(adapter.pair(linear, shape)?);
         }
+        if pairs.is_empty() && self.dtype == Dtype::Bf16 {
+            return Ok(Matrix::pack_bf16(&self.tensors.bf16(stored, &shape)?, out, input));
+        }
+        let mut values = self.tensors.f32(stored, &shape)?;
+        for pair in pairs {
+            fold(&mut values, shape, &pair.a, &pair.b, pair.rank, pair.scale);
+        }
+        Ok(Matrix::pack(&values, out, input, self.dtype))
     }
 
-    pub(super) fn pack(self, n: usize, k: usize, dtype: Dtype) -> Matrix {
-        match (self, dtype) {
-            (Values::Bf16(values), Dtype::Bf16) => Matrix::pack_bf16(&values, n, k),
-            (values, dtype) => Matrix::pack(&values.f32(), n, k, dtype),
-        }
+    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>, Problem> {
+        self.tensors.f32(name, &[len])
     }
 }
 
-pub(super) fn weight_name(linear: &str) -> String {
-    format!("{linear}.weight")
-}
-
-pub(super) fn bias_name(linear: &str) -> String {
-    format!("{linear}.bias")
-}
-
-/// Normal numbers of one tensor: a function of seed, name and place. Four of each block of random bits, by
-/// Box and Muller's transform of both pairs.
-pub(super) fn normal_values(seed: u64, name: &str, len: usize, deviation: f64) -> Vec<f32> {
-    let random = Stream::named(seed, &["weights", name]);
-    let mut values = vec![0.0; len];
-    values.par_chunks_mut(4).with_min_len(4096).enumerate().for_each(|(i, values)| {
-        let [a, b, c, d] = random.block(i as u64).map(|bits| (f64::from(bits) + 0.5) / 4_294_967_296.0);
-        for (values, [radius, angle]) in values.chunks_mut(2).zip([[a, b], [c, d]]) {
-            let (sin, cos) = (std::f64::consts::TAU * angle).sin_cos();
-            let radius = (-2.0 * radius.ln()).sqrt() * deviation;
-            for (value, turn) in values.iter_mut().zip([cos, sin]) {
-                *value = (radius * turn) as f32;
-            }
-        }
-    });
-    values
-}
-
-impl Model {
+impl Decoder<Host> {
     /// Reads `chain`: a model folder, then adapter folders in the order they were trained. `Err` names the
     /// file and the tensor: see `weights.rs`, `config.rs` and `lora.rs` for what is refused.
-    pub fn load(chain: &[&Files], options: &LoadOptions) -> Result<Model, Problem> {
+    pub fn load(chain: &[&Files], options: &LoadOptions) -> Result<Decoder<Host>, Problem> {
         let Some((base, adapters)) = chain.split_first() else {
             return Err(Problem::new("model::no_weights", "a model is a folder of weights, and none is given"));
         };
@@ -105,30 +88,12 @@ impl Model {
             adapters.iter().map(|files| AdapterFolder::open(files, &config)).collect::<Result<Vec<_>, _>>()?;
         let active = if options.fold_last { None } else { folded.pop() };
         // A head that an adapter has changed is no longer the embedding.
-        let head_name = weight_name("lm_head");
         let tied = config.tie_word_embeddings;
-        if folded.iter().any(|adapter| adapter.spec.targets.iter().any(|target| target == "lm_head")) {
+        if folded.iter().any(|adapter| adapter.spec.adapts(TARGETS[HEAD])) {
             config.tie_word_embeddings = false;
         }
-        let mut fetch = |name: &str, shape: &[usize]| -> Result<Values, Problem> {
-            let stored = if tied && name == head_name { "model.embed_tokens.weight" } else { name };
-            let mut pairs = Vec::new();
-            if let (Some(linear), &[out, input]) = (name.strip_suffix(".weight"), shape) {
-                for adapter in &folded {
-                    pairs.extend(adapter.pair(linear, [out, input])?);
-                }
-            }
-            let matrix = shape.len() == 2;
-            if matrix && pairs.is_empty() && options.dtype == Dtype::Bf16 {
-                return Ok(Values::Bf16(tensors.bf16(stored, shape)?));
-            }
-            let mut values = tensors.f32(stored, shape)?;
-            for pair in pairs {
-                fold(&mut values, [shape[0], shape[1]], &pair.a, &pair.b, pair.rank, pair.scale);
-            }
-            Ok(Values::F32(values))
-        };
-        let mut model = Model::build(config, options.dtype, &mut fetch)?;
+        let dtype = options.dtype;
+        let mut model = Decoder::build(config, Host { dtype }, &mut Folder { tensors, folded: &folded, dtype, tied })?;
         if let Some(adapter) = active {
             model.set_lora(adapter.spec.clone(), |linear, shape| adapter.pair(linear, shape))?;
         }
@@ -141,57 +106,46 @@ impl Model {
         self.save_with(dir, element, false)
     }
 
-    /// [`Model::save`] with the active adapter folded in, in f32. A tied head that has an adapter is written
+    /// [`Decoder::save`] with the active adapter folded in, in f32. A tied head that has an adapter is written
     /// as `lm_head.weight` of its own, the embedding unmoved, and the configuration says it is not tied.
     pub fn merged_save(&self, dir: &Path, element: Element) -> Result<(), Problem> {
         self.save_with(dir, element, true)
     }
 
     fn save_with(&self, dir: &Path, element: Element, merge: bool) -> Result<(), Problem> {
-        let mut config = self.config.clone();
-        let untie = merge && self.lora_of(&self.head).is_some();
-        config.tie_word_embeddings &= !untie;
-        config::save(&config, dir, element.torch_name())?;
         if self.trained == Trained::Everything {
-            let tensors: Vec<_> = self.params().iter().map(|param| (param.name.clone(), param.shape.clone())).collect();
-            return weights::write(&dir.join(MODEL_FILE), element, &tensors, |i| {
-                Ok(Cow::Borrowed(self.params()[i].value.as_slice()))
-            });
+            return save_every(&self.config, self.params(), dir, element);
         }
-        let hidden = config.hidden_size;
-        let mut tensors = vec![("model.embed_tokens.weight".to_string(), vec![config.vocab_size, hidden])];
-        let mut sources = vec![Source::Embedding];
-        for (i, layer) in self.layers.iter().enumerate() {
-            for (which, norm) in [("input", &layer.norm1), ("post_attention", &layer.norm2)] {
-                tensors.push((format!("model.layers.{i}.{which}_layernorm.weight"), vec![hidden]));
-                sources.push(Source::Vector(norm));
-            }
+        let mut config = self.config.clone();
+        config.tie_word_embeddings &= !(merge && self.head.lora.is_some());
+        config::save(&config, dir, element.torch_name())?;
+        let tensors: Vec<_> = tensors::tensors(&config).into_iter().map(|tensor| (tensor.name, tensor.shape)).collect();
+        weights::write(&dir.join(MODEL_FILE), element, &tensors, |i| Ok(self.plain(&tensors[i].0, merge)))
+    }
+
+    /// The values of a tensor by its name, row-major.
+    fn plain(&self, name: &str, merge: bool) -> Cow<'_, [f32]> {
+        let matrix = |held: &Held<Matrix>| self.matrix(held).unpack();
+        if name == tensors::EMBEDDING {
+            return Cow::Owned(matrix(&self.embed));
         }
-        tensors.push(("model.norm.weight".into(), vec![hidden]));
-        sources.push(Source::Vector(&self.norm));
-        for linear in self.linears() {
-            if linear.weight.is_some() || untie {
-                tensors.push((weight_name(&linear.name), linear.shape.to_vec()));
-                sources.push(Source::Linear(linear));
-            }
-            if let Some(bias) = &linear.bias {
-                tensors.push((bias_name(&linear.name), vec![bias.len()]));
-                sources.push(Source::Vector(bias));
-            }
-        }
-        weights::write(&dir.join(MODEL_FILE), element, &tensors, |i| {
-            Ok(match sources[i] {
-                Source::Embedding => Cow::Owned(self.embed.unpack()),
-                Source::Vector(values) => Cow::Borrowed(values),
-                Source::Linear(linear) => {
-                    let mut values = linear.weight.as_ref().unwrap_or(&self.embed).unpack();
-                    if let Some(HeadLora { a, b, rank, scale }) = self.lora_of(linear).filter(|_| merge) {
-                        fold(&mut values, linear.shape, a, b, rank, scale);
-                    }
-                    Cow::Owned(values)
+        for linear in self.linears_in_order() {
+            if tensors::weight_name(&linear.name) == name {
+                let mut values = matrix(linear.weight.as_ref().unwrap_or(&self.embed));
+                if let Some(lora) = self.product(linear).lora.filter(|_| merge) {
+                    fold(&mut values, linear.shape, lora.a.value, lora.b.value, lora.rank, lora.scale);
                 }
-            })
-        })
+                return Cow::Owned(values);
+            }
+            if let Some(bias) = linear.bias.as_ref().filter(|_| tensors::bias_name(&linear.name) == name) {
+                return Cow::Borrowed(self.vector(bias));
+            }
+        }
+        let norms = self.layers.iter().enumerate().flat_map(|(i, layer)| {
+            layer.norms.iter().enumerate().map(move |(which, norm)| (tensors::norm_name(i, which), norm))
+        });
+        let norm = norms.into_iter().find(|(there, _)| there == name).map_or(&self.norm, |(_, norm)| norm);
+        Cow::Borrowed(self.vector(norm))
     }
 
     /// Writes the active adapter as a PEFT folder. `base` is shown to people as the model beneath.
@@ -203,33 +157,28 @@ impl Model {
     }
 }
 
-/// Where a saved tensor comes from.
-#[derive(Clone, Copy)]
-enum Source<'a> {
-    Embedding,
-    Vector(&'a [f32]),
-    Linear(&'a Linear),
+/// Writes what is trained: an adapter as a PEFT folder, every weight in f32 as a Hugging Face folder.
+pub fn save_trained(
+    config: &Config,
+    lora: Option<&LoraSpec>,
+    params: &[Parameter],
+    dir: &Path,
+    base: &str,
+) -> Result<(), Problem> {
+    match lora {
+        Some(spec) => lora::save(dir, spec, params, base),
+        None => save_every(config, params, dir, Element::F32),
+    }
+}
+
+/// Writes a Hugging Face folder of every weight.
+fn save_every(config: &Config, params: &[Parameter], dir: &Path, element: Element) -> Result<(), Problem> {
+    config::save(config, dir, element.torch_name())?;
+    let tensors: Vec<_> = params.iter().map(|param| (param.name.clone(), param.shape.clone())).collect();
+    weights::write(&dir.join(MODEL_FILE), element, &tensors, |i| Ok(Cow::Borrowed(params[i].value.as_slice())))
 }
 
 /// `W += scale B A`
 fn fold(weight: &mut [f32], [out, input]: [usize; 2], a: &[f32], b: &[f32], rank: usize, scale: f32) {
     tensor::gemm(weight, out, input, rank, scale, b, false, a, false, true);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn random_weights_are_normal_and_depend_on_seed_name_and_place_only() {
-        let values = normal_values(1, "a", 100_003, 0.02);
-        assert_eq!(values[..501], normal_values(1, "a", 501, 0.02));
-        assert!(values[..8] != normal_values(2, "a", 8, 0.02) && values[..8] != normal_values(1, "b", 8, 0.02));
-        let moment = |power: i32| values.iter().map(|v| (f64::from(*v) / 0.02).powi(power)).sum::<f64>() / 100_003.0;
-        for (power, expected, tolerance) in [(1, 0.0, 0.01), (2, 1.0, 0.015), (3, 0.0, 0.04), (4, 3.0, 0.1)] {
-            assert!((moment(power) - expected).abs() <= tolerance, "moment {power}: {}", moment(power));
-        }
-        let neighbours = values.windows(2).map(|v| f64::from(v[0]) * f64::from(v[1]) / 4e-4).sum::<f64>() / 100_002.0;
-        assert!(neighbours.abs() <= 0.01, "{neighbours}");
-    }
 }

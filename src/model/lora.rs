@@ -9,8 +9,8 @@
 //! (`base_model.model.lm_head.base_layer.weight`) when the head is a target; it is ignored. Variants with
 //! other arithmetic (DoRA, rank-stabilised scaling, per-module ranks, trained biases) are refused.
 
-use super::Parameter;
 use super::config::Config;
+use super::parameter::Parameter;
 use super::weights::{self, ADAPTER_FILE, Element, Tensors};
 use crate::files::Files;
 use crate::problem::{Exit, Problem};
@@ -21,11 +21,11 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 
+pub use super::family::TARGETS;
+pub use super::tensors::linears;
+
 /// The configuration file of an adapter folder.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
-
-/// The linears that may have an adapter, in model order.
-pub const TARGETS: [&str; 8] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"];
 
 /// An adapter to train: the `lora` table of a manifest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -41,6 +41,11 @@ impl LoraSpec {
     /// `alpha / rank`.
     pub fn scale(&self) -> f32 {
         (self.alpha / self.rank as f64) as f32
+    }
+
+    /// Whether the linear of this name has an adapter.
+    pub fn adapts(&self, linear: &str) -> bool {
+        self.targets.iter().any(|target| linear.rsplit('.').next() == Some(target))
     }
 
     /// Whether both are the same shape; the order in which targets are written says nothing.
@@ -77,38 +82,6 @@ impl LoraSpec {
     }
 }
 
-/// The name of a linear: `model.layers.3.mlp.up_proj`, or `lm_head`.
-pub fn linear_name(layer: usize, target: &str) -> String {
-    match target {
-        "lm_head" => "lm_head".into(),
-        "gate_proj" | "up_proj" | "down_proj" => format!("model.layers.{layer}.mlp.{target}"),
-        _ => format!("model.layers.{layer}.self_attn.{target}"),
-    }
-}
-
-/// `[out, in]` of a linear.
-pub fn linear_shape(config: &Config, target: &str) -> [usize; 2] {
-    let (hidden, inter) = (config.hidden_size, config.intermediate_size);
-    match target {
-        "q_proj" => [config.query_size(), hidden],
-        "k_proj" | "v_proj" => [config.key_size(), hidden],
-        "o_proj" => [hidden, config.query_size()],
-        "gate_proj" | "up_proj" => [inter, hidden],
-        "down_proj" => [hidden, inter],
-        _ => [config.vocab_size, hidden],
-    }
-}
-
-/// Every linear of the model in order: (name, target, shape).
-pub fn linears(config: &Config) -> Vec<(String, &'static str, [usize; 2])> {
-    let layers =
-        (0..config.num_hidden_layers).flat_map(|layer| TARGETS[..7].iter().map(move |target| (layer, *target)));
-    layers
-        .chain([(0, "lm_head")])
-        .map(|(layer, target)| (linear_name(layer, target), target, linear_shape(config, target)))
-        .collect()
-}
-
 /// PEFT's name of one half (`A` or `B`) of the adapter of `linear`.
 pub fn peft_name(linear: &str, half: char) -> String {
     format!("base_model.model.{linear}.lora_{half}.weight")
@@ -116,11 +89,12 @@ pub fn peft_name(linear: &str, half: char) -> String {
 
 /// The adapter of one linear.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LoraPair {
+pub struct LoraPair<V = Vec<f32>> {
     /// `[rank, in]`
-    pub a: Vec<f32>,
+    pub a: V,
     /// `[out, rank]`
-    pub b: Vec<f32>,
+    pub b: V,
+    /// r
     pub rank: usize,
     /// `alpha / rank`
     pub scale: f32,

@@ -1,101 +1,38 @@
-//! How much memory a model takes while it is trained, measured or sampled from, worked out beforehand.
+//! How much memory a model takes while it is trained, measured or sampled from, worked out beforehand: the decoder's own
+//! passes are walked through at a place that counts ([`super::count`]). What stands around them is told here: optimizer,
+//! keys and values, what a device leaves to the host. Tests hold the sums to what the emulated device and an allocator
+//! count.
 //!
-//! What is counted are the buffers of the code as it stands: `qwen2.rs` and `host_decode.rs` on the host, `device.rs`,
-//! `device_decode.rs` and the optimizers of `cuda::ops` on a device. Some of them are there all the time
-//! ([`Plan::standing`]), the others at some moments of the work ([`Plan::moments`]); the need is that of the moment
-//! that takes most. On a device each buffer is rounded up to its block. Tests hold the sums to what the emulated
-//! device and an allocator count.
+//! A [`Need`] is that of the moment that takes most. Where a device computes, the host has: the model while it is loaded,
+//! a tensor on its way, a ring of 4 MiB for small uploads, with `offload` the inputs of layers, and trained values and
+//! optimizer states twice while a state is saved.
 //!
-//! Symbols: T tokens of a micro-batch, R rows that predict a learned token, H hidden, I intermediate, Q width of
-//! the queries, K of the keys, h heads, V vocabulary, r rank, L layers, n trained layers, m those of them that keep
-//! their insides, e bytes of an element (4 on the host, 2 on a device). Bytes are:
-//!
-//! | part | the host computes | a device computes: there | and on the host |
-//! | --- | --- | --- | --- |
-//! | weights | matrices as packed, the rest f32 | frozen: bf16 matrices, the rest f32 | as without |
-//! | trained values | f32 | f32, and bf16 copies of matrices | f32 |
-//! | gradients | f32 | f32, all the time | none |
-//! | optimizer states | as the optimizer says | the same, and tables | twice, while a state is saved |
-//! | kept activations | n T H e + m `saved` | the same; with `offload` 2 inputs in place of n | the n inputs |
-//! | one layer's work | input, output, gradients, `saved` | the same | none |
-//! | head | R (2 H + 3) e, a tile of logits | the same, parts of sums | none |
-//! | keys and values | L 2 K e of every token, in pages of 64 | pages of 16 tokens | none |
-//! | small uploads | none | none | a ring of 4 MiB |
-//! | captured steps | none | a region for the largest of them | none |
-//!
-//! `saved` = T (3 H + 2 Q + 2 K + 3 I + 7 r) e + T (2 + h) 4. On a device decoding also has a workspace for the most
-//! completions at once (under `one layer's work` and `head`), and it takes as many pages as there is memory for:
-//! [`Decode::ends`] says for how many completions at their longest they are to be counted. It cannot do with fewer
-//! than for one.
-//!
-//! The region of captured steps ([`Plan::region`]) is no need: it is taken where there is room for it beside the rest,
-//! and given back where not. So it is counted for who asks for it.
+//! A device takes as many pages of keys and values as there is memory for: [`Decode::ends`] says for how many completions
+//! at their longest they are to be counted. It cannot do with fewer than for one. The region of captured steps
+//! ([`Plan::region`]) is no need: it is taken where there is room for it beside the rest, and given back where not. So it is
+//! counted for who asks for it.
 //!
 //! What is not counted: the program itself, scratch of products (a few MiB a thread), the tokens of the data, what a
 //! driver takes for its context and for graphs (a sixteenth of a device is left to that), and blocks of other
 //! sizes that a pool keeps (on a device they go back when they are wanted; those of `offload` stay with the host).
-//! Kernels for wgmma have no buffers of their own.
 
+use super::batch::Extent;
 use super::config::Config;
-use super::device_decode::Shape;
-use super::device_step::Inputs;
-use super::engine::{KNOWN, MOST_LIVE, pages_of, prompts_together};
-use super::host_decode;
-use super::lora::{self, LoraSpec};
-use super::qwen2::{Batch, Model};
+use super::count::{Bytes, Count, Sizes};
+use super::decoder::Decoder;
+use super::lora::{LoraPair, LoraSpec};
+use super::place::Place;
+use super::policy::{Policy, Recompute};
+use super::sizes::{
+    DEVICE_PAGE, HOST_PAGE, KNOWN, MOST_LIVE, StepShape, most_live_on_host, pages_of, pages_on_host, prompts_together,
+};
+use super::step::{LOGIT_ROWS, StepRows};
+use super::tensors;
 use crate::cuda;
 use crate::problem::Problem;
 use crate::tensor::Dtype;
-use std::fmt;
 
-/// What takes memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Part {
-    Weights,
-    Trained,
-    Gradients,
-    Optimizer,
-    Activations,
-    Layer,
-    Head,
-    Cache,
-    Reading,
-    Uploads,
-    Graphs,
-}
-
-/// All parts, in the order of tables.
-pub const PARTS: [Part; 11] = [
-    Part::Weights,
-    Part::Trained,
-    Part::Gradients,
-    Part::Optimizer,
-    Part::Activations,
-    Part::Layer,
-    Part::Head,
-    Part::Cache,
-    Part::Reading,
-    Part::Uploads,
-    Part::Graphs,
-];
-
-impl fmt::Display for Part {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Part::Weights => "weights",
-            Part::Trained => "trained values",
-            Part::Gradients => "gradients",
-            Part::Optimizer => "optimizer states",
-            Part::Activations => "kept activations",
-            Part::Layer => "one layer's work",
-            Part::Head => "head",
-            Part::Cache => "keys and values",
-            Part::Reading => "a tensor on its way",
-            Part::Uploads => "small uploads",
-            Part::Graphs => "captured steps",
-        })
-    }
-}
+pub use super::count::{PARTS, Part};
 
 /// What is trained or, of a model that is only used, what is active.
 #[derive(Debug, Clone, Copy)]
@@ -105,40 +42,12 @@ pub enum Trained<'a> {
     Everything,
 }
 
-impl<'a> From<&'a Model> for Trained<'a> {
-    fn from(model: &'a Model) -> Trained<'a> {
+impl<'a, P: Place> From<&'a Decoder<P>> for Trained<'a> {
+    fn from(model: &'a Decoder<P>) -> Trained<'a> {
         match model.lora() {
             Some(spec) => Trained::Adapter(spec),
             None if model.trains_everything() => Trained::Everything,
             None => Trained::Nothing,
-        }
-    }
-}
-
-/// The largest micro-batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Extent {
-    pub tokens: usize,
-    /// Those that predict a learned token.
-    pub rows: usize,
-    pub sequences: usize,
-    /// Tokens of the longest sequence.
-    pub longest: usize,
-}
-
-impl Extent {
-    /// Of `tokens` tokens in sequences of at most `longest`, all of them learned.
-    pub fn full(tokens: usize, longest: usize) -> Extent {
-        let longest = longest.clamp(1, tokens.max(1));
-        Extent { tokens, rows: tokens, sequences: tokens.div_ceil(longest), longest }
-    }
-
-    pub fn of(batch: &Batch) -> Extent {
-        Extent {
-            tokens: batch.ids.len(),
-            rows: batch.rows.len(),
-            sequences: batch.lengths.len(),
-            longest: batch.lengths.iter().copied().max().unwrap_or(0),
         }
     }
 }
@@ -148,13 +57,13 @@ impl Extent {
 pub enum Work<'a> {
     Train {
         extent: Extent,
-        /// So many trained layers, from the last on, keep their insides, the others their input only.
+        /// This many trained layers, from the last on, keep their insides, the others their input only.
         kept: usize,
         /// Whether inputs of layers leave a device for the host.
         offload: bool,
         /// Whether the region of captured steps is counted.
         graphs: bool,
-        /// Bytes of each state that the optimizer has for a tensor of so many values.
+        /// Bytes of each state that the optimizer has for a tensor of this many values.
         state_sizes: &'a dyn Fn(usize) -> Vec<usize>,
     },
     /// Log-probs, and of one sequence at a time all logits or all hidden states.
@@ -174,20 +83,20 @@ pub struct Decode {
     /// Tokens of the longest, with its prompt, and of its prompt.
     pub longest: usize,
     pub prompt: usize,
-    /// On a device there are pages for so many at their longest. It takes what it finds, up to `live`.
+    /// On a device there are pages for this many at their longest. It takes what it finds, up to `live`.
     pub ends: usize,
 }
 
 impl Decode {
     /// Of `completions` completions, as many at once as decoding takes, with the fewest pages.
     pub fn new(config: &Config, on_device: bool, completions: usize, longest: usize, prompt: usize) -> Decode {
-        let most = if on_device { MOST_LIVE } else { host_decode::most_live(config) };
+        let most = if on_device { MOST_LIVE } else { most_live_on_host(config) };
         Decode { live: completions.min(most).max(1), longest, prompt, ends: 1 }
     }
 
     /// Pages that a device must have for a completion of so many tokens. Prompts that are kept give theirs up for it.
     pub(super) fn pages(longest: usize) -> usize {
-        pages_of(longest, cuda::ops::attention_decode::PAGE)
+        pages_of(longest, DEVICE_PAGE)
     }
 }
 
@@ -255,8 +164,7 @@ impl Need {
 
 /// `Err` (`cuda::head_dim`, exit 3) if no kernel of a device takes a model of this shape.
 pub fn kernels_fit(config: &Config) -> Result<(), Problem> {
-    let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
-    cuda::ops::attention::Dims { heads, kv_heads, head_dim: config.head_dim }.check()
+    config.heads().on_device().check()
 }
 
 /// `812 MiB`, `3.4 GiB`.
@@ -274,61 +182,37 @@ pub fn bytes(bytes: u64) -> String {
     format!("{value:.1} TiB")
 }
 
-/// What is there at once: bytes of parts, in any order.
-type Parts = Vec<(Part, u128)>;
-
-/// Memory of one kind: how large an element of an activation is, and a buffer.
+/// Bytes taken, at the moment that takes most.
 #[derive(Clone, Copy)]
-struct Place {
-    device: bool,
-    element: u128,
-}
-
-const HOST: Place = Place { device: false, element: 4 };
-const DEVICE: Place = Place { device: true, element: 2 };
-
-impl Place {
-    /// One buffer of `count` values of `size` bytes.
-    fn buffer(self, count: u128, size: u128) -> u128 {
-        let bytes = count * size;
-        match usize::try_from(bytes) {
-            Ok(bytes) if self.device && bytes < 1 << 60 => cuda::block_bytes(bytes) as u128,
-            _ => bytes,
-        }
-    }
-
-    /// One buffer of activations.
-    fn values(self, count: u128) -> u128 {
-        self.buffer(count, self.element)
-    }
-
-    fn floats(self, count: u128) -> u128 {
-        self.buffer(count, 4)
-    }
+struct Taken {
+    /// Where the model computes: all along, and at the most.
+    standing: Bytes,
+    most: Bytes,
+    /// On the host beside a device, at the most.
+    outside: Bytes,
 }
 
 impl Plan<'_> {
+    /// What is needed, by part and place.
     pub fn need(&self) -> Need {
-        let host = self.largest(HOST);
-        let device = if self.on_device { self.largest(DEVICE) } else { Vec::new() };
-        let of = |parts: &[(Part, u128)], part: Part| {
-            let sum: u128 = parts.iter().filter(|(which, _)| *which == part).map(|(_, bytes)| bytes).sum();
-            u64::try_from(sum).unwrap_or(u64::MAX)
-        };
-        let lines: Vec<Line> = PARTS
-            .iter()
-            .map(|&part| Line { part, host: of(&host, part), device: of(&device, part) })
-            .filter(|line| line.host > 0 || line.device > 0)
-            .collect();
+        let taken = self.walk();
+        let mut here = taken.most;
+        // Between a file and its place, before any work.
+        if !self.on_device {
+            here = larger(here, with(taken.standing, Part::Reading, self.reading()));
+        }
+        let (host, device) = if self.on_device { (self.beside(taken.outside), here) } else { (here, [0; PARTS.len()]) };
+        let wide = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
+        let line = |part: Part| Line { part, host: wide(host[part as usize]), device: wide(device[part as usize]) };
+        let lines: Vec<Line> = PARTS.into_iter().map(line).filter(|line| line.host > 0 || line.device > 0).collect();
         let sum = |of: fn(&Line) -> u64| lines.iter().map(of).fold(0u64, u64::saturating_add);
         Need { host: sum(|line| line.host), device: sum(|line| line.device), lines }
     }
 
     /// What the work takes for a while where it is done, beside what is there all the time.
     pub fn working(&self) -> u64 {
-        let place = if self.on_device { DEVICE } else { HOST };
-        let sums = self.work(place).into_iter().map(|parts| parts.iter().map(|(_, bytes)| bytes).sum::<u128>());
-        u64::try_from(sums.max().unwrap_or(0)).unwrap_or(u64::MAX)
+        let Taken { standing, most, .. } = self.walk();
+        u64::try_from(sum(&most) - sum(&standing)).unwrap_or(u64::MAX)
     }
 
     /// The region that a captured step works in on a device: a quarter more than its buffers take together, for what is
@@ -338,69 +222,6 @@ impl Plan<'_> {
         bytes.saturating_add(bytes / 4)
     }
 
-    /// Everything that is there at the moment that takes most of `place`.
-    fn largest(&self, place: Place) -> Parts {
-        let all = self.moments(place).into_iter().map(|parts| [self.standing(place), parts].concat());
-        all.max_by_key(|parts| parts.iter().map(|(_, bytes)| bytes).sum::<u128>()).unwrap_or_default()
-    }
-
-    /// Whether only what the device's work leaves to the host is looked at.
-    fn beside(&self, place: Place) -> bool {
-        self.on_device && !place.device
-    }
-
-    /// What is there all along: a line for each term and the place it lies at.
-    fn standing(&self, place: Place) -> Parts {
-        let matrices = |of: &dyn Fn(u128) -> u128| self.trained_matrices().into_iter().map(of).sum::<u128>();
-        let vectors = |of: &dyn Fn(u128) -> u128| self.trained_vectors().into_iter().map(of).sum::<u128>();
-        let floats = |values: u128| place.floats(values);
-        let all = matrices(&floats) + vectors(&floats);
-        let mut parts = vec![];
-        if place.device {
-            parts.push((Part::Weights, self.device_weights()));
-            parts.push((Part::Trained, all + matrices(&|values| place.values(values))));
-        } else {
-            parts.push((Part::Weights, self.host_weights()));
-            parts.push((Part::Trained, all));
-            parts.push((Part::Uploads, if self.on_device { cuda::STAGING_BYTES as u128 } else { 0 }));
-        }
-        match self.work {
-            Work::Train { extent, offload, .. } if self.beside(place) => {
-                let parked = if offload { self.trained_layers() } else { 0 };
-                parts.push((Part::Activations, parked * self.residual(DEVICE, extent.tokens as u128)));
-            }
-            Work::Train { graphs, .. } => {
-                let region = if graphs && place.device { DEVICE.buffer(self.region() as u128, 1) } else { 0 };
-                parts.push((Part::Graphs, region));
-                parts.push((Part::Gradients, all));
-                parts.push((Part::Optimizer, self.states(place)));
-                parts.push((Part::Optimizer, if place.device { self.optimizer_tables() } else { 0 }));
-            }
-            Work::Decode(decode) if place.device => parts.extend(self.decoder(decode)),
-            Work::Measure { .. } | Work::Decode(_) => {}
-        }
-        parts
-    }
-
-    /// The states of an optimizer, each in a buffer of its own.
-    fn states(&self, place: Place) -> u128 {
-        let Work::Train { state_sizes, .. } = self.work else { return 0 };
-        let of = |values: u128| {
-            let sizes = state_sizes(usize::try_from(values).unwrap_or(usize::MAX));
-            sizes.into_iter().map(|bytes| place.buffer(bytes as u128, 1)).sum::<u128>()
-        };
-        self.trained_tensors().into_iter().map(of).sum()
-    }
-
-    /// What the device's optimizer and the norm of gradients have beside states: tensors in pieces, each with a sum,
-    /// tables of their addresses, and what a byte of an 8-bit state means.
-    fn optimizer_tables(&self) -> u128 {
-        let tensors = self.trained_tensors();
-        let pieces = tensors.iter().map(|values| values.div_ceil(cuda::ops::grad_norm::PIECE as u128)).sum::<u128>();
-        let rows = tensors.len() as u128;
-        3 * DEVICE.buffer(pieces, 8) + DEVICE.buffer(rows, 72) + DEVICE.buffer(rows, 16) + 2 * DEVICE.floats(256)
-    }
-
     /// How many values are trained.
     pub fn trained_values(&self) -> u64 {
         self.sum_of(&|values| values)
@@ -408,432 +229,235 @@ impl Plan<'_> {
 
     /// The sum over the trained tensors of a function of their sizes.
     pub fn sum_of(&self, of: &dyn Fn(usize) -> usize) -> u64 {
-        let size = |values: u128| of(usize::try_from(values).unwrap_or(usize::MAX)) as u64;
-        self.trained_tensors().into_iter().map(size).fold(0, u64::saturating_add)
-    }
-
-    /// Values of each trained tensor.
-    fn trained_tensors(&self) -> Vec<u128> {
-        [self.trained_matrices(), self.trained_vectors()].concat()
-    }
-
-    fn trained_vectors(&self) -> Vec<u128> {
-        if let Trained::Everything = self.trained { self.vectors() } else { Vec::new() }
-    }
-
-    fn trained_matrices(&self) -> Vec<u128> {
+        let of = |values: usize| of(values) as u64;
         match self.trained {
-            Trained::Nothing => Vec::new(),
+            Trained::Nothing => 0,
             Trained::Adapter(spec) => {
-                let linears = lora::linears(self.config);
-                let adapted = linears.iter().filter(|(_, target, _)| spec.targets.iter().any(|t| t == target));
-                adapted
-                    .flat_map(|(_, _, [out, input])| [*input, *out])
-                    .map(|side| side as u128 * spec.rank as u128)
-                    .collect()
+                let linears = tensors::linears(self.config);
+                let adapted = linears.iter().filter(|(name, ..)| spec.adapts(name));
+                adapted.flat_map(|(_, _, shape)| shape.map(|side| of(side * spec.rank))).fold(0, u64::saturating_add)
             }
-            Trained::Everything => self.matrices().into_iter().map(|[n, k]| n * k).collect(),
+            Trained::Everything => {
+                let sizes = tensors::tensors(self.config).into_iter().map(|tensor| tensor.shape.iter().product());
+                sizes.map(of).fold(0, u64::saturating_add)
+            }
         }
     }
 
-    /// `[out, in]` of every matrix there is: the embedding, seven linears a layer, a head of its own.
-    fn matrices(&self) -> Vec<[u128; 2]> {
-        let config = self.config;
-        let head = !self.tied();
-        let wide = |shape: [usize; 2]| shape.map(|side| side as u128);
-        let linears = lora::linears(config).into_iter().filter(|(_, target, _)| *target != "lm_head" || head);
-        std::iter::once(wide([config.vocab_size, config.hidden_size]))
-            .chain(linears.map(|(_, _, shape)| wide(shape)))
-            .collect()
-    }
-
-    /// Norms and biases.
-    fn vectors(&self) -> Vec<u128> {
-        let config = self.config;
-        let (h, q, k) = (config.hidden_size as u128, config.query_size() as u128, config.key_size() as u128);
-        let layers = (0..config.num_hidden_layers).flat_map(|_| [h, h, q, k, k]);
-        layers.chain([h]).collect()
-    }
-
-    fn tied(&self) -> bool {
-        self.config.tie_word_embeddings
-    }
-
-    /// Matrices in panels of 32 outputs, pairs of inputs in bf16; see `tensor::Matrix`.
-    fn host_weights(&self) -> u128 {
-        let steps = |k: u128| if self.dtype == Dtype::Bf16 { k.div_ceil(2) } else { k };
-        let matrices: u128 = self.matrices().into_iter().map(|[n, k]| n.next_multiple_of(32) * steps(k) * 4).sum();
-        matrices + self.vectors().iter().map(|len| len * 4).sum::<u128>()
-    }
-
-    /// Those that are not trained.
-    fn device_weights(&self) -> u128 {
-        if let Trained::Everything = self.trained {
-            return 0;
-        }
-        let matrices: u128 = self.matrices().into_iter().map(|[n, k]| DEVICE.values(n * k)).sum();
-        matrices + self.vectors().into_iter().map(|len| DEVICE.floats(len)).sum::<u128>()
-    }
-
-    /// The rank of the adapter on a target; 0 without.
-    fn rank(&self, target: &str) -> u128 {
-        match self.trained {
-            Trained::Adapter(spec) if spec.targets.iter().any(|there| there == target) => spec.rank as u128,
-            _ => 0,
-        }
-    }
-
-    /// Layers that are walked back through.
-    fn trained_layers(&self) -> u128 {
-        let any = match self.trained {
-            Trained::Nothing => false,
-            Trained::Adapter(_) => lora::TARGETS[..7].iter().any(|target| self.rank(target) > 0),
-            Trained::Everything => true,
+    /// A model of the plan's shape at a place that counts.
+    fn model(&self, on_device: bool) -> Decoder<Count> {
+        let place = Count::new(on_device, self.dtype);
+        let mut source = Sizes { place: place.clone() };
+        let model = Decoder::build(self.config.clone(), place, &mut source);
+        let Ok(mut model) = model else { unreachable!("nothing is read") };
+        model.place.part(Part::Trained);
+        let done = match self.trained {
+            Trained::Nothing => Ok(()),
+            Trained::Everything => model.train_all(),
+            Trained::Adapter(spec) => {
+                let place = model.place.clone();
+                model.set_lora(spec.clone(), |name, [out, input]| {
+                    let half = |side: usize| place.buffer(side * spec.rank, 4);
+                    let pair = || LoraPair { a: half(input), b: half(out), rank: spec.rank, scale: 1.0 };
+                    Ok(spec.adapts(name).then(pair))
+                })
+            }
         };
-        if any { self.config.num_hidden_layers as u128 } else { 0 }
+        assert!(done.is_ok(), "the model is new");
+        model
     }
 
-    /// Of the work, and of what comes before and after it.
-    fn moments(&self, place: Place) -> Vec<Parts> {
-        let mut moments = self.work(place);
-        moments.push(vec![(Part::Reading, self.reading(place))]);
-        if self.beside(place) {
-            // A state on its way to a file or from one: as it comes from the device, and as the host has it. It is
-            // no less than gradients that are to be kept.
-            moments.push(vec![(Part::Optimizer, 2 * self.states(HOST))]);
-        }
-        moments
+    /// Does the work where the model computes, and counts.
+    fn walk(&self) -> Taken {
+        let model = self.model(self.on_device);
+        let (place, here) = (&model.place, model.place.here.clone());
+        let standing = match self.work {
+            Work::Train { extent, kept, offload, graphs, state_sizes } => {
+                place.part(Part::Gradients);
+                let Ok(mut sums) = model.zero_gradients();
+                self.optimizer(&model, state_sizes);
+                if graphs && self.on_device {
+                    place.takes(Part::Graphs, place.block(self.region() as u128));
+                }
+                here.begin();
+                let standing = here.now();
+                let recompute = Recompute::First(self.config.num_hidden_layers.saturating_sub(kept));
+                train(&model, extent, Policy { recompute, offload, graphs }, &mut sums.values);
+                standing
+            }
+            Work::Measure { extent, logits, hidden_states } => {
+                here.begin();
+                let standing = here.now();
+                measure(&model, extent, logits, hidden_states);
+                standing
+            }
+            Work::Decode(decode) if self.on_device => self.decode_on_device(&model, decode),
+            Work::Decode(decode) => self.decode_on_host(&model, decode),
+        };
+        Taken { standing, most: here.most(), outside: model.place.outside.most() }
     }
 
-    fn work(&self, place: Place) -> Vec<Parts> {
-        match self.work {
-            Work::Train { extent, kept, offload, .. } => self.step(place, extent, kept, offload),
-            Work::Measure { extent, logits, hidden_states } => self.measuring(place, extent, logits, hidden_states),
-            Work::Decode(decode) if place.device => self.prompts_on_device(decode),
-            Work::Decode(decode) => self.decoding(place, decode),
+    /// States, each in a buffer of its own; and what the device's optimizer and the norm of gradients have beside them:
+    /// tensors in pieces, each with a sum, tables of their addresses, and what a byte of an 8-bit state means.
+    fn optimizer(&self, model: &Decoder<Count>, state_sizes: &dyn Fn(usize) -> Vec<usize>) {
+        let place = &model.place;
+        let lengths: Vec<usize> = model.params().iter().map(|param| param.len()).collect();
+        for bytes in lengths.iter().flat_map(|len| state_sizes(*len)) {
+            place.takes(Part::Optimizer, place.block(bytes as u128));
         }
+        if self.on_device {
+            let pieces: u128 = lengths.iter().map(|len| len.div_ceil(cuda::ops::grad_norm::PIECE) as u128).sum();
+            let rows = lengths.len() as u128;
+            for bytes in [pieces * 8, pieces * 8, pieces * 8, rows * 72, rows * 16, 1024, 1024] {
+                place.takes(Part::Optimizer, place.block(bytes));
+            }
+        }
+    }
+
+    /// What a device leaves to the host, at the moment that takes most.
+    fn beside(&self, outside: Bytes) -> Bytes {
+        let model = self.model(false);
+        // While it is loaded.
+        let loaded = with(model.place.here.now(), Part::Reading, self.reading());
+        // A state on its way to a file or from one: as it comes from the device, and as the host has it.
+        let mut saved = [0; PARTS.len()];
+        if let Work::Train { state_sizes, .. } = self.work {
+            saved[Part::Trained as usize] = u128::from(self.sum_of(&|values| 4 * values));
+            let states = self.sum_of(&|values| state_sizes(values).iter().sum());
+            saved[Part::Optimizer as usize] = 2 * u128::from(states);
+        }
+        let most = larger(larger(loaded, saved), outside);
+        with(most, Part::Uploads, cuda::STAGING_BYTES as u128)
     }
 
     /// The largest tensor between its file and its place: the embedding, as a plain copy on the host; for a device
     /// it is unpacked and rounded there. Where everything is trained, that is more than one more copy.
-    fn reading(&self, place: Place) -> u128 {
-        if place.device || matches!(self.trained, Trained::Everything) {
+    fn reading(&self) -> u128 {
+        if let Trained::Everything = self.trained {
             return 0;
         }
-        let largest = self.matrices().into_iter().map(|[n, k]| n * k).max().unwrap_or(0);
-        largest * if self.on_device { 6 } else { 4 }
+        let sizes = tensors::tensors(self.config).into_iter();
+        let largest = sizes.map(|tensor| tensor.shape.into_iter().map(|side| side as u128).product()).max();
+        largest.unwrap_or(0) * if self.on_device { 6 } else { 4 }
     }
 
-    /// The moments of log-probs that keep nothing, and of one sequence after another.
-    fn measuring(&self, place: Place, extent: Extent, logits: bool, hidden_states: bool) -> Vec<Parts> {
-        let (t, rows, longest) = (extent.tokens as u128, extent.rows as u128, extent.longest as u128);
-        let mut moments = Vec::new();
-        if !self.beside(place) {
-            let sequences = self.sequences(place, extent);
-            moments.push(vec![(Part::Layer, sequences + self.forward(place, t))]);
-            let head = self.kept_rows(place, rows) + self.head_forth(place, rows);
-            moments.push(vec![(Part::Layer, sequences + self.residual(place, t)), (Part::Head, head)]);
-        }
-        let x = self.residual(place, longest);
-        let tile = longest.min(LOGIT_ROWS);
-        if logits && place.device {
-            // Angles stay where they are for the next.
-            let x = x + self.angles(place, extent.longest);
-            moments.push(vec![(Part::Layer, x), (Part::Head, self.logits_on_device(tile))]);
-        } else if logits {
-            let all = longest * self.config.vocab_size as u128 * 4;
-            let tile = tile * self.config.vocab_size as u128 * 2;
-            moments.push(vec![(Part::Head, all + if self.on_device { tile } else { 2 * x })]);
-        }
-        if hidden_states && !place.device {
-            // The states, and again in one piece.
-            let states = 2 * (self.config.num_hidden_layers as u128 + 2) * x;
-            moments.push(vec![(Part::Activations, states), (Part::Layer, x)]);
-        }
-        moments
-    }
-
-    /// Logits of some rows of a stream, and what they are made of.
-    fn logits_on_device(&self, rows: u128) -> u128 {
-        let made_of = 2 * DEVICE.floats(rows) + 2 * self.residual(DEVICE, rows);
-        let low = match self.rank("lm_head") {
-            0 => 0,
-            rank => DEVICE.values(rows * rank),
-        };
-        made_of + low + DEVICE.values(rows * self.config.vocab_size as u128)
-    }
-
-    /// `[T, H]`
-    fn residual(&self, place: Place, tokens: u128) -> u128 {
-        place.values(tokens * self.config.hidden_size as u128)
-    }
-
-    /// Where sequences begin, positions, and the angles of them.
-    fn sequences(&self, place: Place, extent: Extent) -> u128 {
-        self.starts(place, extent.sequences as u128, extent.tokens as u128) + self.angles(place, extent.longest)
-    }
-
-    fn starts(&self, place: Place, sequences: u128, tokens: u128) -> u128 {
-        let starts = sequences + 1;
-        let starts = if place.device { place.floats(starts) } else { starts * 8 };
-        starts + place.floats(tokens)
-    }
-
-    fn angles(&self, place: Place, positions: usize) -> u128 {
-        2 * place.floats(positions as u128 * (self.config.head_dim as u128 / 2))
-    }
-
-    /// The insides of one layer that its way back needs: `Saved`.
-    fn saved(&self, place: Place, t: u128) -> u128 {
-        let Sizes { h, q, k, i, heads, .. } = self.sizes();
-        let values = [h, q, k, k, q, h, h, i, i, i].into_iter().map(|width| place.values(t * width)).sum::<u128>();
-        let low = lora::TARGETS[..7].iter().map(|target| self.rank(target)).filter(|rank| *rank > 0);
-        values + low.map(|rank| place.values(t * rank)).sum::<u128>() + 2 * place.floats(t) + place.floats(t * heads)
-    }
-
-    /// A layer on the way there: its input, its insides and its output.
-    fn forward(&self, place: Place, t: u128) -> u128 {
-        2 * self.residual(place, t) + self.saved(place, t)
-    }
-
-    /// Rows of the head that stay until the way back is over: which they are, before and after the norm, scales and
-    /// log-sum-exps.
-    fn kept_rows(&self, place: Place, rows: u128) -> u128 {
-        let which = if place.device { 2 * place.floats(rows) } else { rows * 12 };
-        which + self.normed_rows(place, rows)
-    }
-
-    fn normed_rows(&self, place: Place, rows: u128) -> u128 {
-        2 * self.residual(place, rows) + 2 * place.floats(rows)
-    }
-
-    /// Scratch of `head_logprob`'s forward pass.
-    fn head_forth(&self, place: Place, rows: u128) -> u128 {
-        let (v, rank) = (self.config.vocab_size as u128, self.rank("lm_head"));
-        match place.device {
-            false => self.tile(rows) + rows.min(TILE_ROWS) * rank * 4 + rows * 4,
-            true => {
-                let low = if rank > 0 { place.values(rows * rank.next_multiple_of(8)) } else { 0 };
-                2 * place.floats(rows) + low + place.floats(rows * v.div_ceil(FORWARD_SPAN) * 3)
-            }
-        }
-    }
-
-    /// A tile of logits on the host.
-    fn tile(&self, rows: u128) -> u128 {
-        rows.min(TILE_ROWS) * (self.config.vocab_size as u128).min(TILE_VOCABULARY) * 4
-    }
-
-    /// Scratch of `head_logprob`'s backward pass.
-    fn head_back(&self, place: Place, rows: u128) -> u128 {
-        let (v, h, rank) = (self.config.vocab_size as u128, self.sizes().h, self.rank("lm_head"));
-        if !place.device {
-            return self.tile(rows) + 2 * rows.min(TILE_ROWS) * rank * 4;
-        }
-        let count = rows.min(BACKWARD_ROWS);
-        let spans = (BACKWARD_ROWS / count.max(1)).clamp(1, v.div_ceil(BACKWARD_SPAN).max(1));
-        let chunk = (spans * BACKWARD_SPAN).min(v);
-        let slopes = place.values(count * chunk.next_multiple_of(8));
-        // A sum and room for its parts.
-        let sum = |columns: u128, parts: u128| {
-            let parts = if parts > 0 { place.floats(parts * count * columns) } else { 0 };
-            place.floats(count * columns) + parts
-        };
-        let several = if spans > 1 { spans } else { 0 };
-        match rank {
-            0 => slopes + sum(h, several),
-            _ => {
-                let low = place.values(count * rank.next_multiple_of(8));
-                slopes + sum(h, several.max(1)) + sum(rank, several) + 2 * low
-            }
-        }
-    }
-
-    /// The moments of a training step.
-    fn step(&self, place: Place, extent: Extent, kept: usize, offload: bool) -> Vec<Parts> {
-        if self.beside(place) {
-            return Vec::new();
-        }
-        let (t, r, n) = (extent.tokens as u128, extent.rows as u128, self.trained_layers());
-        let (x, saved) = (self.residual(place, t), self.saved(place, t));
-        // On a device all that a step is given lies in one buffer.
-        let sequences = match place.device {
-            true => place.floats(Inputs::len(extent) as u128) + self.angles(place, extent.longest),
-            false => self.sequences(place, extent),
-        };
-        let recomputed = n.saturating_sub(kept as u128);
-        let offload = offload && place.device;
-        // Of so many layers from the first on: insides, and inputs that have not left or are on their way back.
-        let below = |layers: u128, arriving: u128| {
-            let inputs = if offload { layers.min(arriving) } else { layers };
-            sequences + inputs * x + layers.saturating_sub(recomputed) * saved
-        };
-        let (rows, slopes) = match place.device {
-            true => (self.normed_rows(place, r), 0),
-            false => (self.kept_rows(place, r), place.floats(r)),
-        };
-        let last = n.saturating_sub(1);
-
-        // The host keeps a copy of the input and works on the stream in place.
-        let copy = if place.device { 0 } else { x };
-        let back = slopes + self.residual(place, r) + self.head_back(place, r);
-        let mut moments = vec![
-            vec![(Part::Activations, below(last, 0)), (Part::Layer, self.forward(place, t) + copy)],
-            vec![(Part::Activations, below(n, 0)), (Part::Head, rows + self.head_forth(place, r))],
-            vec![(Part::Activations, below(n, 1)), (Part::Head, rows + back)],
-        ];
-        if n > 0 {
-            // The gradient of the rows after and before the norm stays; dx is the stream's.
-            let head = rows + slopes + 2 * self.residual(place, r);
-            let at =
-                |layers, layer| vec![(Part::Activations, below(layers, 1)), (Part::Layer, layer), (Part::Head, head)];
-            moments.extend(self.layer_back(place, t).into_iter().map(|work| at(last, 2 * x + saved + work)));
-            if recomputed > 0 {
-                // Its insides are made again beside dx; on the host from a copy of the input.
-                moments.push(at(recomputed - 1, 2 * x + copy + saved + x));
-            }
-        }
-        moments
-    }
-
-    /// What the way back through a layer takes beside input, gradient of the stream and `saved`, at each of its
-    /// stations. What of `saved` is given back before is taken off: hence the signs.
-    fn layer_back(&self, place: Place, t: u128) -> Vec<u128> {
-        let Sizes { h, q, k, i, heads, .. } = self.sizes();
-        let values = |width: u128| place.values(t * width);
-        let scratch = |target: &str, out: u128, input: u128| self.adapter_back(place, t, target, out, input);
-        let (gates, norm) = (3 * values(i), values(h));
-        let attention = values(q) + values(q) + 2 * values(k);
-        let freed = gates + norm;
-        let sums = if place.device { self.vectors_back(t) } else { 0 };
-        let at = |more: u128, less: u128| more.saturating_sub(less);
-        vec![
-            values(i) + scratch("down_proj", h, i),
-            3 * values(i),
-            at(2 * values(i) + norm + scratch("gate_proj", i, h).max(scratch("up_proj", i, h)), gates),
-            at(norm + values(q) + scratch("o_proj", h, q), freed),
-            at(norm + attention + if place.device { place.floats(t * heads) } else { 0 }, freed),
-            at(norm + attention + scratch("q_proj", q, h).max(scratch("v_proj", k, h)).max(sums), freed),
-        ]
-    }
-
-    /// Parts of a norm's gradient, which are no fewer than a bias's, as in `cuda::ops::rmsnorm`.
-    fn vectors_back(&self, t: u128) -> u128 {
-        match self.trained {
-            Trained::Everything => {
-                let rows = t.div_ceil(NORM_BLOCKS).max(8);
-                DEVICE.floats(t.div_ceil(rows) * self.sizes().h)
-            }
-            _ => 0,
-        }
-    }
-
-    /// Scratch of an adapter's way back: the gradient of A x, and on a device parts of a factor's gradient.
-    fn adapter_back(&self, place: Place, t: u128, target: &str, out: u128, input: u128) -> u128 {
-        let rank = self.rank(target);
-        if rank == 0 {
-            return 0;
-        }
-        let parts = if place.device {
-            let m = usize::try_from(t).unwrap_or(usize::MAX);
-            place.floats(cuda::ops::lora_matmul::gradient_parts(m) as u128 * rank * out.max(input))
-        } else {
-            0
-        };
-        place.values(t * rank) + parts
-    }
-
-    /// The moments of decoding on the host: prompts on their way in, and a step of all that live.
-    fn decoding(&self, place: Place, decode: Decode) -> Vec<Parts> {
-        if self.beside(place) {
-            return Vec::new();
-        }
+    /// Completions on the host: prompts on their way in, and a step of all that live.
+    fn decode_on_host(&self, model: &Decoder<Count>, decode: Decode) -> Bytes {
         let Decode { live, longest, prompt, .. } = decode;
-        let (layers, v) = (self.config.num_hidden_layers as u128, self.config.vocab_size as u128);
-        let p = prompts_together(live, prompt) as u128;
-        let live = live as u128;
-        let pages = host_decode::pages(self.config, decode.live, longest) as u128;
-        let cache = layers * 2 * pages * host_decode::PAGE as u128 * self.sizes().k * 4 + self.angles(place, longest);
-        let prompts = self.starts(place, p.div_ceil(prompt.max(1) as u128), p) + self.angles(place, prompt);
-        // Drawing overwrites a copy of a row, which is scratch. The logits after prompts that are kept are more rows.
-        let kept = KNOWN as u128 * v * 4;
-        let logits = |rows: u128| rows * v * 4 + 2 * self.residual(place, rows);
-        let moments = [
-            (prompts + self.forward(place, p), 0),
-            (prompts + self.residual(place, p), logits(live.min(p))),
-            (self.forward(place, live), 0),
-            (self.residual(place, live), logits(live)),
-        ];
-        moments
-            .map(|(layer, head)| vec![(Part::Cache, cache), (Part::Layer, layer), (Part::Head, kept + head)])
-            .to_vec()
+        let (place, config) = (&model.place, self.config);
+        let standing = place.here.now();
+        place.part(Part::Cache);
+        let page = config.num_hidden_layers * 2 * HOST_PAGE * config.key_size();
+        let _cache = place.buffer(pages_on_host(config, live, longest) * page, 4);
+        let Ok(_angles) = place.angles(config, longest);
+        place.part(Part::Head);
+        // The logits after prompts that are kept.
+        let _kept = place.buffer(KNOWN * config.vocab_size, 4);
+        place.here.begin();
+        let tokens = prompts_together(live, prompt);
+        prompts(model, tokens, live.min(tokens), tokens.div_ceil(prompt.max(1)));
+        place.part(Part::Layer);
+        let Ok(_rows) = StepRows::new(model, live);
+        let _onto = place.buffer(live * config.hidden_size, 4);
+        standing
     }
 
-    /// What is there while a device decodes: `DeviceDecoder::new`.
-    fn decoder(&self, decode: Decode) -> Parts {
-        let Sizes { h, q, k, i, heads, d } = self.sizes();
-        let Decode { live, longest, ends, .. } = decode;
-        let shape = Shape::of(live, longest);
-        let (rows, v) = (shape.rows as u128, self.config.vocab_size as u128);
-        let pages = ends.min(live).max(1).saturating_mul(Decode::pages(longest)) as u128 + 1;
-        let pool = DEVICE.values(pages * cuda::ops::attention_decode::PAGE as u128 * k);
-        let cache = 2 * self.config.num_hidden_layers as u128 * pool + self.angles(DEVICE, longest);
-
-        let values = |width: u128| DEVICE.values(rows * width);
-        let spans = (shape.keys / cuda::ops::attention_decode::SPAN) as u128;
-        let parts = DEVICE.floats(rows * heads * spans * d) + DEVICE.floats(rows * heads * spans * 2);
-        let rank = if let Trained::Adapter(spec) = self.trained { spec.rank as u128 } else { 0 };
-        let stream = [h, h, q, k, k, q, i, i, i, rank].into_iter().map(values).sum::<u128>() + DEVICE.floats(rows);
-        let layer = DEVICE.buffer(shape.input_bytes() as u128, 1) + stream + parts;
-        let seen = DEVICE.floats(rows * longest as u128);
-        // The logits after prompts that are kept are more rows.
-        let logits = values(v) + DEVICE.values(KNOWN as u128 * v) + DEVICE.floats(rows * v);
-        let head = logits + DEVICE.floats(3 * rows) + seen;
-        vec![(Part::Cache, cache), (Part::Layer, layer), (Part::Head, head)]
-    }
-
-    /// The moments of prompts that a device runs. A step of all that live takes nothing anew.
-    fn prompts_on_device(&self, decode: Decode) -> Vec<Parts> {
-        let p = prompts_together(decode.live, decode.prompt) as u128;
-        // Where they are, and where their keys and values go.
-        let different = (decode.live as u128).min(p);
-        let prompts = self.starts(DEVICE, different, p) + DEVICE.floats(p);
-        vec![
-            vec![(Part::Layer, prompts + self.forward(DEVICE, p))],
-            vec![(Part::Layer, prompts + self.residual(DEVICE, p)), (Part::Head, self.logits_on_device(different))],
-        ]
-    }
-
-    fn sizes(&self) -> Sizes {
-        let config = self.config;
-        Sizes {
-            h: config.hidden_size as u128,
-            q: config.query_size() as u128,
-            k: config.key_size() as u128,
-            i: config.intermediate_size as u128,
-            heads: config.num_attention_heads as u128,
-            d: config.head_dim as u128,
-        }
+    /// Completions on a device: what is there as long as it decodes, and prompts on their way in. A step of all that live
+    /// takes nothing anew.
+    fn decode_on_device(&self, model: &Decoder<Count>, decode: Decode) -> Bytes {
+        let Decode { live, longest, prompt, ends } = decode;
+        let (place, config) = (&model.place, self.config);
+        let shape = StepShape::of(live, longest);
+        let (rows, vocab) = (shape.rows, config.vocab_size);
+        let pages = ends.min(live).max(1).saturating_mul(Decode::pages(longest)) + 1;
+        place.part(Part::Cache);
+        let pools = 2 * config.num_hidden_layers;
+        let _pools: Vec<_> =
+            (0..pools).map(|_| place.buffer(pages.saturating_mul(DEVICE_PAGE * config.key_size()), 2)).collect();
+        let Ok(_angles) = place.angles(config, longest);
+        place.part(Part::Layer);
+        let Ok(_rows) = StepRows::new(model, rows);
+        let _inputs = place.buffer(shape.input_bytes(), 1);
+        let parts = rows * config.num_attention_heads * (shape.keys / cuda::ops::attention_decode::SPAN);
+        let _parts = [place.buffer(parts * config.head_dim, 4), place.buffer(parts * 2, 4)];
+        place.part(Part::Head);
+        // The logits after prompts that are kept, what is drawn from, what is drawn, and the ids so far.
+        let _kept = place.buffer(KNOWN * vocab, 2);
+        let _others = [rows * vocab, 3 * rows, rows * longest].map(|len| place.buffer(len, 4));
+        place.here.begin();
+        let standing = place.here.now();
+        let tokens = prompts_together(live, prompt);
+        place.part(Part::Layer);
+        // Where their keys and values go.
+        let _to = place.buffer(tokens, 4);
+        prompts(model, tokens, live.min(tokens), live.min(tokens));
+        standing
     }
 }
 
-/// As in `tensor::ops::head_logprob`: rows and entries of a tile.
-const TILE_ROWS: u128 = 512;
-const TILE_VOCABULARY: u128 = 2048;
-/// As in `cuda::ops::head_logprob`: entries of a part on the way there, rows and entries at once on the way back.
-const FORWARD_SPAN: u128 = 1024;
-const BACKWARD_ROWS: u128 = 2048;
-const BACKWARD_SPAN: u128 = 8192;
-/// As in `cuda::ops::rmsnorm`: blocks among which rows are divided.
-const NORM_BLOCKS: u128 = 512;
-/// As in `device.rs`: rows whose logits are made at once.
-const LOGIT_ROWS: u128 = 256;
+/// A training step.
+fn train(model: &Decoder<Count>, extent: Extent, policy: Policy, sums: &mut [<Count as Place>::Floats]) {
+    let place = &model.place;
+    place.part(Part::Activations);
+    let Ok(angles) = place.angles(&model.config, extent.longest);
+    let Ok((logprobs, tape)) = model.forward_pass(place.inputs_of(extent, angles), extent, policy);
+    drop(logprobs);
+    let Ok(_dx) = model.backward_pass(tape, sums);
+}
 
-struct Sizes {
-    h: u128,
-    q: u128,
-    k: u128,
-    i: u128,
-    heads: u128,
-    d: u128,
+/// Log-probs of a batch, and of one sequence at a time all logits or all hidden states.
+fn measure(model: &Decoder<Count>, extent: Extent, logits: bool, hidden_states: bool) {
+    let (place, config) = (&model.place, &model.config);
+    let sequence = |extent: Extent| {
+        place.part(Part::Layer);
+        let Ok(angles) = place.angles(config, extent.longest);
+        place.inputs_of(extent, angles)
+    };
+    let Ok(_logprobs) = model.logprobs_of(&sequence(extent), extent);
+    let longest = extent.longest;
+    let one = Extent { tokens: longest, rows: 0, sequences: 1, longest };
+    let results = |len: usize| {
+        let bytes = len as u128 * 4;
+        place.result(Part::Head, bytes)
+    };
+    if logits {
+        let _all = results(longest * config.vocab_size);
+        let inputs = sequence(one);
+        let Ok(x) = model.stream(&inputs, longest, &mut |_, _, _| Ok(()));
+        let tile = longest.min(LOGIT_ROWS);
+        let _wide = results(tile * config.vocab_size);
+        place.part(Part::Head);
+        let Ok(_logits) = model.logits_of(&x, &inputs.ids, tile);
+    }
+    if hidden_states {
+        // The states, and again in one piece.
+        let _states = results(2 * (config.num_hidden_layers + 2) * longest * config.hidden_size);
+        let Ok(_x) = model.stream(&sequence(one), longest, &mut |_, _, _| Ok(()));
+    }
+}
+
+/// Prompts of this many tokens on their way into the cache, and the logits after them.
+fn prompts(model: &Decoder<Count>, tokens: usize, rows: usize, sequences: usize) {
+    let place = &model.place;
+    place.part(Part::Layer);
+    let extent = Extent { tokens, rows, sequences, longest: tokens };
+    let Ok(angles) = place.angles(&model.config, 0);
+    let inputs = place.inputs_of(extent, angles);
+    let Ok(x) = model.stream(&inputs, tokens, &mut |_, _, _| Ok(()));
+    place.part(Part::Head);
+    let Ok(_logits) = model.logits_of(&x, &inputs.rows, rows);
+}
+
+fn sum(bytes: &Bytes) -> u128 {
+    bytes.iter().sum()
+}
+
+fn larger(one: Bytes, other: Bytes) -> Bytes {
+    if sum(&one) >= sum(&other) { one } else { other }
+}
+
+/// And this much of a part.
+fn with(mut bytes: Bytes, part: Part, more: u128) -> Bytes {
+    bytes[part as usize] += more;
+    bytes
 }

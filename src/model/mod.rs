@@ -1,77 +1,64 @@
-//! Qwen2 / Qwen2.5: read from and written to Hugging Face folders, run forward and backward, sampled from.
+//! Dense decoders: read from and written to Hugging Face folders, run forward and backward, sampled from.
 //!
 //! | file | holds |
 //! |---|---|
-//! | `config.rs` | `config.json` |
-//! | `weights.rs` | safetensors in and out |
-//! | `lora.rs` | adapters and PEFT folders |
-//! | `qwen2.rs` | the model: forward, backward, what is trained |
-//! | `device.rs`, `device_decode.rs` | the same on a CUDA device |
-//! | `device_step.rs` | training steps there, those of one shape captured |
+//! | `family.rs` | what one architecture has that others have not, as data |
+//! | `config.rs`, `tensors.rs` | `config.json`; names and shapes of a checkpoint's tensors |
+//! | `place.rs` | the operations that every place offers |
+//! | `host.rs`, `device.rs`, `count.rs` | the processor, a CUDA device, and a place that only counts memory |
+//! | `decoder.rs` | the model, written once over those: forward pass, backward pass |
+//! | `step.rs` | the same while decoding: prompts, and one token of each completion |
+//! | `build.rs` | a model of tensors, and what of it is trained |
+//! | `weights.rs`, `lora.rs`, `load.rs` | safetensors in and out; adapters and PEFT folders; a chain of folders to a model, and back |
 //! | `placed.rs` | a model where it computes |
-//! | `fit.rs` | how many layers may keep their insides |
-//! | `load.rs` | a chain of folders to a model, and back to folders |
-//! | `engine.rs` | generation: requests in at any time, tokens out |
-//! | `host_decode.rs` | where its keys and values lie on the host, and a step there |
-//! | `pages.rs` | who has which pages of keys and values |
-//! | `sampling.rs` | logits to the next token |
+//! | `captured.rs` | training steps on a device, those of one shape captured |
+//! | `policy.rs`, `fit.rs` | memory against time, and how many layers may keep what is inside them |
 //! | `memory.rs` | how much memory all this takes, beforehand |
+//! | `engine.rs`, `request.rs` | generation: requests in at any time, tokens out |
+//! | `host_decode.rs`, `device_decode.rs` | where keys and values lie, and a step there |
+//! | `pages.rs`, `sizes.rs` | who has which pages of keys and values, and how many there are |
+//! | `sampling.rs` | logits to the next token |
 
+mod batch;
+mod build;
+mod captured;
 pub mod config;
+mod count;
+pub mod decoder;
 pub mod device;
 mod device_decode;
-pub mod device_step;
 pub mod engine;
+pub mod family;
 pub mod fit;
+pub mod host;
 mod host_decode;
 pub mod load;
 pub mod lora;
 pub mod memory;
 mod pages;
+mod parameter;
+pub mod place;
 pub mod placed;
-pub mod qwen2;
+mod policy;
+pub mod request;
 pub mod sampling;
+mod sizes;
+mod step;
+pub mod tensors;
 pub mod weights;
 
+pub use batch::{Batch, Extent};
+pub use captured::DeviceSide;
 pub use config::Config;
-pub use engine::{Ask, Completion, Engine, Event, Finish, Limits, Prompt, Ticket, complete, generate};
+pub use decoder::Tape;
+pub use engine::{Engine, complete, generate};
 pub use load::LoadOptions;
 pub use lora::LoraSpec;
-pub use placed::{Device, Placed, PlacedGradients};
-pub use qwen2::{Batch, Forward, Model, Recompute, Tape};
+pub use parameter::{Gradients, Parameter};
+pub use placed::{Device, Forward, HostSide, Pass, Placed};
+pub use policy::{Policy, Recompute};
+pub use request::{Ask, Completion, Event, Finish, Limits, MOST_TOP, Prompt, Ticket};
 pub use sampling::Sampling;
 
-/// One trained tensor.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Parameter {
-    /// Its name in the file it is saved to.
-    pub name: String,
-    pub shape: Vec<usize>,
-    /// Row-major, in f32 whatever the storage of the model.
-    pub value: Vec<f32>,
-}
-
-impl Parameter {
-    /// Whether weight decay applies: to matrices, not to norms and biases.
-    pub fn decays(&self) -> bool {
-        self.shape.len() > 1
-    }
-}
-
-/// One gradient per trained tensor, in the order of [`Model::params`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct Gradients {
-    pub values: Vec<Vec<f32>>,
-}
-
-impl Gradients {
-    /// Zeros for every trained tensor of `model`.
-    pub fn zeros(model: &Model) -> Gradients {
-        Gradients { values: model.params().iter().map(|param| vec![0.0; param.value.len()]).collect() }
-    }
-
-    /// Back to zero, keeping the memory.
-    pub fn clear(&mut self) {
-        self.values.iter_mut().for_each(|values| values.fill(0.0));
-    }
-}
+/// A model on the processor.
+pub type Model = decoder::Decoder<host::Host>;

@@ -1,204 +1,303 @@
 //! A model where it computes: on the processor, or on a CUDA device. The only place that tells them apart.
 
-use super::device::{DeviceGradients, DeviceModel};
-use super::device_step::DeviceTape;
-use super::qwen2::{Batch, Model, Tape};
-use super::{Gradients, Parameter};
+use super::batch::{Batch, Extent};
+use super::captured::{DeviceSide, DeviceTape};
+use super::config::Config;
+use super::decoder::{Decoder, Tape};
+use super::device::Cuda;
+use super::fit;
+use super::host::{Host, sure};
+use super::lora::LoraSpec;
+use super::parameter::{Gradients, Parameter};
+use super::place::Place;
+use super::policy::{Policy, Recompute};
 use crate::cuda::Gpu;
-use crate::cuda::ops::adamw::Tensor;
 use crate::problem::Problem;
 use std::borrow::Cow;
-use std::ops::Deref;
 
 /// Where a stage computes.
 #[derive(Clone)]
 pub enum Device {
+    /// The processor.
     Cpu,
+    /// A CUDA device.
     Cuda(Gpu),
 }
 
-/// A model and, if it computes on a device, what of it lies there. Reads as the [`Model`] it is, with the trained
-/// values it had when it was placed, or when [`Placed::host`] or [`Placed::update`] last asked for them.
-pub struct Placed {
-    model: Model,
-    device: Option<DeviceModel>,
-    /// Whether the values on the device are newer than the host's.
-    ahead: bool,
+/// A model where it computes. On a device nothing of it is kept on the host.
+pub enum Placed {
+    /// On the processor.
+    Host(Box<HostSide>),
+    /// On a device.
+    Device(Box<DeviceSide>),
 }
 
-/// What [`Placed::forward`] gives.
-pub struct PlacedForward {
+/// A model on the processor, and what its training needs.
+pub struct HostSide {
+    /// The model.
+    pub model: Decoder<Host>,
+    /// How steps go about their work.
+    pub policy: Policy,
+    /// A sum for each trained tensor, once there is something to add.
+    gradients: Option<Gradients>,
+}
+
+/// A batch between forward and backward pass, which has the model to itself.
+pub struct Pass<'m> {
     /// `[R]` log p(target) of each row.
     pub logprobs: Vec<f32>,
-    pub tape: PlacedTape,
+    tape: PassTape<'m>,
 }
 
-/// What the way back needs of the way there.
-pub enum PlacedTape {
-    Host(Tape),
-    Device(DeviceTape),
+enum PassTape<'m> {
+    Host(&'m mut HostSide, Box<Tape<Host>>),
+    Device(&'m mut DeviceSide, Box<DeviceTape>),
 }
 
-/// One sum of gradients per trained tensor, where the model computes.
-pub enum PlacedGradients {
-    Host(Gradients),
-    Device(DeviceGradients),
+/// What a forward pass on the host gives.
+pub struct Forward {
+    /// `[R]` log p(target) of each row.
+    pub logprobs: Vec<f32>,
+    /// For [`Decoder::backward`].
+    pub tape: Tape<Host>,
 }
 
-impl Deref for Placed {
-    type Target = Model;
-
-    fn deref(&self) -> &Model {
-        &self.model
+impl Decoder<Host> {
+    /// Log-probs of the batch's targets, and what [`Decoder::backward`] needs.
+    pub fn forward(&self, batch: &Batch) -> Forward {
+        self.forward_with(Policy::default(), batch)
     }
-}
 
-impl Placed {
-    /// `Err` (exit 3) if the device has no kernels for the model's shape, or not the memory.
-    pub fn new(model: Model, device: &Device) -> Result<Placed, Problem> {
-        let device = match device {
-            Device::Cpu => None,
-            Device::Cuda(gpu) => Some(DeviceModel::upload(gpu, &model)?),
+    /// The same in another way, with the same bits.
+    pub fn forward_with(&self, policy: Policy, batch: &Batch) -> Forward {
+        let recompute = match policy.recompute {
+            Recompute::Fit => fit::on_host(self, policy, Extent::of(batch)),
+            decided => decided,
         };
-        Ok(Placed { model, device, ahead: false })
-    }
-
-    /// What of the model lies on a device.
-    pub(super) fn device(&self) -> Option<&DeviceModel> {
-        self.device.as_ref()
-    }
-
-    /// The device the model computes on, if it is not the processor.
-    pub fn gpu(&self) -> Option<&Gpu> {
-        self.device.as_ref().map(DeviceModel::gpu)
-    }
-
-    /// Zeros for every trained tensor.
-    pub fn zero_gradients(&self) -> Result<PlacedGradients, Problem> {
-        Ok(match &self.device {
-            None => PlacedGradients::Host(Gradients::zeros(&self.model)),
-            Some(device) => PlacedGradients::Device(device.zero_gradients()?),
-        })
-    }
-
-    /// Log-probs of the batch's targets, and what [`Placed::backward`] needs.
-    pub fn forward(&self, batch: &Batch) -> Result<PlacedForward, Problem> {
-        Ok(match &self.device {
-            None => {
-                let forward = self.model.forward(batch);
-                PlacedForward { logprobs: forward.logprobs, tape: PlacedTape::Host(forward.tape) }
-            }
-            Some(device) => {
-                let (logprobs, tape) = device.forward(&self.model, batch)?;
-                PlacedForward { logprobs, tape: PlacedTape::Device(tape) }
-            }
-        })
+        let (inputs, extent) = sure(self.inputs(batch));
+        let (logprobs, tape) = sure(self.forward_pass(inputs, extent, Policy { recompute, ..policy }));
+        Forward { logprobs, tape }
     }
 
     /// Adds to `grads` the gradient of `sum_r dlogprobs[r] * logprobs[r]`.
-    pub fn backward(&self, tape: PlacedTape, dlogprobs: &[f32], grads: &mut PlacedGradients) -> Result<(), Problem> {
-        match (tape, grads, &self.device) {
-            (PlacedTape::Host(tape), PlacedGradients::Host(grads), None) => {
-                self.model.backward(tape, dlogprobs, grads);
-                Ok(())
-            }
-            (PlacedTape::Device(tape), PlacedGradients::Device(grads), Some(device)) => {
-                device.backward(&self.model, tape, dlogprobs, grads)
-            }
-            _ => unreachable!("a tape or gradients of another place than the model's"),
+    pub fn backward(&self, mut tape: Tape<Host>, dlogprobs: &[f32], grads: &mut Gradients) {
+        let ids = if self.trains_everything() { tape.inputs.ids.clone() } else { Vec::new() };
+        sure(self.place.slopes(&mut tape.inputs, dlogprobs));
+        if let Some(dx) = sure(self.backward_pass(tape, &mut grads.values)) {
+            sure(self.embed_backward(&dx, &ids, &mut grads.values));
         }
     }
 
     /// Log-probs of the batch's targets, keeping nothing.
+    pub fn logprobs(&self, batch: &Batch) -> Vec<f32> {
+        let (inputs, extent) = sure(self.inputs(batch));
+        sure(self.logprobs_of(&inputs, extent))
+    }
+
+    /// [`Decoder::logprobs`] with the active adapter off: the model beneath it, as DPO's reference.
+    pub fn base_logprobs(&mut self, batch: &Batch) -> Vec<f32> {
+        self.without_adapter(|model| model.logprobs(batch))
+    }
+
+    /// All logits of one sequence, `[T, V]`: for tests and comparisons, never for training.
+    pub fn logits(&self, ids: &[u32]) -> Vec<f32> {
+        sure(self.sequence_logits(ids))
+    }
+
+    /// The residual stream of one sequence as embedded, after each layer, and after the final norm:
+    /// layers + 2 times `[T, H]`.
+    pub fn hidden_states(&self, ids: &[u32]) -> Vec<Vec<f32>> {
+        sure(self.sequence_states(ids))
+    }
+}
+
+impl Decoder<Cuda> {
+    fn logprobs(&self, batch: &Batch) -> Result<Vec<f32>, Problem> {
+        let (inputs, extent) = self.inputs(batch)?;
+        self.logprobs_of(&inputs, extent)?.download()
+    }
+}
+
+impl HostSide {
+    /// The sums of gradients, zero if nothing was added yet.
+    pub fn gradients(&mut self) -> &mut Gradients {
+        self.parts().1
+    }
+
+    /// The model, and its gradients.
+    pub fn parts(&mut self) -> (&mut Decoder<Host>, &mut Gradients) {
+        let HostSide { model, gradients, .. } = self;
+        let gradients = gradients.get_or_insert_with(|| Gradients::zeros(&model.params));
+        (model, gradients)
+    }
+}
+
+impl HostSide {
+    /// The forward pass.
+    pub fn pass(&mut self, batch: &Batch) -> Pass<'_> {
+        let Forward { logprobs, tape } = self.model.forward_with(self.policy, batch);
+        Pass { logprobs, tape: PassTape::Host(self, Box::new(tape)) }
+    }
+}
+
+impl DeviceSide {
+    /// The forward pass.
+    pub fn pass(&mut self, batch: &Batch) -> Result<Pass<'_>, Problem> {
+        let (logprobs, tape) = self.forward(batch)?;
+        Ok(Pass { logprobs, tape: PassTape::Device(self, Box::new(tape)) })
+    }
+}
+
+impl Pass<'_> {
+    /// Adds to the model's gradients that of `sum_r dlogprobs[r] * logprobs[r]`.
+    pub fn backward(self, dlogprobs: &[f32]) -> Result<(), Problem> {
+        match self.tape {
+            PassTape::Host(side, tape) => {
+                let (model, gradients) = side.parts();
+                model.backward(*tape, dlogprobs, gradients);
+                Ok(())
+            }
+            PassTape::Device(side, tape) => side.backward(*tape, dlogprobs),
+        }
+    }
+}
+
+impl Placed {
+    /// Moves a model to where it computes. `Err` (exit 3) if the device has no kernels for the model's shape, or not the
+    /// memory.
+    pub fn new(model: Decoder<Host>, device: &Device) -> Result<Placed, Problem> {
+        Placed::with(model, device, Policy::default())
+    }
+
+    /// The same with another way to go about training.
+    pub fn with(model: Decoder<Host>, device: &Device, policy: Policy) -> Result<Placed, Problem> {
+        Ok(match device {
+            Device::Cpu => Placed::Host(Box::new(HostSide { model, policy, gradients: None })),
+            Device::Cuda(gpu) => Placed::Device(Box::new(DeviceSide::new(Decoder::moved(model, gpu)?, policy))),
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &Config {
+        match self {
+            Placed::Host(side) => &side.model.config,
+            Placed::Device(side) => &side.model.config,
+        }
+    }
+
+    /// The device the model computes on, if it is not the processor.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        match self {
+            Placed::Host(_) => None,
+            Placed::Device(side) => Some(side.model.gpu()),
+        }
+    }
+
+    /// The active adapter's rank, alpha and targets.
+    pub fn lora(&self) -> Option<&LoraSpec> {
+        match self {
+            Placed::Host(side) => side.model.lora(),
+            Placed::Device(side) => side.model.lora(),
+        }
+    }
+
+    /// How training goes about its work.
+    pub fn policy(&mut self) -> &mut Policy {
+        match self {
+            Placed::Host(side) => &mut side.policy,
+            Placed::Device(side) => &mut side.policy,
+        }
+    }
+
+    /// Number of trained values.
+    pub fn trained_values(&self) -> usize {
+        match self {
+            Placed::Host(side) => side.model.trained_values(),
+            Placed::Device(side) => side.model.trained_values(),
+        }
+    }
+
+    /// Log-probs of the batch's targets, and what the backward pass needs.
+    pub fn forward(&mut self, batch: &Batch) -> Result<Pass<'_>, Problem> {
+        Ok(match self {
+            Placed::Host(side) => side.pass(batch),
+            Placed::Device(side) => side.pass(batch)?,
+        })
+    }
+
+    /// Gradients back to zero.
+    pub fn clear_gradients(&mut self) -> Result<(), Problem> {
+        match self {
+            Placed::Host(side) => {
+                side.gradients().clear();
+                Ok(())
+            }
+            Placed::Device(side) => side.gradients()?.values.iter_mut().try_for_each(|sum| sum.clear()),
+        }
+    }
+
+    /// The gradients of this moment, for the host.
+    pub fn gradients(&mut self) -> Result<Gradients, Problem> {
+        Ok(match self {
+            Placed::Host(side) => side.gradients().clone(),
+            Placed::Device(side) => {
+                let values = side.gradients()?.values.iter().map(|sum| sum.download()).collect::<Result<_, _>>()?;
+                Gradients { values }
+            }
+        })
+    }
+
+    /// Log-probs of the batch's targets, keeping nothing.
     pub fn logprobs(&self, batch: &Batch) -> Result<Vec<f32>, Problem> {
-        match &self.device {
-            None => Ok(self.model.logprobs(batch)),
-            Some(device) => device.logprobs(&self.model, batch),
+        match self {
+            Placed::Host(side) => Ok(side.model.logprobs(batch)),
+            Placed::Device(side) => side.model.logprobs(batch),
         }
     }
 
     /// [`Placed::logprobs`] with the active adapter off.
     pub fn base_logprobs(&mut self, batch: &Batch) -> Result<Vec<f32>, Problem> {
-        match &self.device {
-            None => Ok(self.model.base_logprobs(batch)),
-            Some(device) => {
-                self.model.switch_adapter(false);
-                let logprobs = device.logprobs(&self.model, batch);
-                self.model.switch_adapter(true);
-                logprobs
-            }
+        match self {
+            Placed::Host(side) => Ok(side.model.base_logprobs(batch)),
+            Placed::Device(side) => side.model.without_adapter(|model| model.logprobs(batch)),
         }
-    }
-
-    /// The model with the trained values of this moment: what is written to files.
-    pub fn host(&mut self) -> Result<&Model, Problem> {
-        if self.ahead
-            && let Some(device) = &self.device
-        {
-            self.model.update(|params| device.fetch(params))?;
-            self.ahead = false;
-        }
-        Ok(&self.model)
     }
 
     /// The logits of every token of one sequence: `[T, V]`.
     pub fn logits(&self, ids: &[u32]) -> Result<Vec<f32>, Problem> {
-        match &self.device {
-            None => Ok(self.model.logits(ids)),
-            Some(device) => device.sequence_logits(&self.model, ids),
+        match self {
+            Placed::Host(side) => Ok(side.model.logits(ids)),
+            Placed::Device(side) => side.model.sequence_logits(ids),
         }
     }
 
     /// The residual stream of one sequence as embedded, after each layer, and after the final norm:
     /// layers + 2 times `[T, H]`.
     pub fn hidden_states(&self, ids: &[u32]) -> Result<Vec<Vec<f32>>, Problem> {
-        match &self.device {
-            None => Ok(self.model.hidden_states(ids)),
-            Some(device) => device.hidden_states(&self.model, ids),
+        match self {
+            Placed::Host(side) => Ok(side.model.hidden_states(ids)),
+            Placed::Device(side) => side.model.sequence_states(ids),
         }
+    }
+
+    /// The trained tensors of this moment: what is written to files.
+    pub fn params(&self) -> Result<Cow<'_, [Parameter]>, Problem> {
+        Ok(match self {
+            Placed::Host(side) => Cow::Borrowed(side.model.params()),
+            Placed::Device(side) => Cow::Owned(side.model.fetch()?),
+        })
     }
 
     /// Lets `change` write to the trained tensors, then brings up to date what is computed with.
     pub fn update<R>(&mut self, change: impl FnOnce(&mut [Parameter]) -> R) -> Result<R, Problem> {
-        self.host()?;
-        let result = self.model.update(change);
-        if let Some(device) = &mut self.device {
-            device.renew(self.model.params())?;
-        }
-        Ok(result)
-    }
-
-    /// Lets `change` write to the trained tensors where they lie on the device, each beside its gradient.
-    pub fn update_there<R>(
-        &mut self,
-        grads: &PlacedGradients,
-        change: impl FnOnce(&Gpu, &[Tensor]) -> Result<R, Problem>,
-    ) -> Result<R, Problem> {
-        let (Some(device), PlacedGradients::Device(grads)) = (&self.device, grads) else {
-            unreachable!("neither model nor gradients are on a device")
-        };
-        self.ahead = true;
-        change(device.gpu(), &device.tensors(grads))
-    }
-}
-
-impl PlacedGradients {
-    /// Back to zero, keeping the memory.
-    pub fn clear(&mut self) -> Result<(), Problem> {
-        match self {
-            PlacedGradients::Host(grads) => {
-                grads.clear();
-                Ok(())
-            }
-            PlacedGradients::Device(grads) => grads.clear(),
-        }
-    }
-
-    /// Their values of this moment: what is written to files.
-    pub fn host(&self) -> Result<Cow<'_, Gradients>, Problem> {
         Ok(match self {
-            PlacedGradients::Host(grads) => Cow::Borrowed(grads),
-            PlacedGradients::Device(grads) => Cow::Owned(Gradients { values: grads.download()? }),
+            Placed::Host(side) => side.model.update(change),
+            Placed::Device(side) => {
+                let mut params = side.model.fetch()?;
+                let result = change(&mut params);
+                side.model.renew(&params)?;
+                result
+            }
         })
     }
 }

@@ -27,7 +27,7 @@ pub use answer::{Entry, answer};
 pub use work::{Gauges, Job, Piece, decode};
 
 use crate::data::Tokenizer;
-use crate::model::{Limits, Model, Placed};
+use crate::model::{Config, Limits, Placed};
 use crate::problem::Problem;
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -96,8 +96,8 @@ pub struct Service {
 
 impl Service {
     /// `Err` if model and tokenizer do not belong together.
-    pub fn new(name: &str, fingerprint: &str, tokenizer: Tokenizer, model: &Model) -> Result<Service, Problem> {
-        tokenizer.fits(model.config.vocab_size)?;
+    pub fn new(name: &str, fingerprint: &str, tokenizer: Tokenizer, config: &Config) -> Result<Service, Problem> {
+        tokenizer.fits(config.vocab_size)?;
         let mut stop_ids = vec![tokenizer.end()?];
         stop_ids.extend(tokenizer.eos());
         stop_ids.extend(tokenizer.id("<|endoftext|>"));
@@ -109,7 +109,7 @@ impl Service {
             fingerprint: fingerprint.to_string(),
             tokenizer,
             longest: longest.max(1),
-            context: model.config.max_position_embeddings,
+            context: config.max_position_embeddings,
             stop_ids,
             max_tokens: None,
             key: None,

@@ -376,7 +376,7 @@ impl<'a> Session<'a> {
         let dtype = self.decoding.dtype.dtype();
         let model = Model::load(&chain, &LoadOptions { dtype, fold_last: matches!(dtype, Dtype::F32) })?;
         let model = Placed::new(model, &self.ctx.device)?;
-        self.tokenizer.fits(model.config.vocab_size)?;
+        self.tokenizer.fits(model.config().vocab_size)?;
         self.model = Some(model);
         Ok(())
     }

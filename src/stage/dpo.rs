@@ -97,38 +97,37 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
     inputs::warn(ctx, &notes);
 
     let mut model = spec.model(ctx)?;
-    training::check_ids(&model, pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]))?;
+    training::check_ids(model.config(), pairs.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]))?;
     let reference = reference(ctx, &mut model, own.reference, &pairs, spec.micro_batch_tokens)?;
     let steps = spec.steps(pairs.len());
     let schedule = spec.schedule(steps);
     let saved = spec.saved(steps);
-    let mut optimizer = spec.optimizer.over(&model)?;
-    let (mut session, done) = Session::resume(ctx, &mut model, &mut optimizer, spec.resume_every_s)?;
+    let mut trainer = spec.optimizer.over(model)?;
+    let (mut session, done) = Session::resume(ctx, &mut trainer, spec.resume_every_s)?;
     ctx.progress.begin(steps.total, "steps");
     if done == 0 && saved.contains(&0) {
-        session.keep(&mut model, 0, 0.0)?;
+        session.keep(&trainer, 0, 0.0)?;
     }
-    let mut grads = model.zero_gradients()?;
     for step in done..steps.total {
         let order = data::epoch_order(pairs.len(), spec.seed, step / steps.per_epoch, spec.shuffle);
         let batch = &data::batches(&order, spec.batch_size)[(step % steps.per_epoch) as usize];
         let lengths: Vec<usize> = batch.iter().map(|&i| training::pair_tokens(&pairs[i])).collect();
 
-        grads.clear()?;
+        trainer.clear_gradients()?;
         let mut sums = Sums::default();
         for part in data::micro_batches(&lengths, spec.micro_batch_tokens) {
             let part = &batch[part];
             let packed = Packed::new(part.iter().flat_map(|&i| [&pairs[i].chosen, &pairs[i].rejected]));
-            let forward = model.forward(&packed.batch())?;
-            let mut dlogprobs = Vec::with_capacity(forward.logprobs.len());
-            for (policy, &i) in policy_logps(&packed, &forward.logprobs).into_iter().zip(part) {
+            let pass = trainer.forward(&packed.batch())?;
+            let mut dlogprobs = Vec::with_capacity(pass.logprobs.len());
+            for (policy, &i) in policy_logps(&packed, &pass.logprobs).into_iter().zip(part) {
                 // d loss / d logp(chosen) = -beta sigmoid(-margin) / pairs, and its opposite for rejected
                 let margin = sums.add(policy, reference[i], own.beta);
                 let slope = (own.beta * sigmoid(-margin) / batch.len() as f64) as f32;
                 dlogprobs.extend(std::iter::repeat_n(-slope, pairs[i].chosen.learned_tokens()));
                 dlogprobs.extend(std::iter::repeat_n(slope, pairs[i].rejected.learned_tokens()));
             }
-            model.backward(forward.tape, &dlogprobs, &mut grads)?;
+            pass.backward(&dlogprobs)?;
         }
         let count = batch.len() as f64;
         let loss = sums.loss / count;
@@ -136,18 +135,18 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
             return Err(Problem::new("dpo::reference", format!("the loss before any update is {loss}, not ln 2"))
                 .note("policy and reference are the same model then; this is a bug of the engine"));
         }
-        let grad_norm = optimizer.norm(&grads)?;
+        let grad_norm = trainer.norm()?;
         require_finite(loss, grad_norm, step + 1)?;
         if spec.keep_gradients.contains(&(step + 1)) {
-            session.keep_gradients(&model, &grads, step + 1)?;
+            session.keep_gradients(&mut trainer, step + 1)?;
         }
-        optimizer.clip(&mut grads, grad_norm, spec.optimizer.clip_norm)?;
+        trainer.clip(grad_norm, spec.optimizer.clip_norm)?;
         let learning_rate = schedule.rate(step);
-        optimizer.step(&mut model, &grads, learning_rate)?;
+        trainer.step(learning_rate)?;
 
         let updates = step + 1;
         if saved.contains(&updates) {
-            session.keep(&mut model, updates, steps.epochs(updates))?;
+            session.keep(&trainer, updates, steps.epochs(updates))?;
         }
         let line = json!({
             "step": updates,
@@ -165,7 +164,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         });
         ctx.progress.at(updates);
         ctx.progress.note(&format!("loss {loss:.4}  accuracy {:.2}", sums.right / count));
-        session.finish_step(&mut model, &optimizer, updates, line)?;
+        session.finish_step(&trainer, updates, line)?;
     }
     let lines: Vec<Value> = pairs
         .iter()
@@ -173,7 +172,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         .map(|(pair, logps)| json!({ "id": pair.id, "chosen": logps.chosen, "rejected": logps.rejected }))
         .collect();
     inputs::write_lines(&ctx.out.join("reference.jsonl"), &lines)?;
-    session.publish(model)
+    session.publish(trainer)
 }
 
 /// Sums over the pairs of a batch.

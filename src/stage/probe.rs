@@ -137,7 +137,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         let chain: Vec<&Files> = point.chain.iter().collect();
         let model = Model::load(&chain, &LoadOptions { dtype: spec.dtype.dtype(), fold_last: false })?;
         let model = Placed::new(model, &ctx.device)?;
-        training::check_ids(&model, examples.iter().flat_map(|example| &example.sides))?;
+        training::check_ids(model.config(), examples.iter().flat_map(|example| &example.sides))?;
         let mut sums = vec![Sums::default(); examples[0].sides.len()];
         let lengths: Vec<usize> = examples.iter().map(Example::tokens).collect();
         for part in data::micro_batches(&lengths, spec.micro_batch_tokens) {
@@ -282,7 +282,7 @@ fn write_insides(ctx: &Context, spec: &Spec, point: &str, model: &Placed, exampl
             sequences.push(side.ids.as_slice());
         }
     }
-    let config = &model.config;
+    let config = model.config();
     let path = |what: &str| match spec.checkpoints {
         true => ctx.out.join(format!("{what}-{point}.safetensors")),
         false => ctx.out.join(format!("{what}.safetensors")),

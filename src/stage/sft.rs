@@ -73,18 +73,17 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
     let (samples, notes) = data::samples(&inputs::records(ctx, "data")?, &tokenizer, spec.format, &spec.limits())?;
     inputs::warn(ctx, &notes);
 
-    let mut model = spec.model(ctx)?;
-    training::check_ids(&model, samples.iter())?;
+    let model = spec.model(ctx)?;
+    training::check_ids(model.config(), samples.iter())?;
     let steps = spec.steps(samples.len());
     let schedule = spec.schedule(steps);
     let saved = spec.saved(steps);
-    let mut optimizer = spec.optimizer.over(&model)?;
-    let (mut session, done) = Session::resume(ctx, &mut model, &mut optimizer, spec.resume_every_s)?;
+    let mut trainer = spec.optimizer.over(model)?;
+    let (mut session, done) = Session::resume(ctx, &mut trainer, spec.resume_every_s)?;
     ctx.progress.begin(steps.total, "steps");
     if done == 0 && saved.contains(&0) {
-        session.keep(&mut model, 0, 0.0)?;
+        session.keep(&trainer, 0, 0.0)?;
     }
-    let mut grads = model.zero_gradients()?;
     for step in done..steps.total {
         let order = data::epoch_order(samples.len(), spec.seed, step / steps.per_epoch, spec.shuffle);
         let batches = data::batches(&order, spec.batch_size);
@@ -92,7 +91,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         let lengths: Vec<usize> = batch.iter().map(|sample| sample.ids.len()).collect();
         let learned: usize = batch.iter().map(|sample| sample.learned_tokens()).sum();
 
-        grads.clear()?;
+        trainer.clear_gradients()?;
         let mut loss = 0.0;
         let parts = match own.micro_batch_size {
             Some(size) => data::equal_parts(batch.len(), size),
@@ -101,28 +100,28 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         let count = parts.len();
         for part in parts {
             let packed = Packed::new(batch[part].iter().copied());
-            let forward = model.forward(&packed.batch())?;
+            let pass = trainer.forward(&packed.batch())?;
             let tokens = match own.normalization {
                 Normalization::Tokens => learned,
-                Normalization::MeanOfMeans => forward.logprobs.len() * count,
+                Normalization::MeanOfMeans => pass.logprobs.len() * count,
             };
-            loss -= forward.logprobs.iter().map(|&logprob| f64::from(logprob)).sum::<f64>() / tokens as f64;
+            loss -= pass.logprobs.iter().map(|&logprob| f64::from(logprob)).sum::<f64>() / tokens as f64;
             // d loss / d logprob, the same for every learned token of the micro-batch
-            let dlogprobs = vec![-1.0 / tokens as f32; forward.logprobs.len()];
-            model.backward(forward.tape, &dlogprobs, &mut grads)?;
+            let dlogprobs = vec![-1.0 / tokens as f32; pass.logprobs.len()];
+            pass.backward(&dlogprobs)?;
         }
-        let grad_norm = optimizer.norm(&grads)?;
+        let grad_norm = trainer.norm()?;
         require_finite(loss, grad_norm, step + 1)?;
         if spec.keep_gradients.contains(&(step + 1)) {
-            session.keep_gradients(&model, &grads, step + 1)?;
+            session.keep_gradients(&mut trainer, step + 1)?;
         }
-        optimizer.clip(&mut grads, grad_norm, spec.optimizer.clip_norm)?;
+        trainer.clip(grad_norm, spec.optimizer.clip_norm)?;
         let learning_rate = schedule.rate(step);
-        optimizer.step(&mut model, &grads, learning_rate)?;
+        trainer.step(learning_rate)?;
 
         let updates = step + 1;
         if saved.contains(&updates) {
-            session.keep(&mut model, updates, steps.epochs(updates))?;
+            session.keep(&trainer, updates, steps.epochs(updates))?;
         }
         let line = json!({
             "step": updates,
@@ -135,7 +134,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         });
         ctx.progress.at(updates);
         ctx.progress.note(&format!("loss {loss:.4}  lr {learning_rate:.2e}"));
-        session.finish_step(&mut model, &optimizer, updates, line)?;
+        session.finish_step(&trainer, updates, line)?;
     }
-    session.publish(model)
+    session.publish(trainer)
 }

@@ -6,9 +6,9 @@ use crate::data::{Eos, Format, Limits, Overlength, Pair, Sample, Side};
 use crate::files::Files;
 use crate::manifest::spec::{Broken, Key, Lineage, Params, Type};
 use crate::model::weights::{self, Element};
-use crate::model::{Batch, LoadOptions, LoraSpec, Model, Placed, PlacedGradients, Recompute};
+use crate::model::{Batch, Config, LoadOptions, LoraSpec, Model, Placed, Policy, Recompute, load};
 use crate::problem::Problem;
-use crate::train::{self, Checkpoint, Curve, Options, PlacedOptimizer, Schedule};
+use crate::train::{self, Checkpoint, Curve, Options, Schedule, Trainer};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -169,12 +169,6 @@ impl Spec {
         let continues = self.lora.is_some() && self.adapter == "continue";
         let options = LoadOptions { dtype: self.dtype.dtype(), fold_last: !continues };
         let mut model = Model::load(&inputs::chain(ctx, "model"), &options)?;
-        model.recompute = match self.checkpointing.as_str() {
-            "none" => Recompute::None,
-            "fit" => Recompute::Fit,
-            _ => Recompute::All,
-        };
-        model.offload = self.offload;
         match (&self.lora, model.lora()) {
             (None, _) => model.train_all()?,
             (Some(lora), None) => model.add_lora(lora, self.seed)?,
@@ -194,7 +188,12 @@ impl Spec {
                 .help("write the shape that is there, or `adapter = \"new\"` to fold it in and put a new one on top"));
             }
         }
-        Placed::new(model, &ctx.device)
+        let recompute = match self.checkpointing.as_str() {
+            "none" => Recompute::None,
+            "fit" => Recompute::Fit,
+            _ => Recompute::All,
+        };
+        Placed::with(model, &ctx.device, Policy { recompute, offload: self.offload, ..Policy::default() })
     }
 
     pub fn limits(&self) -> Limits {
@@ -287,11 +286,11 @@ pub struct OptimizerSpec {
 }
 
 impl OptimizerSpec {
-    pub fn over(&self, model: &Placed) -> Result<PlacedOptimizer, Problem> {
+    pub fn over(&self, model: Placed) -> Result<Trainer, Problem> {
         let kind = if self.kind == "adamw-8bit" { train::Kind::AdamW8bit } else { train::Kind::AdamW };
         let options =
             Options { beta1: self.beta1, beta2: self.beta2, epsilon: self.epsilon, weight_decay: self.weight_decay };
-        PlacedOptimizer::new(kind, options, model)
+        Trainer::new(model, kind, options)
     }
 }
 
@@ -380,9 +379,9 @@ impl Packed {
 }
 
 /// `Err` if a sample holds an id the embedding has no row for.
-pub fn check_ids<'s>(model: &Model, samples: impl Iterator<Item = &'s Sample>) -> Result<(), Problem> {
+pub fn check_ids<'s>(config: &Config, samples: impl Iterator<Item = &'s Sample>) -> Result<(), Problem> {
     for sample in samples {
-        model.check_ids(&sample.ids).map_err(|problem| problem.note(format!("record `{}`", sample.id)))?;
+        config.check_ids(&sample.ids).map_err(|problem| problem.note(format!("record `{}`", sample.id)))?;
     }
     Ok(())
 }
@@ -403,14 +402,9 @@ pub struct Session<'a> {
 
 impl<'a> Session<'a> {
     /// Goes on from the last state in the work folder, if there is one. Returns the updates done.
-    pub fn resume(
-        ctx: &'a Context<'a>,
-        model: &mut Placed,
-        optimizer: &mut PlacedOptimizer,
-        every_s: u64,
-    ) -> Result<(Session<'a>, u64), Problem> {
+    pub fn resume(ctx: &'a Context<'a>, trainer: &mut Trainer, every_s: u64) -> Result<(Session<'a>, u64), Problem> {
         let states = Checkpoint::in_folder(&ctx.work.join("resume"))?;
-        let restored = optimizer.restore(&states, model)?;
+        let restored = trainer.restore(&states)?;
         let mut session =
             Session { ctx, states, log: Vec::new(), every: Duration::from_secs(every_s), last: Instant::now() };
         let Some(restored) = restored else { return Ok((session, 0)) };
@@ -423,17 +417,11 @@ impl<'a> Session<'a> {
     }
 
     /// Notes a finished update; keeps the state when it is time, or when the user has asked to stop.
-    pub fn finish_step(
-        &mut self,
-        model: &mut Placed,
-        optimizer: &PlacedOptimizer,
-        step: u64,
-        line: Value,
-    ) -> Result<(), Problem> {
+    pub fn finish_step(&mut self, trainer: &Trainer, step: u64, line: Value) -> Result<(), Problem> {
         self.log.push(line);
         let stopped = self.ctx.stopped();
         if stopped.is_err() || self.last.elapsed() >= self.every {
-            optimizer.save(&self.states, step, model, Value::Array(self.log.clone()))?;
+            trainer.save(&self.states, step, Value::Array(self.log.clone()))?;
             self.last = Instant::now();
         }
         stopped
@@ -441,29 +429,28 @@ impl<'a> Session<'a> {
 
     /// Keeps the weights after `step` updates among the artifact's checkpoints. Doing it again, after
     /// a resume from before that step, writes the same bytes.
-    pub fn keep(&self, model: &mut Placed, step: u64, epoch: f64) -> Result<(), Problem> {
+    pub fn keep(&self, trainer: &Trainer, step: u64, epoch: f64) -> Result<(), Problem> {
         let dir = self.ctx.work.join("checkpoints").join(format!("step-{step:06}"));
         create(&dir)?;
-        save_trained(model.host()?, &dir)?;
+        save_trained(trainer, &dir)?;
         let about = json!({ "step": step, "epoch": epoch });
         write(&dir.join("checkpoint.json"), format!("{about}\n").as_bytes())
     }
 
     /// Keeps the gradients of a step, named as the tensors they belong to, among the artifact's files.
-    pub fn keep_gradients(&self, model: &Model, grads: &PlacedGradients, step: u64) -> Result<(), Problem> {
+    pub fn keep_gradients(&self, trainer: &mut Trainer, step: u64) -> Result<(), Problem> {
         let dir = self.ctx.work.join("gradients");
         create(&dir)?;
-        let tensors: Vec<_> = model.params().iter().map(|param| (param.name.clone(), param.shape.clone())).collect();
+        let tensors = trainer.tensors();
         let path = dir.join(format!("step-{step:06}.safetensors"));
-        let grads = grads.host()?;
-        weights::write(&path, Element::F32, &tensors, |i| Ok(Cow::Borrowed(&grads.values[i])))
+        let grads = trainer.gradients()?;
+        weights::write(&path, Element::F32, &tensors, |i| Ok(Cow::Borrowed(grads.values[i].as_slice())))
     }
 
     /// Puts weights, log, checkpoints and gradients into the output folder.
-    pub fn publish(self, mut model: Placed) -> Result<(), Problem> {
-        let model = model.host()?;
-        save_trained(model, self.ctx.out)?;
-        if model.lora().is_none() {
+    pub fn publish(self, trainer: Trainer) -> Result<(), Problem> {
+        save_trained(&trainer, self.ctx.out)?;
+        if trainer.lora().is_none() {
             for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {
                 if let Some(from) = self.ctx.inputs("model")[0].files.get(name) {
                     let to = self.ctx.out.join(name);
@@ -493,11 +480,8 @@ impl<'a> Session<'a> {
     }
 }
 
-fn save_trained(model: &Model, dir: &Path) -> Result<(), Problem> {
-    match model.lora() {
-        Some(_) => model.save_adapter(dir, "base"),
-        None => model.save(dir, Element::F32),
-    }
+fn save_trained(trainer: &Trainer, dir: &Path) -> Result<(), Problem> {
+    load::save_trained(trainer.config(), trainer.lora(), &trainer.params()?, dir, "base")
 }
 
 fn create(dir: &Path) -> Result<(), Problem> {

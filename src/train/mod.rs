@@ -8,15 +8,15 @@ pub mod adamw;
 pub mod adamw8bit;
 pub mod checkpoint;
 pub mod clip;
-pub mod placed;
 pub mod schedule;
+pub mod trainer;
 
 pub use adamw::{AdamW, Options};
 pub use adamw8bit::AdamW8bit;
 pub use checkpoint::{Checkpoint, Restored};
 pub use clip::{clip, global_norm, require_finite};
-pub use placed::PlacedOptimizer;
 pub use schedule::{Curve, Schedule};
+pub use trainer::Trainer;
 
 use crate::model::{Gradients, Parameter};
 use crate::problem::Problem;
@@ -31,7 +31,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Bytes of each state of a tensor of so many values.
+    /// Bytes of each state of a tensor of this many values.
     pub fn state_sizes(self, values: usize) -> Vec<usize> {
         match self {
             Kind::AdamW8bit if values >= adamw8bit::SMALLEST => {

@@ -6,7 +6,7 @@ use pipe::model::{Batch, Config, Device, LoraSpec, Model, Placed, lora};
 use pipe::problem::Problem;
 use pipe::random::Stream;
 use pipe::tensor::Dtype;
-use pipe::train::{Kind, Options, PlacedOptimizer};
+use pipe::train::{Kind, Options, Trainer};
 use std::time::Instant;
 
 const VOCABULARY: usize = 131;
@@ -47,19 +47,17 @@ fn losses(device: &Device) -> Result<Vec<f64>, Problem> {
     let rows: Vec<usize> = (0..27).chain(28..39).collect();
     let targets: Vec<u32> = rows.iter().map(|row| ids[row + 1]).collect();
     let batch = Batch { ids: &ids, lengths: &[28, 12], rows: &rows, targets: &targets };
-    let mut placed = placed(device)?;
-    let mut optimizer = PlacedOptimizer::new(Kind::AdamW, Options::default(), &placed)?;
-    let mut gradients = placed.zero_gradients()?;
+    let mut trainer = Trainer::new(placed(device)?, Kind::AdamW, Options::default())?;
     let slope = -1.0 / rows.len() as f32;
     let mut losses = Vec::new();
     for _ in 0..STEPS {
-        let forward = placed.forward(&batch)?;
-        losses.push(forward.logprobs.iter().map(|logprob| f64::from(logprob * slope)).sum());
-        gradients.clear()?;
-        placed.backward(forward.tape, &vec![slope; rows.len()], &mut gradients)?;
-        let norm = optimizer.norm(&gradients)?;
-        optimizer.clip(&mut gradients, norm, 1.0)?;
-        optimizer.step(&mut placed, &gradients, 5e-3)?;
+        trainer.clear_gradients()?;
+        let pass = trainer.forward(&batch)?;
+        losses.push(pass.logprobs.iter().map(|logprob| f64::from(logprob * slope)).sum());
+        pass.backward(&vec![slope; rows.len()])?;
+        let norm = trainer.norm()?;
+        trainer.clip(norm, 1.0)?;
+        trainer.step(5e-3)?;
     }
     Ok(losses)
 }

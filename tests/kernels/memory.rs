@@ -5,15 +5,16 @@
 use crate::model::{bench, training};
 use crate::support::{Limited, PORTABLE};
 use pipe::cuda::Gpu;
-use pipe::model::memory::{Decode, Extent, Need, Part, Plan, Trained, Work};
+use pipe::model::memory::{Decode, Need, Part, Plan, Trained, Work};
 use pipe::model::{
-    Batch, Config, Device, Limits, LoraSpec, Model, Placed, Prompt, Recompute, Sampling, fit, generate, lora,
+    Batch, Config, Device, Extent, Limits, LoraSpec, Model, Placed, Policy, Prompt, Recompute, Sampling, fit, generate,
+    lora,
 };
 use pipe::problem::Problem;
 use pipe::random::Stream;
 use pipe::stage::{self, Context, needs};
 use pipe::tensor::Dtype;
-use pipe::train::{self, Options, PlacedOptimizer};
+use pipe::train::{self, Options, Trainer};
 use serde_json::{Value, json};
 
 /// How far a planned peak may be from the one counted.
@@ -82,6 +83,14 @@ fn near(need: &Need, gpu: &Gpu, what: &str) {
     assert_eq!(lines.map(|line| line.device).sum::<u64>(), need.device, "{what}: the lines add up");
 }
 
+/// A step of one micro-batch.
+fn step(trainer: &mut Trainer, rows: &Rows) {
+    trainer.forward(&rows.batch()).unwrap().backward(&vec![-1.0; rows.rows.len()]).unwrap();
+    let norm = trainer.norm().unwrap();
+    trainer.clip(norm, 1.0).unwrap();
+    trainer.step(1e-4).unwrap();
+}
+
 /// One micro-batch and its update: what the plan says, and what is counted.
 fn step_is_planned(lengths: &[usize], tied: bool, spec: Option<&LoraSpec>, kept: Kept, kind: train::Kind) {
     let (rows, gpu) = (rows(lengths), Gpu::new(Box::new(PORTABLE)));
@@ -90,16 +99,11 @@ fn step_is_planned(lengths: &[usize], tied: bool, spec: Option<&LoraSpec>, kept:
         Some(spec) => model.add_lora(spec, 4).unwrap(),
         None => model.train_all().unwrap(),
     }
-    model.recompute = Recompute::First(3 - kept.layers);
-    model.offload = kept.offload;
-    let mut placed = Placed::new(model, &Device::Cuda(gpu.clone())).unwrap();
-    let mut optimizer = PlacedOptimizer::new(kind, Options::default(), &placed).unwrap();
-    let mut grads = placed.zero_gradients().unwrap();
-    let forward = placed.forward(&rows.batch()).unwrap();
-    placed.backward(forward.tape, &vec![-1.0; rows.rows.len()], &mut grads).unwrap();
-    let norm = optimizer.norm(&grads).unwrap();
-    optimizer.clip(&mut grads, norm, 1.0).unwrap();
-    optimizer.step(&mut placed, &grads, 1e-4).unwrap();
+    let policy = Policy { recompute: Recompute::First(3 - kept.layers), offload: kept.offload, ..Policy::default() };
+    let placed = Placed::with(model, &Device::Cuda(gpu.clone()), policy).unwrap();
+    let mut trainer = Trainer::new(placed, kind, Options::default()).unwrap();
+    trainer.clear_gradients().unwrap();
+    step(&mut trainer, &rows);
     let (config, state_sizes) = (config(tied), |values| kind.state_sizes(values));
     let (extent, Kept { layers, offload }) = (Extent::of(&rows.batch()), kept);
     let trained = spec.map_or(Trained::Everything, Trained::Adapter);
@@ -115,9 +119,9 @@ fn step_is_planned(lengths: &[usize], tied: bool, spec: Option<&LoraSpec>, kept:
     let apart = (planned - counted).abs();
     assert!(apart <= ALLOWED * counted + 8192.0, "{what}: {planned} for a while, counted {counted}");
     // Of what is there all the time, the gradients by themselves.
-    let values: Vec<usize> = placed.params().iter().map(|param| param.value.len()).collect();
+    let values: Vec<usize> = trainer.tensors().iter().map(|(_, shape)| shape.iter().product()).collect();
     assert_eq!(need.of(Part::Gradients), (0, values.iter().map(|values| blocks(4 * values)).sum()), "{what}");
-    drop((optimizer, grads, placed));
+    drop(trainer);
     assert_eq!(gpu.usage().now, 0, "{what}");
 }
 
@@ -172,16 +176,11 @@ fn planned_steps_with_the_region_of_captured_ones_are_what_the_buffers_take() {
         let (spec, gpu) = (spec(targets), Gpu::new(Box::new(PORTABLE)));
         let mut model = Model::random(config(true), 3, Dtype::Bf16);
         model.add_lora(&spec, 4).unwrap();
-        model.recompute = Recompute::First(3 - kept.layers);
-        let mut placed = Placed::new(model, &Device::Cuda(gpu.clone())).unwrap();
-        let mut optimizer = PlacedOptimizer::new(train::Kind::AdamW, Options::default(), &placed).unwrap();
-        let mut grads = placed.zero_gradients().unwrap();
+        let policy = Policy { recompute: Recompute::First(3 - kept.layers), ..Policy::default() };
+        let placed = Placed::with(model, &Device::Cuda(gpu.clone()), policy).unwrap();
+        let mut trainer = Trainer::new(placed, train::Kind::AdamW, Options::default()).unwrap();
         let mut step = |rows: &Rows| {
-            let forward = placed.forward(&rows.batch()).unwrap();
-            placed.backward(forward.tape, &vec![-1.0; rows.rows.len()], &mut grads).unwrap();
-            let norm = optimizer.norm(&grads).unwrap();
-            optimizer.clip(&mut grads, norm, 1.0).unwrap();
-            optimizer.step(&mut placed, &grads, 1e-4).unwrap();
+            step(&mut trainer, rows);
             gpu.usage()
         };
         let rows = rows(lengths);
@@ -210,22 +209,21 @@ fn as_many_layers_as_fit_keep_their_insides_and_none_too_many() {
     let fitting = |gpu: &Gpu| {
         let mut model = Model::random(config(true), 3, Dtype::Bf16);
         model.add_lora(&spec, 4).unwrap();
-        model.recompute = Recompute::Fit;
-        let placed = Placed::new(model, &Device::Cuda(gpu.clone())).unwrap();
-        let grads = placed.zero_gradients().unwrap();
-        (placed, grads)
+        let policy = Policy { recompute: Recompute::Fit, ..Policy::default() };
+        let mut placed = Placed::with(model, &Device::Cuda(gpu.clone()), policy).unwrap();
+        placed.clear_gradients().unwrap();
+        placed
     };
     let (first, second) = (rows(&[50, 40]), rows(&[40]));
     let mut peaks = Vec::new();
     for kept in 1..=3 {
         let gpu = Gpu::new(Box::new(PORTABLE));
-        let (placed, _grads) = fitting(&gpu);
-        let free = fit::device_bytes(&placed, Extent::of(&first.batch()), kept);
+        let Placed::Device(side) = fitting(&gpu) else { panic!("on a device") };
+        let free = fit::device_bytes(&side.model, side.policy, Extent::of(&first.batch()), kept);
         let gpu = Limited::to(gpu.usage().now + free);
-        let (placed, mut grads) = fitting(&gpu);
+        let mut placed = fitting(&gpu);
         for rows in [&second, &first] {
-            let forward = placed.forward(&rows.batch()).unwrap();
-            placed.backward(forward.tape, &vec![-1.0; rows.rows.len()], &mut grads).unwrap();
+            placed.forward(&rows.batch()).unwrap().backward(&vec![-1.0; rows.rows.len()]).unwrap();
         }
         peaks.push(gpu.usage().peak);
     }

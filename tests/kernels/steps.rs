@@ -8,8 +8,7 @@ use crate::support::{
 };
 use pipe::cuda::{Capability, Dim, Driver, Gpu, Mark, Queue, TensorMap, TensorView};
 use pipe::files::Files;
-use pipe::model::memory::Extent;
-use pipe::model::{Config, Device, Gradients, LoraSpec, Model, Placed, PlacedGradients, Recompute, fit, lora};
+use pipe::model::{Config, Device, Extent, Gradients, LoraSpec, Model, Placed, Policy, Recompute, fit, lora};
 use pipe::problem::Problem;
 use pipe::random::Stream;
 use pipe::stage;
@@ -62,18 +61,29 @@ impl Asks {
     }
 }
 
-fn placed(gpu: &Gpu, change: impl FnOnce(&mut Model)) -> Placed {
-    let mut model = model(false, Dtype::Bf16);
-    change(&mut model);
-    Placed::new(model, &Device::Cuda(gpu.clone())).unwrap()
+/// Steps that are launched kernel by kernel.
+const PLAIN: Policy = Policy { recompute: Recompute::All, offload: false, graphs: false };
+
+fn placed(gpu: &Gpu, policy: Policy) -> Placed {
+    Placed::with(model(false, Dtype::Bf16), &Device::Cuda(gpu.clone()), policy).unwrap()
 }
 
-/// One way there and back, added to `grads`.
-fn step(placed: &Placed, rows: &Rows, grads: &mut PlacedGradients) -> Vec<f32> {
-    let forward = placed.forward(&rows.batch()).unwrap();
-    let slopes = slopes(&forward.logprobs);
-    placed.backward(forward.tape, &slopes, grads).unwrap();
-    forward.logprobs
+/// A model's memory for a step, by one of [`fit`].
+fn bytes(
+    of: fn(&pipe::model::decoder::Decoder<pipe::model::device::Cuda>, Policy, Extent, usize) -> usize,
+    placed: &Placed,
+    extent: Extent,
+) -> usize {
+    let Placed::Device(side) = placed else { panic!("on a device") };
+    of(&side.model, side.policy, extent, 0)
+}
+
+/// One forward and one backward pass, added to the model's gradients.
+fn step(placed: &mut Placed, rows: &Rows) -> Vec<f32> {
+    let pass = placed.forward(&rows.batch()).unwrap();
+    let (logprobs, slopes) = (pass.logprobs.clone(), slopes(&pass.logprobs));
+    pass.backward(&slopes).unwrap();
+    logprobs
 }
 
 /// Different for each step and each row.
@@ -96,8 +106,8 @@ fn other_rows(which: u64) -> Rows {
     rows
 }
 
-fn bits(grads: &PlacedGradients) -> Gradients {
-    grads.host().unwrap().into_owned()
+fn bits(placed: &mut Placed) -> Gradients {
+    placed.gradients().unwrap()
 }
 
 /// Every weight, norms and biases away from 1 and 0.
@@ -113,16 +123,16 @@ fn from_the_third_time_on_a_step_is_two_graphs_two_uploads_and_one_download() {
         return;
     }
     let (gpu, asks) = counted(PORTABLE);
-    let placed = placed(&gpu, |_| ());
-    let mut grads = placed.zero_gradients().unwrap();
+    let mut placed = placed(&gpu, Policy::default());
+    placed.clear_gradients().unwrap();
     asks.take();
-    step(&placed, &other_rows(0), &mut grads);
+    step(&mut placed, &other_rows(0));
     let [launches, graphs, ..] = asks.take();
     assert!(launches > 100 && graphs == 0, "{launches} launches");
-    step(&placed, &other_rows(1), &mut grads);
+    step(&mut placed, &other_rows(1));
     assert_eq!(asks.take()[..2], [launches, 2], "captured, each kernel is told of once more");
     for which in 2..5 {
-        step(&placed, &other_rows(which), &mut grads);
+        step(&mut placed, &other_rows(which));
         assert_eq!(asks.take(), [0, 2, 3, 0], "no launch, and no memory");
     }
     println!("{launches} launches of the host become 2");
@@ -131,27 +141,21 @@ fn from_the_third_time_on_a_step_is_two_graphs_two_uploads_and_one_download() {
 #[test]
 fn captured_steps_add_the_same_bits_whatever_is_trained_and_kept() {
     on_each_kind_of_device(|| {
-        let adapted = |recompute| {
-            let mut model = model(false, Dtype::Bf16);
-            model.recompute = recompute;
-            model
-        };
-        for make in [
-            &(|| adapted(Recompute::All)) as &dyn Fn() -> Model,
-            &|| adapted(Recompute::None),
-            &|| adapted(Recompute::First(1)),
-            &|| adapted(Recompute::Fit),
-            &|| everything(false),
-            &|| everything(true),
+        let adapted = || model(false, Dtype::Bf16);
+        for (make, recompute) in [
+            (&adapted as &dyn Fn() -> Model, Recompute::All),
+            (&adapted, Recompute::None),
+            (&adapted, Recompute::First(1)),
+            (&adapted, Recompute::Fit),
+            (&|| everything(false), Recompute::All),
+            (&|| everything(true), Recompute::All),
         ] {
             let steps = |graphs: bool| {
                 let (gpu, asks) = counted(kind());
-                let mut model = make();
-                model.graphs = graphs;
-                let placed = Placed::new(model, &Device::Cuda(gpu)).unwrap();
-                let mut grads = placed.zero_gradients().unwrap();
-                let logprobs: Vec<_> = (0..3).map(|which| step(&placed, &other_rows(which), &mut grads)).collect();
-                (logprobs, bits(&grads), asks.take()[1])
+                let policy = Policy { recompute, offload: false, graphs };
+                let mut placed = Placed::with(make(), &Device::Cuda(gpu), policy).unwrap();
+                let logprobs: Vec<_> = (0..3).map(|which| step(&mut placed, &other_rows(which))).collect();
+                (logprobs, bits(&mut placed), asks.take()[1])
             };
             let (law, ours) = (steps(false), steps(true));
             assert!(law.0 == ours.0 && law.1 == ours.1);
@@ -289,44 +293,26 @@ fn a_gpu_that_is_lost_in_a_captured_step_keeps_what_was_saved() {
 }
 
 #[test]
-fn ways_that_overlap_or_have_no_end_and_other_gradients_change_no_bit() {
-    let device = gpu();
-    let placed = placed(&device, |_| ());
-    let plain = self::placed(&gpu(), |model| model.graphs = false);
+fn a_pass_without_an_end_and_gradients_that_begin_anew_change_no_bit() {
+    let mut placed = placed(&gpu(), Policy::default());
+    let mut plain = self::placed(&gpu(), PLAIN);
     let batches: Vec<Rows> = (0..8).map(other_rows).collect();
-    let mut law = plain.zero_gradients().unwrap();
-    let mut ours = placed.zero_gradients().unwrap();
     for rows in &batches[..3] {
-        assert_eq!(step(&plain, rows, &mut law), step(&placed, rows, &mut ours));
+        assert_eq!(step(&mut plain, rows), step(&mut placed, rows));
     }
-    // Two at once, in both orders; the second finds the region taken.
-    for first_in_first_out in [true, false] {
-        let forward = |placed: &Placed, i: usize| placed.forward(&batches[i].batch()).unwrap();
-        let two = |placed: &Placed, grads: &mut PlacedGradients| {
-            let (a, b) = (forward(placed, 3), forward(placed, 4));
-            let logprobs = [a.logprobs.clone(), b.logprobs.clone()];
-            for ways in if first_in_first_out { [a, b] } else { [b, a] } {
-                let slopes = slopes(&ways.logprobs);
-                placed.backward(ways.tape, &slopes, grads).unwrap();
-            }
-            logprobs
-        };
-        assert_eq!(two(&plain, &mut law), two(&placed, &mut ours));
-        assert!(bits(&law) == bits(&ours));
-    }
-    // Dropped before its way back: captured again when the shape comes.
+    // Dropped before its backward pass: captured again when the shape comes.
     drop(placed.forward(&batches[5].batch()).unwrap());
     for rows in &batches[5..7] {
-        assert_eq!(step(&plain, rows, &mut law), step(&placed, rows, &mut ours));
+        assert_eq!(step(&mut plain, rows), step(&mut placed, rows));
     }
-    assert!(bits(&law) == bits(&ours));
-    // Into others than it was captured for.
-    assert!(run(&plain, &batches[7]) == run(&placed, &batches[7]));
-    assert_eq!(step(&plain, &batches[7], &mut law), step(&placed, &batches[7], &mut ours));
-    assert!(bits(&law) == bits(&ours));
+    assert!(bits(&mut plain) == bits(&mut placed));
+    // From zero.
+    assert!(run(&mut plain, &batches[7]) == run(&mut placed, &batches[7]));
+    assert_eq!(step(&mut plain, &batches[7]), step(&mut placed, &batches[7]));
+    assert!(bits(&mut plain) == bits(&mut placed));
 }
 
-/// One sequence of so many tokens, all learned.
+/// One sequence of this many tokens, all learned.
 fn sequence(tokens: usize) -> Rows {
     let ids: Vec<u32> = (0..tokens as u32).map(|i| i * 37 % 203).collect();
     let targets = ids[1..].to_vec();
@@ -339,27 +325,26 @@ fn all_shapes_work_in_one_region_that_is_as_large_as_the_largest_needs() {
         return;
     }
     let (gpu, asks) = counted(PORTABLE);
-    let placed = placed(&gpu, |_| ());
-    let mut grads = placed.zero_gradients().unwrap();
+    let mut placed = placed(&gpu, Policy::default());
     let lengths = [20, 60, 33, 41];
-    let bytes = |tokens| fit::region_bytes(&placed, Extent::of(&sequence(tokens).batch()), 0);
+    let largest = bytes(fit::region_bytes, &placed, Extent::of(&sequence(60).batch()));
     let mut taken = Vec::new();
     for _ in 0..4 {
         for tokens in lengths {
-            step(&placed, &sequence(tokens), &mut grads);
+            step(&mut placed, &sequence(tokens));
         }
         taken.push(gpu.usage().now);
     }
-    assert_eq!(taken[1] - taken[0], pipe::cuda::block_bytes(bytes(60)), "made once, for the longest there was");
+    assert_eq!(taken[1] - taken[0], pipe::cuda::block_bytes(largest), "made once, for the longest there was");
     assert_eq!(taken[1..], [taken[1]; 3]);
     assert_eq!(asks.take()[1], 2 * 3 * lengths.len());
     // A larger one comes twice: the region grows, and what was captured in it is captured again.
     for tokens in [90, 90, 90, 20, 20] {
-        step(&placed, &sequence(tokens), &mut grads);
+        step(&mut placed, &sequence(tokens));
     }
     let [_, graphs, ..] = asks.take();
     assert_eq!(graphs, 2 * 4);
-    drop((placed, grads));
+    drop(placed);
     assert_eq!(gpu.usage().now, 0);
 }
 
@@ -369,12 +354,11 @@ fn the_region_is_given_back_before_a_step_that_needs_its_memory() {
         return;
     }
     let (gpu, asks) = counted(PORTABLE);
-    let placed = placed(&gpu, |_| ());
-    let plain = self::placed(&self::gpu(), |model| model.graphs = false);
-    let (mut law, mut ours) = (plain.zero_gradients().unwrap(), placed.zero_gradients().unwrap());
+    let mut placed = placed(&gpu, Policy::default());
+    let mut plain = self::placed(&self::gpu(), PLAIN);
     let mut both = |tokens: usize| {
         let rows = sequence(tokens);
-        assert_eq!(step(&plain, &rows, &mut law), step(&placed, &rows, &mut ours));
+        assert_eq!(step(&mut plain, &rows), step(&mut placed, &rows));
         gpu.usage().now
     };
     let before = both(30);
@@ -388,7 +372,7 @@ fn the_region_is_given_back_before_a_step_that_needs_its_memory() {
     both(30);
     both(30);
     assert_eq!(asks.take()[1], 0, "and is not made again");
-    assert!(bits(&law) == bits(&ours));
+    assert!(bits(&mut plain) == bits(&mut placed));
 }
 
 /// The device has the memory for the steps and for nothing else: whether any is captured, none fails.
@@ -399,18 +383,16 @@ fn steps_that_fit_still_fit() {
     }
     let lengths = [50, 50, 50, 70, 70, 50, 70, 20, 20, 20, 70];
     let run = |gpu: &Gpu| {
-        let placed = placed(gpu, |_| ());
-        let mut grads = placed.zero_gradients().unwrap();
-        let logprobs: Vec<_> = lengths.map(|tokens| step(&placed, &sequence(tokens), &mut grads)).to_vec();
-        (logprobs, bits(&grads))
+        let mut placed = placed(gpu, Policy::default());
+        let logprobs: Vec<_> = lengths.map(|tokens| step(&mut placed, &sequence(tokens))).to_vec();
+        (logprobs, bits(&mut placed))
     };
     let plenty = Gpu::new(Box::new(PORTABLE));
     let law = run(&plenty);
     let alone = Gpu::new(Box::new(PORTABLE));
-    let model = placed(&alone, |model| model.graphs = false);
-    let mut grads = model.zero_gradients().unwrap();
-    step(&model, &sequence(70), &mut grads);
-    let (least, step) = (alone.usage().peak, fit::device_bytes(&model, Extent::of(&sequence(70).batch()), 0));
+    let mut model = placed(&alone, PLAIN);
+    step(&mut model, &sequence(70));
+    let (least, step) = (alone.usage().peak, bytes(fit::device_bytes, &model, Extent::of(&sequence(70).batch())));
     let captured = Mutex::new(Vec::new());
     for more in [step / 8, step, 2 * step, 5 * step] {
         let gpu = Limited::to(least + more);
@@ -524,6 +506,7 @@ impl Driver for Idle {
 fn asked_of_nothing(
     [layers, hidden, inner, vocabulary]: [usize; 4],
     capability: Capability,
+    recompute: Recompute,
     change: impl FnOnce(&mut Model),
     steps: &[Rows],
 ) -> Vec<[[usize; 2]; 3]> {
@@ -537,11 +520,11 @@ fn asked_of_nothing(
     let (launches, graphs) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
     let (next, counts) = (AtomicU64::new(1 << 20), [launches.clone(), graphs.clone()]);
     let gpu = Gpu::new(Box::new(Idle { capability, next, launches, graphs }));
-    let placed = Placed::new(model, &Device::Cuda(gpu)).unwrap();
-    let mut grads = placed.zero_gradients().unwrap();
+    let mut placed = Placed::with(model, &Device::Cuda(gpu), Policy { recompute, ..Policy::default() }).unwrap();
+    placed.clear_gradients().unwrap();
     counts.iter().for_each(|count| count.store(0, Ordering::Relaxed));
     let mut once = |rows: &Rows| {
-        step(&placed, rows, &mut grads);
+        step(&mut placed, rows);
         counts.each_ref().map(|count| count.swap(0, Ordering::Relaxed))
     };
     steps.iter().map(|rows| [once(rows), once(rows), once(rows)]).collect()
@@ -551,7 +534,7 @@ fn adapter(targets: &[&str], rank: usize) -> LoraSpec {
     LoraSpec { rank, alpha: 8.0, targets: targets.iter().map(|target| target.to_string()).collect() }
 }
 
-/// So many tokens in equal sequences, of which every `every`-th token is learned.
+/// This many tokens in equal sequences, of which every `every`-th token is learned.
 fn equal(sequences: usize, tokens: usize, every: usize) -> Rows {
     let ids: Vec<u32> = (0..(sequences * tokens) as u32).map(|i| i % 101).collect();
     let rows: Vec<usize> = (0..ids.len()).step_by(every).collect();
@@ -568,11 +551,7 @@ fn a_region_holds_the_step_it_was_made_for_whatever_its_shape() {
     let recomputed = [Recompute::All, Recompute::None, Recompute::First(3)];
     let of = |capability, embedded: usize, change: &dyn Fn(&mut Model)| {
         for recompute in recomputed {
-            let change = |model: &mut Model| {
-                change(model);
-                model.recompute = recompute;
-            };
-            for (counts, rows) in asked_of_nothing(wide, capability, change, &steps).iter().zip(&steps) {
+            for (counts, rows) in asked_of_nothing(wide, capability, recompute, change, &steps).iter().zip(&steps) {
                 let [[launches, 0], [the_same, 2], [outside, 2]] = *counts else {
                     panic!("{recompute:?}, {:?}, {} rows: {counts:?}", rows.lengths, rows.rows.len())
                 };
@@ -596,7 +575,8 @@ fn a_region_holds_the_step_it_was_made_for_whatever_its_shape() {
 fn a_step_of_qwen_is_thousands_of_launches_or_two_graphs() {
     for (layers, vocabulary, launches) in [(24, 151_936, 2295), (28, 152_064, 2671)] {
         let change = |model: &mut Model| model.add_lora(&adapter(&lora::TARGETS, 8), 4).unwrap();
-        let counts = asked_of_nothing([layers, 16, 16, vocabulary], PORTABLE.0, change, &[sequence(512)]);
+        let counts =
+            asked_of_nothing([layers, 16, 16, vocabulary], PORTABLE.0, Recompute::All, change, &[sequence(512)]);
         assert_eq!(counts[0], [[launches, 0], [launches, 2], [0, 2]], "{layers} layers");
     }
 }

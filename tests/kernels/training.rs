@@ -7,14 +7,12 @@ use crate::support::{
 };
 use pipe::cuda::Gpu;
 use pipe::files::Files;
-use pipe::model::device::DeviceGradients;
-use pipe::model::memory::Extent;
-use pipe::model::{Device, Gradients, Model, Placed, PlacedGradients, Recompute, fit};
+use pipe::model::{Device, Extent, Model, Placed, Policy, Recompute, fit};
 use pipe::problem::Problem;
 use pipe::random::Stream;
 use pipe::stage;
 use pipe::tensor::Dtype;
-use pipe::train::{Checkpoint, Kind, Options, PlacedOptimizer};
+use pipe::train::{Checkpoint, Kind, Options, Trainer};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -34,13 +32,19 @@ fn everything(tied: bool) -> Model {
 }
 
 /// Gradients that a step might have.
-fn gradients(model: &Model, step: u64) -> Gradients {
-    let mut grads = Gradients::zeros(model);
-    for (values, param) in grads.values.iter_mut().zip(model.params()) {
-        let random = Stream::named(step, &[&param.name, "gradient"]);
+fn gradients(trainer: &mut Trainer, step: u64) {
+    let mut grads = trainer.gradients().unwrap();
+    for (values, (name, _)) in grads.values.iter_mut().zip(trainer.tensors()) {
+        let random = Stream::named(step, &[&name, "gradient"]);
         values.iter_mut().zip(0..).for_each(|(value, i)| *value = random.normal(i) as f32);
     }
-    grads
+    match trainer {
+        Trainer::Host(side, _) => *side.gradients() = grads,
+        Trainer::Device(side, _) => {
+            let sums = &mut side.gradients().unwrap().values;
+            sums.iter_mut().zip(&grads.values).for_each(|(sum, values)| sum.write(values).unwrap());
+        }
+    }
 }
 
 fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -56,30 +60,23 @@ fn updates_and_saved_states_have_the_bytes_of_the_processors() {
         let runs = [Device::Cpu, Device::Cuda(gpu())].map(|device| {
             let folder = tempfile::tempdir().unwrap();
             let states = Checkpoint::in_folder(folder.path()).unwrap();
-            let mut placed = Placed::new(model(), &device).unwrap();
-            let mut optimizer = PlacedOptimizer::new(kind, options, &placed).unwrap();
+            let new = || Trainer::new(Placed::new(model(), &device).unwrap(), kind, options).unwrap();
+            let mut trainer = new();
             for step in 1..=3 {
-                let grads = gradients(&placed, step);
-                let mut grads = match &device {
-                    Device::Cpu => PlacedGradients::Host(grads),
-                    Device::Cuda(gpu) => PlacedGradients::Device(DeviceGradients {
-                        sums: grads.values.iter().map(|values| gpu.upload(values).unwrap()).collect(),
-                    }),
-                };
-                let norm = optimizer.norm(&grads).unwrap();
+                gradients(&mut trainer, step);
+                let norm = trainer.norm().unwrap();
                 let near = (norm * 1e3).round() / 1e3;
                 assert!((norm - near).abs() <= 1e-3);
                 // The same number on both sides, whose sums differ in their last bits.
-                optimizer.clip(&mut grads, near, 10.0).unwrap();
-                optimizer.step(&mut placed, &grads, 1e-3).unwrap();
+                trainer.clip(near, 10.0).unwrap();
+                trainer.step(1e-3).unwrap();
             }
-            optimizer.save(&states, 3, &mut placed, json!("log")).unwrap();
+            trainer.save(&states, 3, json!("log")).unwrap();
             // A state goes on wherever it was saved.
-            let mut other = Placed::new(model(), &device).unwrap();
-            let mut again = PlacedOptimizer::new(kind, options, &other).unwrap();
-            assert_eq!(again.restore(&states, &mut other).unwrap().unwrap().step, 3);
-            assert_eq!(other.host().unwrap().params(), placed.host().unwrap().params());
-            again.save(&states, 4, &mut other, json!("log")).unwrap();
+            let mut again = new();
+            assert_eq!(again.restore(&states).unwrap().unwrap().step, 3);
+            assert_eq!(again.params().unwrap(), trainer.params().unwrap());
+            again.save(&states, 4, json!("log")).unwrap();
             files(folder.path())
         });
         assert_eq!(runs[0].len(), 2);
@@ -229,12 +226,12 @@ fn a_launch_that_is_refused_names_the_kernel_and_its_shape() {
 fn gradients_of_every_weight_are_those_of_the_processor() {
     for tied in [false, true] {
         let rows = rows();
-        let (law, law_grads) = run(&Placed::new(everything(tied), &Device::Cpu).unwrap(), &rows);
-        let placed = Placed::new(everything(tied), &Device::Cuda(gpu())).unwrap();
-        let (logprobs, grads) = run(&placed, &rows);
+        let (law, law_grads) = run(&mut Placed::new(everything(tied), &Device::Cpu).unwrap(), &rows);
+        let mut placed = Placed::new(everything(tied), &Device::Cuda(gpu())).unwrap();
+        let (logprobs, grads) = run(&mut placed, &rows);
         assert!(apart(&logprobs, &law) <= 6e-3, "tied {tied}: {}", apart(&logprobs, &law));
-        assert_eq!(placed.params().len(), 2 + 2 * (2 + 7 + 3) + usize::from(!tied));
-        for (param, (got, want)) in placed.params().iter().zip(grads.values.iter().zip(&law_grads.values)) {
+        assert_eq!(placed.params().unwrap().len(), 2 + 2 * (2 + 7 + 3) + usize::from(!tied));
+        for (param, (got, want)) in placed.params().unwrap().iter().zip(grads.values.iter().zip(&law_grads.values)) {
             let off = apart(got, want);
             assert!(off <= 0.05, "tied {tied}, {}: {off}", param.name);
         }
@@ -261,17 +258,13 @@ fn layers_keep_their_insides_as_far_as_memory_goes_and_no_bit_tells_how_many() {
         return;
     }
     let rows = rows();
-    let fitting = || {
-        let mut model = model(true, Dtype::Bf16);
-        model.recompute = Recompute::Fit;
-        model
-    };
-    let law = run(&Placed::new(model(true, Dtype::Bf16), &Device::Cuda(gpu())).unwrap(), &rows);
-    let enough = fit::device_bytes(&fitting(), Extent::of(&rows.batch()), 2);
+    let policy = Policy { recompute: Recompute::Fit, ..Policy::default() };
+    let law = run(&mut Placed::new(model(true, Dtype::Bf16), &Device::Cuda(gpu())).unwrap(), &rows);
+    let enough = fit::device_bytes(&model(true, Dtype::Bf16), policy, Extent::of(&rows.batch()), 2);
     let peaks = [0, enough - 1, enough, usize::MAX / 2].map(|free| {
         let gpu = gpu();
-        let placed = Placed::new(fitting(), &Device::Cuda(gpu.clone())).unwrap();
-        assert_eq!(with_free_bytes(free, || run(&placed, &rows)), law, "{free} bytes free");
+        let mut placed = Placed::with(model(true, Dtype::Bf16), &Device::Cuda(gpu.clone()), policy).unwrap();
+        assert_eq!(with_free_bytes(free, || run(&mut placed, &rows)), law, "{free} bytes free");
         gpu.usage().peak
     });
     assert!(peaks[0] == peaks[1] && peaks[1] < peaks[2] && peaks[2] == peaks[3], "{peaks:?}");
@@ -282,11 +275,10 @@ fn inputs_of_layers_that_wait_with_the_host_change_no_bit() {
     let rows = rows();
     for recompute in [Recompute::All, Recompute::None, Recompute::First(1)] {
         let with = |offload: bool, gpu: Gpu| {
-            let mut model = model(false, Dtype::Bf16);
-            (model.recompute, model.offload) = (recompute, offload);
-            let placed = Placed::new(model, &Device::Cuda(gpu)).unwrap();
+            let policy = Policy { recompute, offload, ..Policy::default() };
+            let mut placed = Placed::with(model(false, Dtype::Bf16), &Device::Cuda(gpu), policy).unwrap();
             // Twice: the second time in memory that was used before.
-            [run(&placed, &rows), run(&placed, &rows)]
+            [run(&mut placed, &rows), run(&mut placed, &rows)]
         };
         let law = with(false, gpu());
         assert!(law[0] == law[1]);

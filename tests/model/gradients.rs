@@ -16,7 +16,7 @@ fn check(mut model: Model, label: &str) {
     let packed = Packed::of(&sequences(&[7, 1, 12, 5]));
     let slopes = slopes(packed.rows.len());
     let forward = model.forward(&packed.batch());
-    let mut grads = Gradients::zeros(&model);
+    let mut grads = Gradients::zeros(model.params());
     model.backward(forward.tape, &slopes, &mut grads);
     for at in 0..model.params().len() {
         let name = model.params()[at].name.clone();
@@ -76,10 +76,10 @@ fn micro_batches_add_up_to_the_batch() {
     let all = sequences(&[9, 4, 13, 6]);
     let whole = Packed::of(&all);
     let slopes = slopes(whole.rows.len());
-    let mut at_once = Gradients::zeros(&model);
+    let mut at_once = Gradients::zeros(model.params());
     let forward = model.forward(&whole.batch());
     model.backward(forward.tape, &slopes, &mut at_once);
-    let mut added = Gradients::zeros(&model);
+    let mut added = Gradients::zeros(model.params());
     let mut done = 0;
     for ids in &all {
         let one = Packed::of(std::slice::from_ref(ids));
@@ -97,7 +97,7 @@ fn a_row_that_is_not_learned_gets_no_gradient() {
     let model = with_adapter(false, 3, &ALL);
     let packed = Packed::of(&sequences(&[8, 9]));
     let forward = model.forward(&packed.batch());
-    let mut grads = Gradients::zeros(&model);
+    let mut grads = Gradients::zeros(model.params());
     model.backward(forward.tape, &vec![0.0; packed.rows.len()], &mut grads);
     assert!(grads.values.iter().flatten().all(|&g| g == 0.0));
 }

@@ -45,7 +45,7 @@ impl Server {
 
     pub fn of(model: Model, change: impl FnOnce(&mut Service)) -> Server {
         let tokenizer = mini("mini-3B").1;
-        let mut service = Service::new(MODEL, "fp_test", tokenizer, &model).expect("they belong together");
+        let mut service = Service::new(MODEL, "fp_test", tokenizer, &model.config).expect("they belong together");
         change(&mut service);
         Server::run(move |listener, stop, log| {
             let placed = Placed::new(model, &Device::Cpu).expect("the processor");
@@ -56,7 +56,7 @@ impl Server {
     /// With something in the place of the engine.
     pub fn scripted(change: impl FnOnce(&mut Service), engine: impl FnOnce(Receiver<Job>) + Send + 'static) -> Server {
         let (model, tokenizer) = mini("mini-3B");
-        let mut service = Service::new(MODEL, "fp_test", tokenizer, &model).expect("they belong together");
+        let mut service = Service::new(MODEL, "fp_test", tokenizer, &model.config).expect("they belong together");
         change(&mut service);
         Server::run(move |listener, stop, log| {
             let (jobs, asked) = mpsc::channel();

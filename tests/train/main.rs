@@ -42,7 +42,7 @@ fn train(
     save: Option<(&Path, u64)>,
 ) -> Result<Vec<f64>, Problem> {
     let schedule = Schedule::new(Curve::Cosine, 5e-3, 0.1, STEPS);
-    let mut grads = Gradients::zeros(model);
+    let mut grads = Gradients::zeros(model.params());
     let mut losses = Vec::new();
     for step in steps {
         let mut loss = 0.0;
