@@ -218,7 +218,13 @@ impl Plan<'_> {
     /// The region that a captured step works in on a device: a quarter more than its buffers take together, for what is
     /// lost between them. In a few shapes that is a fifth.
     pub fn region(&self) -> usize {
-        let bytes = usize::try_from(self.working()).unwrap_or(usize::MAX);
+        let work = match self.work {
+            Work::Train { extent, kept, offload, state_sizes, .. } => {
+                Work::Train { extent, kept, offload, graphs: false, state_sizes }
+            }
+            other => other,
+        };
+        let bytes = usize::try_from(Plan { work, ..*self }.working()).unwrap_or(usize::MAX);
         bytes.saturating_add(bytes / 4)
     }
 

@@ -10,7 +10,7 @@
 //! Vectors (norm weights, biases) are not decayed, as in transformers' `Trainer`; matrices are, those of
 //! adapters included. Scalars are formed in f64 and rounded once.
 
-use super::{StateMut, StateRef};
+use super::state::{StateMut, StateRef};
 use crate::model::{Gradients, Parameter};
 use rayon::prelude::*;
 

@@ -17,7 +17,7 @@
 //! 2e-5 of the block's maximum; that is not imitated.
 
 use super::adamw::Options;
-use super::{StateMut, StateRef};
+use super::state::{StateMut, StateRef};
 use crate::model::{Gradients, Parameter};
 use rayon::prelude::*;
 use std::sync::LazyLock;

@@ -9,7 +9,8 @@
 //! folder), and its digest is checked before it is used, so neither a kill nor a damaged disk can make
 //! training go on from a wrong state. The two newest are kept: if the newest is damaged, the other is used.
 
-use super::{Optimizer, StateMut, StateRef};
+use super::optimizer::Optimizer;
+use super::state::{StateMut, StateRef};
 use crate::model::Parameter;
 use crate::problem::Problem;
 use serde::{Deserialize, Serialize};

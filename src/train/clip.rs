@@ -45,10 +45,16 @@ pub fn clip(grads: &mut Gradients, norm: f64, max_norm: f64) {
 /// `Err`, naming the step, unless loss and gradient norm are finite. Call it before the update.
 pub fn require_finite(loss: f64, norm: f64, step: u64) -> Result<(), Problem> {
     match (loss.is_finite(), norm.is_finite()) {
-        (false, _) => Err(super::not_finite("loss", loss, step)),
-        (true, false) => Err(super::not_finite("gradient norm", norm, step)),
+        (false, _) => Err(not_finite("loss", loss, step)),
+        (true, false) => Err(not_finite("gradient norm", norm, step)),
         (true, true) => Ok(()),
     }
+}
+
+fn not_finite(what: &str, value: f64, step: u64) -> Problem {
+    Problem::new("train::not_finite", format!("the {what} is {value} at step {step}"))
+        .note("the update was not made; the last checkpoint is from before it")
+        .help("lower `learning_rate` or `optimizer.clip_norm`; the next run goes on from the state before this step")
 }
 
 #[cfg(test)]

@@ -1,7 +1,12 @@
 //! A model in training where it computes: its gradients' norm, clipping, and the optimizer. On a device nothing of them
 //! passes through the host but the norm; the updates have the same bits.
 
-use super::{Checkpoint, Kind, Optimizer, Options, Restored, StateMut, StateRef, adamw8bit, clip, global_norm};
+use super::adamw::Options;
+use super::adamw8bit;
+use super::checkpoint::{Checkpoint, Restored};
+use super::clip::{clip, global_norm};
+use super::optimizer::{Kind, Optimizer};
+use super::state::{StateMut, StateRef};
 use crate::cuda::Gpu;
 use crate::cuda::ops::{adamw, grad_norm::GradNorm};
 use crate::model::{Batch, Config, DeviceSide, Gradients, HostSide, LoraSpec, Parameter, Pass, Placed};
