@@ -4,10 +4,9 @@
 //! Since all work is in one queue, whoever gets the block next writes after the last reader. Parts of a buffer
 //! share its block, which goes back when the last of them has gone.
 
-use super::Driver;
-use super::beside::Staging;
-use super::graph::{Turn, Turns};
-use super::region::Region;
+use super::capture::{self, DeviceId, Ground, Held, Turn, Turns};
+use super::driver::Driver;
+use super::staging::Staging;
 use crate::problem::Problem;
 use bytemuck::Pod;
 use std::collections::BTreeMap;
@@ -81,7 +80,27 @@ impl Gpu {
 
     /// The driver, for one call: while another thread captures launches, this waits for it to end.
     pub fn driver(&self) -> Turn<'_> {
-        self.turn()
+        capture::turn(self.id(), self.inner.driver.as_ref(), &self.inner.turns)
+    }
+
+    /// The seconds that what `work` queues takes on the device ([`Driver::time`]). Without a turn of its own: the calls
+    /// in `work` take theirs, and one of them may capture.
+    pub fn time(&self, work: &mut dyn FnMut() -> Result<(), Problem>) -> Result<f64, Problem> {
+        self.inner.driver.time(work)
+    }
+
+    pub(super) fn id(&self) -> DeviceId {
+        Arc::as_ptr(&self.inner).cast()
+    }
+
+    /// `Err` (`cuda::capture`) while this thread captures.
+    pub(super) fn not_capturing(&self, wanted: &str) -> Result<(), Problem> {
+        capture::not_capturing(self.id(), wanted)
+    }
+
+    /// Keeps a buffer's memory for the graph that is being captured, if one is.
+    pub(super) fn keep<T: Pod>(&self, buffer: &Buffer<T>) {
+        capture::keep(self.id(), || buffer.held());
     }
 
     fn pool(&self) -> MutexGuard<'_, Pool> {
@@ -102,8 +121,8 @@ impl Gpu {
     /// Room for `len` elements whose values are not defined. `Err` (`cuda::out_of_memory`) tells how much was
     /// asked for and how much is taken. While launches are captured it comes from the region they are captured in.
     pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<T>, Problem> {
-        if let Some(region) = self.captures_in() {
-            return region.alloc(len);
+        if let Some(ground) = capture::ground(self.id()) {
+            return self.alloc_in(ground, len);
         }
         self.not_capturing("room for a buffer")?;
         let bytes = len * size_of::<T>();
@@ -121,7 +140,14 @@ impl Gpu {
         };
         pool.usage.now += bytes;
         pool.usage.peak = pool.usage.peak.max(pool.usage.now);
-        let block = Block { gpu: self.clone(), address, bytes, region: None };
+        let block = Block { gpu: self.clone(), address, bytes, ground: None };
+        Ok(Buffer { block: Arc::new(block), address, len, of: PhantomData })
+    }
+
+    /// The same at a place of `ground`.
+    pub(super) fn alloc_in<T: Pod>(&self, ground: Arc<dyn Ground>, len: usize) -> Result<Buffer<T>, Problem> {
+        let (address, bytes) = ground.place(len * size_of::<T>())?;
+        let block = Block { gpu: self.clone(), address, bytes, ground: Some(ground) };
         Ok(Buffer { block: Arc::new(block), address, len, of: PhantomData })
     }
 
@@ -181,19 +207,12 @@ impl Drop for Inner {
     }
 }
 
-/// Memory that goes back to the pool, or to the region it is a place of, when nobody has it any more.
-pub(super) struct Block {
+/// Memory that goes back to the pool, or to the ground it is a place of, when nobody has it any more.
+struct Block {
     gpu: Gpu,
     address: u64,
     bytes: usize,
-    region: Option<Arc<Region>>,
-}
-
-impl Block {
-    /// What a graph that uses it has to keep: of a place in a region the whole region.
-    pub(super) fn kept(self: &Arc<Block>) -> &Arc<Block> {
-        self.region.as_ref().map_or(self, |region| region.block())
-    }
+    ground: Option<Arc<dyn Ground>>,
 }
 
 /// `len` elements on a device.
@@ -205,18 +224,13 @@ pub struct Buffer<T: Pod> {
 }
 
 impl<T: Pod> Buffer<T> {
-    /// `len` elements at a place of a region.
-    pub(super) fn in_region(region: &Arc<Region>, address: u64, bytes: usize, len: usize) -> Buffer<T> {
-        let block = Block { gpu: region.block().gpu.clone(), address, bytes, region: Some(region.clone()) };
-        Buffer { block: Arc::new(block), address, len, of: PhantomData }
-    }
-
     pub fn gpu(&self) -> &Gpu {
         &self.block.gpu
     }
 
-    pub(super) fn block(&self) -> &Arc<Block> {
-        &self.block
+    /// What a graph that uses it has to keep: of a place the whole ground.
+    pub(super) fn held(&self) -> Held {
+        self.block.ground.as_ref().map_or_else(|| self.block.clone() as Held, |ground| ground.whole())
     }
 
     /// `len` elements of any type from byte `from` on, in the same memory: what is written to one is read from the
@@ -278,15 +292,15 @@ impl<T: Pod> Buffer<T> {
 
     /// Zeros. While launches are captured that is one of them.
     pub fn clear(&mut self) -> Result<(), Problem> {
-        self.gpu().keep(&self.block);
+        self.gpu().keep(self);
         self.gpu().driver().zero(self.address, self.len * size_of::<T>())
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if let Some(region) = &self.region {
-            return region.take_back(self.address, self.bytes);
+        if let Some(ground) = &self.ground {
+            return ground.take_back(self.address, self.bytes);
         }
         // Before the pool is locked, as in `alloc`.
         let driver = self.gpu.inner.exact.then(|| self.gpu.driver());
