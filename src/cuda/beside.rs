@@ -90,7 +90,7 @@ impl<T: Pod> Buffer<T> {
         let bytes = self.len() * size_of::<T>();
         let parked = Parked { gpu: gpu.clone(), address: gpu.parking(bytes)?, len: self.len(), of: PhantomData };
         let end = gpu.beside(|driver| {
-            // SAFETY: both have so many bytes; the buffer stays in `Leaving` until launches wait for the copy.
+            // SAFETY: both have this many bytes; the buffer stays in `Leaving` until launches wait for the copy.
             unsafe { driver.queue_download(Queue::Copy, self.address(), parked.address, bytes) }
         })?;
         Ok(Leaving { parked, end, buffer: self })
@@ -102,7 +102,7 @@ impl<T: Pod> Parked<T> {
     pub fn fetch(self) -> Result<Arriving<T>, Problem> {
         let buffer = self.gpu.alloc(self.len)?;
         let end = self.gpu.beside(|driver| {
-            // SAFETY: both have so many bytes; the values stay in `Arriving` until launches wait for the copy.
+            // SAFETY: both have this many bytes; the values stay in `Arriving` until launches wait for the copy.
             unsafe { driver.queue_upload(Queue::Copy, buffer.address(), self.address, self.bytes()) }
         })?;
         Ok(Arriving { end, buffer, parked: self })

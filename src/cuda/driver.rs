@@ -41,6 +41,7 @@ pub struct TensorMap(pub [u64; 16]);
 /// What a map is made of: a row-major tensor of two or three extents, and the box that one copy takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorView {
+    /// Of the first element.
     pub address: u64,
     /// In elements of two bytes, the contiguous one first, as the device counts them.
     pub extents: Vec<u64>,
@@ -71,7 +72,7 @@ pub trait Driver: Send + Sync {
     /// What decides which kernels it runs.
     fn capability(&self) -> Capability;
 
-    /// Memory of at least `bytes` bytes, its address a multiple of 256. `Err` if there is not so much.
+    /// Memory of at least `bytes` bytes, its address a multiple of 256. `Err` if there is not that much.
     fn alloc(&self, bytes: usize) -> Result<u64, Problem>;
 
     /// Gives back what [`Driver::alloc`] gave.
@@ -80,6 +81,7 @@ pub trait Driver: Send + Sync {
     /// Bytes that are free and bytes that there are.
     fn memory(&self) -> Result<(usize, usize), Problem>;
 
+    /// Copies `bytes` to the device, in the order of the queue of launches; they are read before it returns.
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Problem>;
 
     /// Waits for everything queued before.
@@ -116,7 +118,7 @@ pub trait Driver: Send + Sync {
     /// Queues a copy from page-locked memory to the device.
     ///
     /// # Safety
-    /// There must be so many bytes at both places until the copy has been done.
+    /// There must be this many bytes at both places until the copy has been done.
     unsafe fn queue_upload(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<(), Problem>;
 
     /// Queues a copy from the device to page-locked memory.

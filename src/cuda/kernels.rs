@@ -16,8 +16,11 @@ pub(super) struct Kernels {
 
 /// A unit as the driver takes it: a cubin, or PTX that ends with zero.
 pub(super) struct Image {
+    /// What it was compiled for, for messages.
     pub arch: String,
+    /// The whole file.
     pub bytes: Arc<Vec<u8>>,
+    /// Whether the driver has to compile it.
     pub is_ptx: bool,
 }
 

@@ -40,6 +40,7 @@ struct Pool {
 /// Device memory taken by buffers, in bytes of their blocks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
+    /// Taken by the buffers there are.
     pub now: usize,
     /// The most there was at once.
     pub peak: usize,
@@ -50,19 +51,20 @@ pub struct Usage {
 /// Blocks are multiples of this; so are the driver's.
 const GRAIN: usize = 512;
 
-/// The size of the block for so many bytes: at most an eighth is left over.
+/// The size of the block for this many bytes: at most an eighth is left over.
 pub fn block_bytes(bytes: usize) -> usize {
     let step = (bytes.next_power_of_two() / 16).max(GRAIN);
     bytes.max(1).next_multiple_of(step)
 }
 
-/// The most bytes that a block of at most so many holds.
+/// The most bytes that a block of at most this many holds.
 fn largest_block(bytes: usize) -> usize {
     let step = (bytes.next_power_of_two() / 16).max(GRAIN);
     bytes / step * step
 }
 
 impl Gpu {
+    /// A device with a pool, whose blocks are used again.
     pub fn new(driver: Box<dyn Driver>) -> Gpu {
         Gpu::with(driver, false)
     }
@@ -172,7 +174,7 @@ impl Gpu {
         parked.map_or_else(|| self.driver().alloc_host(bytes), Ok)
     }
 
-    /// Takes back what [`Gpu::parking`] gave for so many bytes.
+    /// Takes back what [`Gpu::parking`] gave for this many bytes.
     pub(super) fn park_again(&self, bytes: usize, address: u64) {
         self.pool().parking.entry(block_bytes(bytes)).or_default().push(address);
     }
@@ -224,6 +226,7 @@ pub struct Buffer<T: Pod> {
 }
 
 impl<T: Pod> Buffer<T> {
+    /// The device it is on.
     pub fn gpu(&self) -> &Gpu {
         &self.block.gpu
     }
@@ -248,10 +251,12 @@ impl<T: Pod> Buffer<T> {
         self.part(0, self.len)
     }
 
+    /// The number of its elements.
     pub fn len(&self) -> usize {
         self.len
     }
 
+    /// Whether it has no element.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }

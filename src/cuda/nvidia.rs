@@ -170,7 +170,7 @@ impl Nvidia {
         }
     }
 
-    /// The kernel, loaded, and allowed so much shared memory.
+    /// The kernel, loaded, and allowed this much shared memory.
     fn function(&self, kernel: &'static str, shared_bytes: u32) -> Result<sys::CUfunction, Problem> {
         let mut loaded = self.loaded();
         let mut function = match loaded.functions.get(kernel) {
@@ -280,7 +280,7 @@ impl Driver for Nvidia {
             return Ok(());
         }
         self.enter()?;
-        // SAFETY: the caller owns so much memory there. Where the GPU reads ordinary memory by itself the
+        // SAFETY: the caller owns this much memory there. Where the GPU reads ordinary memory by itself the
         // copy may still run when the call returns, so wait: the bytes are only lent.
         let done = unsafe {
             result::memcpy_htod_async(to, bytes, self.stream).and_then(|()| result::stream::synchronize(self.stream))
@@ -293,7 +293,7 @@ impl Driver for Nvidia {
             return Ok(());
         }
         self.enter()?;
-        // SAFETY: the caller owns so much memory there, and the copy is over before the call returns.
+        // SAFETY: the caller owns this much memory there, and the copy is over before the call returns.
         let done = unsafe {
             let queued = result::memcpy_dtoh_async(bytes, from, self.stream);
             queued.and_then(|()| result::stream::synchronize(self.stream))
@@ -306,7 +306,7 @@ impl Driver for Nvidia {
             return Ok(());
         }
         self.enter()?;
-        // SAFETY: the caller owns so much memory there.
+        // SAFETY: the caller owns this much memory there.
         unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }
             .map_err(|error| self.failed("filling its memory with zeros", error))
     }

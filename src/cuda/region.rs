@@ -20,7 +20,7 @@ pub struct Region {
 const GRAIN: usize = 256;
 
 impl Region {
-    /// `Err` (`cuda::out_of_memory`) if the device has not so much.
+    /// `Err` (`cuda::out_of_memory`) if the device has not that much.
     pub fn new(gpu: &Gpu, bytes: usize) -> Result<Arc<Region>, Problem> {
         let memory = gpu.alloc(bytes)?;
         Ok(Arc::new(Region { memory, free: Mutex::new(BTreeMap::from([(0, bytes)])) }))

@@ -42,7 +42,7 @@ impl Staging {
         // SAFETY: the part has room for them, and `next_part` has waited for the copies that read it before.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), from as *mut u8, bytes.len()) };
         self.at += bytes.len().next_multiple_of(64);
-        // SAFETY: the caller owns so much memory at `to`, whose next use is queued behind this; the bytes in the ring
+        // SAFETY: the caller owns this much memory at `to`, whose next use is queued behind this; the bytes in the ring
         // stay until the copy has been done.
         unsafe { driver.queue_upload(Queue::Compute, to, from, bytes.len()) }
     }

@@ -25,14 +25,18 @@ pub struct Shown {
     pub cuda: (u32, u32),
     /// Of the driver itself, `535.104.05`, where the system tells.
     pub driver: Option<String>,
+    /// In the driver's order.
     pub devices: Vec<Facts>,
 }
 
 /// A device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
+    /// For people: `NVIDIA H100 80GB HBM3`.
     pub name: String,
+    /// What decides which kernels it runs.
     pub capability: Capability,
+    /// Of its memory, free or not.
     pub total_bytes: u64,
     /// The architectures of our kernels that it runs, `sm_90a` or, compiled by the driver, `compute_90`; or why
     /// it runs none.

@@ -15,7 +15,7 @@ pub const BOX_COLS: usize = 64;
 /// The most rows of a box.
 pub const BOX_ROWS: usize = 256;
 
-/// Whether rows of so many bf16 begin where a tensor copy can take them: at multiples of 16 bytes.
+/// Whether rows of this many bf16 begin where a tensor copy can take them: at multiples of 16 bytes.
 pub fn copies_rows_of(cols: usize) -> bool {
     cols > 0 && cols.is_multiple_of(8)
 }

@@ -7,9 +7,11 @@ use std::fmt;
 /// Kernels that were compiled together.
 #[derive(Debug)]
 pub struct Unit {
+    /// `<stem>` of the `.cu`, or `<stem>-<variant>`.
     pub name: &'static str,
     /// Each a name for [`super::Gpu::launch`]; no two units share one.
     pub kernels: &'static [&'static str],
+    /// What it became, for each architecture.
     pub blobs: &'static [Blob],
 }
 
@@ -24,7 +26,9 @@ pub struct Blob {
 /// What a device can do, in NVIDIA's numbers: 8.0 for an A100, 9.0 for an H100.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Capability {
+    /// The number before the point.
     pub major: u32,
+    /// The number behind the point.
     pub minor: u32,
 }
 
