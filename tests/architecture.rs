@@ -1,9 +1,16 @@
 //! House rules as tests: the arrows between modules, what may be named where, and that the
 //! project speaks of itself alone.
 
+#[path = "architecture/circles.rs"]
+mod circles;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+
+/// Modules whose files still run in circles; one that has none any more must leave this list.
+const NOT_YET: &[&str] =
+    &["cli", "data", "exec", "grade", "hub", "manifest", "model", "remote", "serve", "stage", "store", "train"];
 
 /// Module -> the modules it may name. Reviewed in ARCHITECTURE.md whenever an arrow changes.
 const ARROWS: &[(&str, &[&str])] = &[
@@ -105,6 +112,29 @@ fn the_arrows_form_no_circle() {
             .iter()
             .find(|(module, needs)| !done.contains(*module) && needs.iter().all(|need| done.contains(need)));
         done.push(next.expect("a circle among the modules that are left").0);
+    }
+}
+
+#[test]
+fn no_file_is_in_a_circle() {
+    let mut paths = Vec::new();
+    files_below(&root().join("src"), &[".rs"], &mut paths);
+    let below = |path: &PathBuf| path.strip_prefix(root()).expect("below the root").to_path_buf();
+    let sources = paths.iter().map(|path| (below(path), fs::read_to_string(path).expect("source"))).collect();
+    let circles = circles::circles(&sources, "pipe");
+    // The arrows between modules form none, so a circle is inside one module.
+    let is_in = |circle: &circles::Circle, module: &str| {
+        let folder = Path::new("src").join(module);
+        circle.files.iter().all(|file| file.starts_with(&folder))
+    };
+    let wrong: Vec<String> = circles
+        .iter()
+        .filter(|circle| !NOT_YET.iter().any(|module| is_in(circle, module)))
+        .map(circles::Circle::told)
+        .collect();
+    assert!(wrong.is_empty(), "files that name each other in a circle:\n{}", wrong.join("\n"));
+    for module in NOT_YET {
+        assert!(circles.iter().any(|circle| is_in(circle, module)), "`{module}` has no circle: strike it from NOT_YET");
     }
 }
 

@@ -1,422 +1,102 @@
-//! NVIDIA's driver, through `cudarc`: the [`Driver`] of a real device.
-//!
-//! `libcuda.so.1` is opened at run time, so the same binary runs where there is none; [`open`] then says so.
-//! `cudarc` would panic in its first call, hence the look before it, and in any call to a function that the
-//! driver lacks: those used here are all in every driver from 525 on, under the same names, whichever version
-//! of CUDA its bindings are for. They should be for the newest: a driver's error that they do not know has no
-//! place in their enumeration. Errors are told by number and name, for `cudarc`'s own way to print them calls
-//! the driver again. Its buffers, which record two events each, are not used: the order of a queue is nearly
-//! all we need, and the few events between two queues are marked by hand.
+//! Who carries out what is asked of a device: one trait, for NVIDIA's driver and for the emulator of the tests.
 
-use super::jit::Jit;
-use super::prebuilt::{self, Capability, Image, Kernels, Unit};
-use super::{Dim, Driver, Gpu, Mark, Queue, TensorMap, TensorView};
-use crate::problem::{Exit, Problem};
-use cudarc::driver::DriverError;
-use cudarc::driver::result;
-use cudarc::driver::sys;
-use std::collections::HashMap;
-use std::ffi::{CString, c_void};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use super::unit::Capability;
+use crate::problem::Problem;
+use std::ffi::c_void;
 
-/// As the driver counts: 12.0, which driver 525 brought. Our cubins need no more.
-const NEEDED_VERSION: i32 = 12_000;
-const NEEDED_DRIVER: u32 = 525;
-/// Drivers from this on compile our PTX, which is for devices that we have no cubin for.
-const NEEDED_FOR_PTX: u32 = 545;
-const NEEDED_CAPABILITY: Capability = Capability { major: 8, minor: 0 };
+/// Blocks of a grid or threads of a block: x, y, z.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dim(pub u32, pub u32, pub u32);
 
-/// More dynamic shared memory than this has to be asked for, kernel by kernel.
-const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
-
-/// The `ordinal`-th device that the driver shows. `Err`: `cuda::no_driver`, `cuda::old_driver`,
-/// `cuda::no_device`, `cuda::old_device`, each with what to do about it.
-pub fn open(ordinal: usize) -> Result<Gpu, Problem> {
-    open_with(ordinal, &[])
+impl From<usize> for Dim {
+    fn from(x: usize) -> Dim {
+        Dim(u32::try_from(x).expect("a grid has fewer than 2^32 blocks"), 1, 1)
+    }
 }
 
-/// The same, and it also knows the kernels of these units, whose names are no others'.
-pub fn open_with(ordinal: usize, more: &'static [Unit]) -> Result<Gpu, Problem> {
-    Ok(Gpu::new(Box::new(Nvidia::open(ordinal, more)?)))
+impl From<(usize, usize)> for Dim {
+    fn from((x, y): (usize, usize)) -> Dim {
+        Dim(Dim::from(x).0, Dim::from(y).0, 1)
+    }
 }
 
-/// What the driver shows.
+impl From<(usize, usize, usize)> for Dim {
+    fn from((x, y, z): (usize, usize, usize)) -> Dim {
+        Dim(Dim::from(x).0, Dim::from(y).0, Dim::from(z).0)
+    }
+}
+
+impl Dim {
+    /// How many of them there are.
+    pub fn count(self) -> u64 {
+        u64::from(self.0) * u64::from(self.1) * u64::from(self.2)
+    }
+}
+
+/// A map as the driver makes it; an argument of a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C, align(64))]
+pub struct TensorMap(pub [u64; 16]);
+
+/// What a map is made of: a row-major tensor of two or three extents, and the box that one copy takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shown {
-    /// The version of CUDA that the driver is for: 12.4.
-    pub cuda: (u32, u32),
-    /// Of the driver itself, `535.104.05`, where the system tells.
-    pub driver: Option<String>,
-    pub devices: Vec<Facts>,
+pub struct TensorView {
+    /// Of the first element.
+    pub address: u64,
+    /// In elements of two bytes, the contiguous one first, as the device counts them.
+    pub extents: Vec<u64>,
+    /// Bytes from one row to the next, and from one plane to the next: one fewer than the extents.
+    pub pitches: Vec<u64>,
+    /// In elements, in the order of the extents.
+    pub tile: Vec<u32>,
 }
 
-/// A device.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Facts {
-    pub name: String,
-    pub capability: Capability,
-    pub total_bytes: u64,
-    /// The architectures of our kernels that it runs, `sm_90a` or, compiled by the driver, `compute_90`; or why
-    /// it runs none.
-    pub kernels: Result<Vec<&'static str>, Problem>,
+/// Where work is queued. Each is in order; between them only [`Mark`]s are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Queue {
+    /// Launches, and all that has no queue of its own in its name.
+    Compute,
+    /// Copies beside it.
+    Copy,
 }
 
-/// All devices that the driver shows, without taking up any. `Err` as of [`open`] if there is no driver to ask.
-pub fn survey() -> Result<Shown, Problem> {
-    let version = start()?;
-    let count = result::device::get_count().map_err(no_start)?;
-    let facts = |ordinal: i32| -> Result<Facts, DriverError> {
-        let device = result::device::get(ordinal)?;
-        let (name, capability) = (result::device::get_name(device)?, capability(device)?);
-        // SAFETY: the device is one that the driver named.
-        let total_bytes = unsafe { result::device::total_mem(device) }? as u64;
-        Ok(Facts { kernels: kernels_for(capability, &name), name, capability, total_bytes })
-    };
-    let devices = (0..count).map(facts).collect::<Result<Vec<_>, _>>().map_err(no_start)?;
-    Ok(Shown { cuda: version, driver: module_version(), devices })
-}
+/// A place in a queue, by a number of the driver's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mark(pub u64);
 
-/// The architectures that a device takes our units from.
-fn kernels_for(capability: Capability, name: &str) -> Result<Vec<&'static str>, Problem> {
-    if capability < NEEDED_CAPABILITY {
-        return Err(old_device(name, capability));
-    }
-    let mut archs = Vec::new();
-    for unit in prebuilt::units() {
-        let arch = unit.blob_for(capability, name)?.arch;
-        if !archs.contains(&arch) {
-            archs.push(arch);
-        }
-    }
-    Ok(archs)
-}
+/// Who carries out what is asked of a device.
+pub trait Driver: Send + Sync {
+    /// For people: `NVIDIA H100 80GB HBM3`.
+    fn name(&self) -> String;
 
-/// `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 ...`
-fn module_version() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
-    let dotted = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
-    text.lines().next()?.split_whitespace().find(dotted).map(String::from)
-}
+    /// What decides which kernels it runs.
+    fn capability(&self) -> Capability;
 
-/// Opens the library and starts it. Returns the version of CUDA that it is for.
-fn start() -> Result<(u32, u32), Problem> {
-    // SAFETY: opens and closes the library, as its first use would.
-    if !unsafe { sys::is_culib_present() } {
-        let help = format!("install NVIDIA's driver, {NEEDED_DRIVER} or later");
-        return Err(missing("cuda::no_driver", "there is no CUDA driver: libcuda.so.1 is not found", help));
-    }
-    let version = driver_is_new_enough()?;
-    result::init().map_err(no_start)?;
-    Ok(version)
-}
+    /// Memory of at least `bytes` bytes, its address a multiple of 256. `Err` if there is not that much.
+    fn alloc(&self, bytes: usize) -> Result<u64, Problem>;
 
-fn old_device(name: &str, capability: Capability) -> Problem {
-    let message = format!("{name} is too old: its compute capability is {capability}, needed is 8.0 or more");
-    missing("cuda::old_device", message, "use a GPU of 2020 or later: A100, RTX 30, or newer")
-}
+    /// Gives back what [`Driver::alloc`] gave.
+    fn free(&self, address: u64);
 
-struct Nvidia {
-    name: String,
-    capability: Capability,
-    device: sys::CUdevice,
-    context: sys::CUcontext,
-    /// The queue of launches.
-    stream: sys::CUstream,
-    /// The queue of copies beside it.
-    copies: sys::CUstream,
-    kernels: Kernels,
-    loaded: Mutex<Loaded>,
-    events: Mutex<Events>,
-    /// Whether the driver waits for every launch: `CUDA_LAUNCH_BLOCKING=1`.
-    waits: bool,
-}
+    /// Bytes that are free and bytes that there are.
+    fn memory(&self) -> Result<(usize, usize), Problem>;
 
-/// Events are made when there is none to use again.
-#[derive(Default)]
-struct Events {
-    all: Vec<sys::CUevent>,
-    free: Vec<sys::CUevent>,
-}
+    /// Copies `bytes` to the device, in the order of the queue of launches; they are read before it returns.
+    fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Problem>;
 
-// SAFETY: the driver's functions may be called from any thread; the handles are theirs to share.
-unsafe impl Send for Nvidia {}
-// SAFETY: as above; what changes on our side is behind a mutex.
-unsafe impl Sync for Nvidia {}
+    /// Waits for everything queued before.
+    fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Problem>;
 
-/// Kernels are loaded when first launched.
-#[derive(Default)]
-struct Loaded {
-    /// By unit.
-    modules: HashMap<String, sys::CUmodule>,
-    functions: HashMap<&'static str, Function>,
-    /// What was queued last, for messages about a failure that shows only later.
-    last: Option<Last>,
-}
+    /// Fills with zero bytes.
+    fn zero(&self, at: u64, bytes: usize) -> Result<(), Problem>;
 
-#[derive(Clone, Copy)]
-enum Last {
-    Kernel(&'static str),
-    Graph,
-}
+    /// The map by which kernels copy boxes of a tensor: asked only of a device that has such copies.
+    fn tensor_map(&self, view: &TensorView) -> Result<TensorMap, Problem>;
 
-#[derive(Clone, Copy)]
-struct Function {
-    handle: sys::CUfunction,
-    /// How much dynamic shared memory it may be given.
-    shared_bytes: u32,
-}
-
-impl Nvidia {
-    fn open(ordinal: usize, more: &'static [Unit]) -> Result<Nvidia, Problem> {
-        start()?;
-        let count = result::device::get_count().map_err(no_start)?;
-        if ordinal >= count as usize {
-            return Err(match count {
-                0 => no_device("the CUDA driver shows no device"),
-                _ => no_device(format!("there is no CUDA device {ordinal}: the driver shows {count}, counted from 0")),
-            });
-        }
-        let device = result::device::get(ordinal as i32).map_err(no_start)?;
-        let name = result::device::get_name(device).map_err(no_start)?;
-        let capability = capability(device).map_err(no_start)?;
-        if capability < NEEDED_CAPABILITY {
-            return Err(old_device(&name, capability));
-        }
-        let kernels = Kernels { more, jit: Jit::of_environment()? };
-        // SAFETY: the device is one that the driver named.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(|error| match error.0 as u32 {
-            code::DEVICE_UNAVAILABLE => no_device(format!("{name} is taken: another process has it for itself")),
-            code::OUT_OF_MEMORY => out_of_memory(&name),
-            _ => no_device(format!("{name} cannot be used: {}", error_name(error))),
-        })?;
-        let (stream, copies) = (std::ptr::null_mut(), std::ptr::null_mut());
-        let (loaded, events) = (Mutex::default(), Mutex::default());
-        let waits = std::env::var_os("CUDA_LAUNCH_BLOCKING").is_some_and(|value| value == "1");
-        let mut nvidia = Nvidia { name, capability, device, context, stream, copies, kernels, loaded, events, waits };
-        nvidia.enter()?;
-        // Not the default stream, which waits for others of the process.
-        let queue = |nvidia: &Nvidia| {
-            result::stream::create(result::stream::StreamKind::NonBlocking)
-                .map_err(|error| nvidia.failed("making a queue", error))
-        };
-        nvidia.stream = queue(&nvidia)?;
-        nvidia.copies = queue(&nvidia)?;
-        Ok(nvidia)
-    }
-
-    fn queue(&self, queue: Queue) -> sys::CUstream {
-        match queue {
-            Queue::Compute => self.stream,
-            Queue::Copy => self.copies,
-        }
-    }
-
-    fn events(&self) -> MutexGuard<'_, Events> {
-        self.events.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The driver acts on the context of the calling thread.
-    fn enter(&self) -> Result<(), Problem> {
-        // SAFETY: the context is kept until `self` goes away.
-        unsafe { result::ctx::set_current(self.context) }.map_err(|error| self.failed("taking up its context", error))
-    }
-
-    fn loaded(&self) -> MutexGuard<'_, Loaded> {
-        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The driver's answer to something that was asked of the device, as a problem. Answers come late: what
-    /// fails may be a kernel queued long before, which is why the last one is named.
-    fn failed(&self, doing: &str, error: DriverError) -> Problem {
-        let (name, reason) = (&self.name, error_name(error));
-        let number = error.0 as u32;
-        if number == code::OUT_OF_MEMORY {
-            return out_of_memory(name);
-        }
-        let problem = if code::LOST.contains(&number) {
-            Problem::new("cuda::lost", format!("{name} was lost while {doing}: {reason}"))
-                .help("`nvidia-smi -q` and the system's log say why; run again, what is finished is kept")
-        } else if code::KERNEL.contains(&number) {
-            Problem::new("cuda::launch", format!("a kernel failed on {name}, seen while {doing}: {reason}"))
-                .help("CUDA_LAUNCH_BLOCKING=1 makes every launch wait, so that the kernel that fails is named")
-        } else {
-            Problem::new("cuda::driver", format!("the CUDA driver failed while {doing}: {reason}"))
-        };
-        match self.loaded.try_lock().ok().and_then(|loaded| loaded.last) {
-            Some(Last::Kernel(kernel)) => problem.note(format!("queued last: kernel `{kernel}`")),
-            Some(Last::Graph) => problem.note("queued last: a graph of captured launches"),
-            None => problem,
-        }
-    }
-
-    /// The kernel, loaded, and allowed so much shared memory.
-    fn function(&self, kernel: &'static str, shared_bytes: u32) -> Result<sys::CUfunction, Problem> {
-        let mut loaded = self.loaded();
-        let mut function = match loaded.functions.get(kernel) {
-            Some(function) => *function,
-            None => Function { handle: self.load(&mut loaded, kernel)?, shared_bytes: SHARED_WITHOUT_ASKING },
-        };
-        if shared_bytes > function.shared_bytes {
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function was loaded above or before, and modules stay.
-            unsafe { result::function::set_function_attribute(function.handle, attribute, shared_bytes as i32) }
-                .map_err(|error| {
-                    let message = format!(
-                        "kernel `{kernel}` cannot have {shared_bytes} bytes of shared memory on {}: {}",
-                        self.name,
-                        error_name(error)
-                    );
-                    Problem::new("cuda::launch", message)
-                })?;
-            function.shared_bytes = shared_bytes;
-        }
-        loaded.functions.insert(kernel, function);
-        Ok(function.handle)
-    }
-
-    fn load(&self, loaded: &mut Loaded, kernel: &'static str) -> Result<sys::CUfunction, Problem> {
-        let unit = self.kernels.unit_of(kernel, self.capability)?;
-        let module = match loaded.modules.get(&unit) {
-            Some(module) => *module,
-            None => {
-                let module = self.load_module(&self.kernels.image(&unit, self.capability, &self.name)?, &unit)?;
-                loaded.modules.insert(unit, module);
-                module
-            }
-        };
-        let name = CString::new(kernel).expect("names of kernels are C identifiers");
-        // SAFETY: the module was loaded above or before and stays.
-        unsafe { result::module::get_function(module, name) }
-            .map_err(|error| self.failed(&format!("looking for kernel `{kernel}`"), error))
-    }
-
-    fn load_module(&self, image: &Image, unit: &str) -> Result<sys::CUmodule, Problem> {
-        let mut module = std::ptr::null_mut();
-        let mut log = vec![0u8; if image.is_ptx { 8 << 10 } else { 0 }];
-        let mut options =
-            [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
-        let mut values = [log.as_mut_ptr().cast::<c_void>(), std::ptr::without_provenance_mut(log.len())];
-        let used = if image.is_ptx { options.len() } else { 0 };
-        // SAFETY: the image is a whole cubin, or PTX ending with zero; the log is as large as said.
-        let done = unsafe {
-            sys::cuModuleLoadDataEx(
-                &mut module,
-                image.bytes.as_ptr().cast(),
-                used as u32,
-                options.as_mut_ptr(),
-                values.as_mut_ptr(),
-            )
-        };
-        done.result().map_err(|error| match error.0 as u32 {
-            code::UNSUPPORTED_PTX_VERSION => {
-                let message = format!("the CUDA driver is too old to compile kernels for {}", self.name);
-                missing("cuda::old_driver", message, format!("install driver {NEEDED_FOR_PTX} or later"))
-            }
-            _ => {
-                let problem = self.failed(&format!("loading the kernels of `{unit}` ({})", image.arch), error);
-                let said = String::from_utf8_lossy(&log);
-                match said.trim_end_matches('\0').trim() {
-                    "" => problem,
-                    said => problem.note(format!("its compiler says: {said}")),
-                }
-            }
-        })?;
-        Ok(module)
-    }
-}
-
-impl Driver for Nvidia {
-    fn name(&self) -> String {
-        self.name.clone()
-    }
-
-    fn capability(&self) -> Capability {
-        self.capability
-    }
-
-    /// `cuMemAlloc` waits and is slow; the pool above asks seldom.
-    fn alloc(&self, bytes: usize) -> Result<u64, Problem> {
-        self.enter()?;
-        // SAFETY: nothing is assumed of the memory; its owner is the pool.
-        unsafe { result::malloc_sync(bytes) }.map_err(|error| self.failed("making room on it", error))
-    }
-
-    fn free(&self, address: u64) {
-        // There is nobody to tell: a device that refuses this refuses the next launch too.
-        if self.enter().is_ok() {
-            // SAFETY: the caller's: it came from `alloc` and is not used any more. The driver waits.
-            let _ = unsafe { result::free_sync(address) };
-        }
-    }
-
-    fn memory(&self) -> Result<(usize, usize), Problem> {
-        self.enter()?;
-        result::mem_get_info().map_err(|error| self.failed("asking for its memory", error))
-    }
-
-    fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), Problem> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        self.enter()?;
-        // SAFETY: the caller owns so much memory there. Where the GPU reads ordinary memory by itself the
-        // copy may still run when the call returns, so wait: the bytes are only lent.
-        let done = unsafe {
-            result::memcpy_htod_async(to, bytes, self.stream).and_then(|()| result::stream::synchronize(self.stream))
-        };
-        done.map_err(|error| self.failed("copying to it", error))
-    }
-
-    fn download(&self, from: u64, bytes: &mut [u8]) -> Result<(), Problem> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        self.enter()?;
-        // SAFETY: the caller owns so much memory there, and the copy is over before the call returns.
-        let done = unsafe {
-            let queued = result::memcpy_dtoh_async(bytes, from, self.stream);
-            queued.and_then(|()| result::stream::synchronize(self.stream))
-        };
-        done.map_err(|error| self.failed("copying from it", error))
-    }
-
-    fn zero(&self, at: u64, bytes: usize) -> Result<(), Problem> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.enter()?;
-        // SAFETY: the caller owns so much memory there.
-        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }
-            .map_err(|error| self.failed("filling its memory with zeros", error))
-    }
-
-    fn tensor_map(&self, view: &TensorView) -> Result<TensorMap, Problem> {
-        self.enter()?;
-        let mut map = sys::CUtensorMap { opaque: [0; 16] };
-        // Each element along every extent.
-        let every = [1u32; 3];
-        // SAFETY: the lists are as long as the rank says, the pitches one shorter; the driver writes the map, and
-        // reads nothing of the tensor.
-        let done = unsafe {
-            sys::cuTensorMapEncodeTiled(
-                &mut map,
-                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                view.extents.len() as u32,
-                std::ptr::with_exposed_provenance_mut(view.address as usize),
-                view.extents.as_ptr(),
-                view.pitches.as_ptr(),
-                view.tile.as_ptr(),
-                every.as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        };
-        done.result().map_err(|error| self.failed(&format!("describing a tensor to it, {view:?}"), error))?;
-        Ok(TensorMap(map.opaque))
-    }
-
+    /// Queues a kernel. `arguments` point to values as in `cuLaunchKernel`.
+    ///
+    /// # Safety
+    /// The arguments must be those of the kernel, and what they point to on the device must be there.
     unsafe fn launch(
         &self,
         kernel: &'static str,
@@ -424,300 +104,69 @@ impl Driver for Nvidia {
         block: Dim,
         shared_bytes: u32,
         arguments: &mut [*mut c_void],
-    ) -> Result<(), Problem> {
-        self.enter()?;
-        let function = self.function(kernel, shared_bytes)?;
-        // SAFETY: the caller's promise; the driver copies the arguments before it returns.
-        let done = unsafe {
-            result::launch_kernel(
-                function,
-                (grid.0, grid.1, grid.2),
-                (block.0, block.1, block.2),
-                shared_bytes,
-                self.stream,
-                arguments,
-            )
-        };
-        done.map_err(|error| match self.failed(&format!("launching `{kernel}`"), error) {
-            problem if problem.code == "cuda::driver" => {
-                let message = format!("{} refuses kernel `{kernel}`: {}", self.name, error_name(error));
-                Problem { code: "cuda::launch", message, ..problem }
-            }
-            problem => problem,
-        })?;
-        self.loaded().last = Some(Last::Kernel(kernel));
-        Ok(())
-    }
+    ) -> Result<(), Problem>;
 
-    fn synchronize(&self) -> Result<(), Problem> {
-        self.enter()?;
-        // SAFETY: the streams are there until `self` goes away.
-        unsafe { result::stream::synchronize(self.copies).and_then(|()| result::stream::synchronize(self.stream)) }
-            .map_err(|error| self.failed("waiting for it", error))
-    }
+    /// Waits for everything queued. `Err` tells of a kernel that failed.
+    fn synchronize(&self) -> Result<(), Problem>;
 
-    fn alloc_host(&self, bytes: usize) -> Result<u64, Problem> {
-        self.enter()?;
-        // SAFETY: nothing is assumed of the memory.
-        let memory = unsafe { result::malloc_host(bytes, 0) }.map_err(|error| {
-            let message =
-                format!("the CUDA driver gives no {bytes} bytes of page-locked memory: {}", error_name(error));
-            missing("cuda::host_memory", message, "make batches smaller, or leave `offload` out")
-        })?;
-        Ok(memory as u64)
-    }
+    /// Page-locked memory of the host, by its address: what the copies below need.
+    fn alloc_host(&self, bytes: usize) -> Result<u64, Problem>;
 
-    fn free_host(&self, address: u64) {
-        if self.enter().is_ok() {
-            // SAFETY: the caller's: it came from `alloc_host` and no copy uses it any more.
-            let _ = unsafe { result::free_host(address as *mut c_void) };
-        }
-    }
+    /// Gives back what [`Driver::alloc_host`] gave.
+    fn free_host(&self, address: u64);
 
-    unsafe fn queue_upload(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<(), Problem> {
-        self.enter()?;
-        // SAFETY: the caller's promise.
-        let done = unsafe {
-            let from = std::slice::from_raw_parts(from as *const u8, bytes);
-            result::memcpy_htod_async(to, from, self.queue(queue))
-        };
-        done.map_err(|error| self.failed("copying to it", error))
-    }
+    /// Queues a copy from page-locked memory to the device.
+    ///
+    /// # Safety
+    /// There must be this many bytes at both places until the copy has been done.
+    unsafe fn queue_upload(&self, queue: Queue, to: u64, from: u64, bytes: usize) -> Result<(), Problem>;
 
-    unsafe fn queue_download(&self, queue: Queue, from: u64, to: u64, bytes: usize) -> Result<(), Problem> {
-        self.enter()?;
-        // SAFETY: the caller's promise.
-        let done = unsafe { sys::cuMemcpyDtoHAsync_v2(to as *mut c_void, from, bytes, self.queue(queue)) };
-        done.result().map_err(|error| self.failed("copying from it", error))
-    }
+    /// Queues a copy from the device to page-locked memory.
+    ///
+    /// # Safety
+    /// As of [`Driver::queue_upload`].
+    unsafe fn queue_download(&self, queue: Queue, from: u64, to: u64, bytes: usize) -> Result<(), Problem>;
 
-    fn mark(&self, queue: Queue) -> Result<Mark, Problem> {
-        self.enter()?;
-        let free = self.events().free.pop();
-        let event = match free {
-            Some(event) => event,
-            None => {
-                let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
-                    .map_err(|error| self.failed("making an event", error))?;
-                self.events().all.push(event);
-                event
-            }
-        };
-        // SAFETY: event and stream are there until `self` goes away.
-        unsafe { result::event::record(event, self.queue(queue)) }
-            .map_err(|error| self.failed("marking a place in a queue", error))?;
-        Ok(Mark(event as u64))
-    }
+    /// Marks the end of what `queue` holds.
+    fn mark(&self, queue: Queue) -> Result<Mark, Problem>;
 
-    fn queue_wait(&self, queue: Queue, mark: Mark) -> Result<(), Problem> {
-        self.enter()?;
-        let (event, flags) = (mark.0 as sys::CUevent, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT);
-        // SAFETY: as above; a mark is an event of `mark`.
-        unsafe { result::stream::wait_event(self.queue(queue), event, flags) }
-            .map_err(|error| self.failed("ordering its queues", error))
-    }
+    /// What is queued in `queue` from now on waits until `mark` is reached.
+    fn queue_wait(&self, queue: Queue, mark: Mark) -> Result<(), Problem>;
 
-    fn wait(&self, mark: Mark) -> Result<(), Problem> {
-        self.enter()?;
-        // SAFETY: as above.
-        unsafe { result::event::synchronize(mark.0 as sys::CUevent) }
-            .map_err(|error| self.failed("waiting for it", error))
-    }
+    /// Waits until `mark` is reached.
+    fn wait(&self, mark: Mark) -> Result<(), Problem>;
 
-    fn forget(&self, mark: Mark) {
-        self.events().free.push(mark.0 as sys::CUevent);
-    }
+    /// Takes back a mark nobody asks for any more. Waits that are queued stay.
+    fn forget(&self, mark: Mark);
 
+    /// Whether capturing is of use. Not where every launch is to be waited for, so that one that fails is named.
     fn captures(&self) -> bool {
-        !self.waits
+        true
     }
 
-    /// Only what this thread does counts: others may allocate meanwhile.
-    fn begin_capture(&self) -> Result<(), Problem> {
-        self.enter()?;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is there until `self` goes away.
-        unsafe { result::stream::begin_capture(self.stream, mode) }
-            .map_err(|error| self.failed("beginning to capture launches", error))
-    }
+    /// From here on launches and zeros of this thread are noted down instead of carried out. Nothing else may be asked
+    /// for before [`Driver::end_capture`], but tensor maps.
+    fn begin_capture(&self) -> Result<(), Problem>;
 
-    fn end_capture(&self) -> Result<u64, Problem> {
-        self.enter()?;
-        // SAFETY: as above; the graph is ours, and what is launched is made from it once.
-        let made = unsafe {
-            result::stream::end_capture(self.stream).and_then(|graph| {
-                let made = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
-                let _ = result::graph::destroy(graph);
-                made
-            })
-        };
-        let graph = made.map_err(|error| self.failed("capturing launches", error))?;
-        Ok(graph.expose_provenance() as u64)
-    }
+    /// What was noted down, ready to be launched.
+    fn end_capture(&self) -> Result<u64, Problem>;
 
-    unsafe fn launch_graph(&self, graph: u64) -> Result<(), Problem> {
-        self.enter()?;
-        // SAFETY: the caller's promise; the handle is one that `end_capture` gave.
-        unsafe { result::graph::launch(std::ptr::with_exposed_provenance_mut(graph as usize), self.stream) }
-            .map_err(|error| self.failed("launching a graph", error))?;
-        self.loaded().last = Some(Last::Graph);
-        Ok(())
-    }
+    /// Queues all launches of a graph.
+    ///
+    /// # Safety
+    /// What the launches were given on the device must still be there.
+    unsafe fn launch_graph(&self, graph: u64) -> Result<(), Problem>;
 
-    fn free_graph(&self, graph: u64) {
-        if self.enter().is_ok() {
-            // SAFETY: the handle is one that `end_capture` gave, and nothing of it runs any more. As with `free`,
-            // there is nobody to tell.
-            unsafe {
-                let _ = result::stream::synchronize(self.stream);
-                let _ = result::graph::exec_destroy(std::ptr::with_exposed_provenance_mut(graph as usize));
-            }
-        }
-    }
+    /// Gives back what [`Driver::end_capture`] gave.
+    fn free_graph(&self, graph: u64);
 
-    /// By two events in the queue: the device's own clock, which sees nothing of the host.
+    /// The seconds that passed between beginning and end of what `work` queues; waits for it. By the host's clock
+    /// where a device has none of its own.
     fn time(&self, work: &mut dyn FnMut() -> Result<(), Problem>) -> Result<f64, Problem> {
-        let marks = [self.instant()?, self.instant()?];
-        let timed = self.record(&marks[0]).and_then(|()| work()).and_then(|()| self.record(&marks[1]));
-        timed.and_then(|()| self.seconds_between(&marks))
+        self.synchronize()?;
+        let started = std::time::Instant::now();
+        work()?;
+        self.synchronize()?;
+        Ok(started.elapsed().as_secs_f64())
     }
-}
-
-/// A place in the queue whose time is taken.
-struct Timed(sys::CUevent);
-
-impl Drop for Timed {
-    fn drop(&mut self) {
-        // SAFETY: made by the driver, and in use nowhere else; one that is recorded goes once it has passed.
-        let _ = unsafe { result::event::destroy(self.0) };
-    }
-}
-
-impl Nvidia {
-    fn instant(&self) -> Result<Timed, Problem> {
-        self.enter()?;
-        let made = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
-        made.map(Timed).map_err(|error| self.failed("making an event", error))
-    }
-
-    fn record(&self, mark: &Timed) -> Result<(), Problem> {
-        self.enter()?;
-        // SAFETY: event and stream are of this context, and are there.
-        unsafe { result::event::record(mark.0, self.stream) }.map_err(|error| self.failed("queueing an event", error))
-    }
-
-    /// Waits for both. `cudarc` asks for the time in a way that drivers before CUDA 12.8 lack; this is the older one.
-    fn seconds_between(&self, marks: &[Timed; 2]) -> Result<f64, Problem> {
-        type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
-        let mut milliseconds = 0.0;
-        // SAFETY: both events were recorded; the function has been in every driver, with this type.
-        let done = unsafe {
-            result::event::synchronize(marks[1].0).and_then(|()| {
-                let elapsed = sys::culib().get::<Elapsed>(b"cuEventElapsedTime").expect("in every driver");
-                elapsed(&mut milliseconds, marks[0].0, marks[1].0).result()
-            })
-        };
-        done.map_err(|error| self.failed("waiting for an event", error))?;
-        Ok(f64::from(milliseconds) / 1e3)
-    }
-}
-
-impl Drop for Nvidia {
-    fn drop(&mut self) {
-        // Modules go with the context. What fails now has failed before.
-        if self.enter().is_ok() {
-            for event in std::mem::take(&mut self.events().all) {
-                // SAFETY: nobody holds a mark any more.
-                let _ = unsafe { result::event::destroy(event) };
-            }
-            for stream in [self.stream, self.copies].into_iter().filter(|stream| !stream.is_null()) {
-                // SAFETY: nothing is queued by anyone any more.
-                let _ = unsafe { result::stream::destroy(stream) };
-            }
-        }
-        // SAFETY: retained once, in `open`.
-        let _ = unsafe { result::primary_ctx::release(self.device) };
-    }
-}
-
-/// The driver's error numbers that mean something to us. By number: which names `cudarc` has depends on the
-/// version of CUDA that its bindings are for.
-mod code {
-    pub const OUT_OF_MEMORY: u32 = 2;
-    pub const STUB_LIBRARY: u32 = 34;
-    pub const DEVICE_UNAVAILABLE: u32 = 46;
-    pub const NO_DEVICE: u32 = 100;
-    pub const UNSUPPORTED_PTX_VERSION: u32 = 222;
-    pub const SYSTEM_DRIVER_MISMATCH: u32 = 803;
-
-    /// The device, or the way to it, is broken: uncorrectable memory, NVLink, contained fault, destroyed
-    /// context, hardware stack, a system that is not ready.
-    pub const LOST: &[u32] = &[214, 220, 226, 709, 714, 802];
-
-    /// Something a kernel did: an illegal address, too many resources, a time-out, an assertion, an illegal
-    /// instruction, a misaligned address, a wrong address space or program counter, anything else.
-    pub const KERNEL: &[u32] = &[700, 701, 702, 710, 715, 716, 717, 718, 719];
-}
-
-/// `CUDA_ERROR_NO_DEVICE`.
-fn error_name(error: DriverError) -> String {
-    format!("{:?}", error.0)
-}
-
-fn driver_is_new_enough() -> Result<(u32, u32), Problem> {
-    let mut version = 0;
-    // SAFETY: writes the number, and needs nothing to have been started.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(no_start)?;
-    let (major, minor) = (version / 1000, version % 1000 / 10);
-    if version >= NEEDED_VERSION {
-        return Ok((major as u32, minor as u32));
-    }
-    let message = format!("the CUDA driver is too old: it is for CUDA {major}.{minor}, needed is 12.0");
-    let help = format!("install driver {NEEDED_DRIVER} or later; `nvidia-smi` shows which is there");
-    Err(missing("cuda::old_driver", message, help))
-}
-
-fn capability(device: sys::CUdevice) -> Result<Capability, DriverError> {
-    use sys::CUdevice_attribute_enum as Attribute;
-    // SAFETY: the device is one that the driver named.
-    let number = |attribute| unsafe { result::device::get_attribute(device, attribute) };
-    Ok(Capability {
-        major: number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32,
-        minor: number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
-    })
-}
-
-/// The driver's answer before there is a device.
-fn no_start(error: DriverError) -> Problem {
-    let (message, help) = match error.0 as u32 {
-        code::NO_DEVICE => return no_device("the CUDA driver shows no device"),
-        code::STUB_LIBRARY => (
-            "there is no CUDA driver: the libcuda.so.1 that is found is the toolkit's stub".to_string(),
-            "install NVIDIA's driver, or take the toolkit's `stubs` folder out of LD_LIBRARY_PATH",
-        ),
-        code::SYSTEM_DRIVER_MISMATCH => (
-            "the CUDA driver's library and its kernel module are of different versions".to_string(),
-            "restart the machine after an update of the driver",
-        ),
-        _ => (
-            format!("the CUDA driver does not start: {}", error_name(error)),
-            "`nvidia-smi` says whether the driver works at all",
-        ),
-    };
-    missing("cuda::no_driver", message, help)
-}
-
-fn no_device(message: impl Into<String>) -> Problem {
-    let help = "`nvidia-smi -L` lists the devices; CUDA_VISIBLE_DEVICES and a container's options hide some";
-    missing("cuda::no_device", message, help)
-}
-
-fn out_of_memory(name: &str) -> Problem {
-    let help = "make batches smaller, or end what else uses the device: `nvidia-smi` lists it";
-    missing("cuda::out_of_memory", format!("{name} has not enough free memory"), help)
-}
-
-/// All of these have a way out.
-fn missing(code: &'static str, message: impl Into<String>, help: impl Into<String>) -> Problem {
-    Problem::new(code, message).help(help).help("or run on the CPU: `--device cpu`").exit(Exit::Missing)
 }

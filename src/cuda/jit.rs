@@ -7,7 +7,8 @@
 //! under the digest of its sources, options and the compiler's version.
 
 use super::nvrtc::{self, Nvrtc};
-use super::prebuilt::{self, Capability};
+use super::prebuilt;
+use super::unit::Capability;
 use super::units::{self, Unit};
 use crate::problem::{Exit, Problem};
 use std::collections::BTreeMap;

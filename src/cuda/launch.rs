@@ -1,36 +1,30 @@
 //! One launch, its arguments gathered in the order of the kernel's parameters.
 
-use super::{Buffer, Gpu, TensorMap};
-use crate::problem::Problem;
+use super::driver::{Dim, TensorMap};
+use super::memory::{Buffer, Gpu};
+use crate::problem::{Exit, Problem};
 use bytemuck::Pod;
 use std::ffi::c_void;
 
-/// Blocks of a grid or threads of a block: x, y, z.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Dim(pub u32, pub u32, pub u32);
+/// The largest number that a kernel is given: it counts with an `int`.
+pub const LARGEST_COUNT: usize = i32::MAX as usize;
 
-impl From<usize> for Dim {
-    fn from(x: usize) -> Dim {
-        Dim(u32::try_from(x).expect("a grid has fewer than 2^32 blocks"), 1, 1)
+/// Whether kernels can count the values of `rows` rows that are `width` wide: the tokens of a micro-batch, and the widest
+/// thing that is computed of each. `Err` (`cuda::too_large`) says how many rows can be.
+pub fn check_rows(rows: usize, width: usize) -> Result<(), Problem> {
+    if rows.checked_mul(width).is_some_and(|values| values <= LARGEST_COUNT) {
+        return Ok(());
     }
+    let most = LARGEST_COUNT / width.max(1);
+    Err(too_large(format!("{rows} tokens of {width} values at once are more than a kernel counts"))
+        .note(format!("at this width at most {most} tokens can be worked through at once")))
 }
 
-impl From<(usize, usize)> for Dim {
-    fn from((x, y): (usize, usize)) -> Dim {
-        Dim(Dim::from(x).0, Dim::from(y).0, 1)
-    }
-}
-
-impl From<(usize, usize, usize)> for Dim {
-    fn from((x, y, z): (usize, usize, usize)) -> Dim {
-        Dim(Dim::from(x).0, Dim::from(y).0, Dim::from(z).0)
-    }
-}
-
-impl Dim {
-    fn count(self) -> u64 {
-        u64::from(self.0) * u64::from(self.1) * u64::from(self.2)
-    }
+fn too_large(message: String) -> Problem {
+    Problem::new("cuda::too_large", message)
+        .note(format!("kernels count up to {LARGEST_COUNT}"))
+        .help("make micro-batches smaller, or run on the CPU: `--device cpu`")
+        .exit(Exit::Usage)
 }
 
 /// A launch in the making.
@@ -42,6 +36,8 @@ pub struct Launch<'g> {
     block: Dim,
     shared_bytes: u32,
     arguments: Vec<Argument>,
+    /// A number that is too large for the kernel.
+    too_large: Option<usize>,
 }
 
 enum Argument {
@@ -54,7 +50,15 @@ enum Argument {
 impl Gpu {
     /// A launch of `kernel`, one of those below `kernels/`.
     pub fn launch(&self, kernel: &'static str, grid: impl Into<Dim>, block: impl Into<Dim>) -> Launch<'_> {
-        Launch { gpu: self, kernel, grid: grid.into(), block: block.into(), shared_bytes: 0, arguments: Vec::new() }
+        Launch {
+            gpu: self,
+            kernel,
+            grid: grid.into(),
+            block: block.into(),
+            shared_bytes: 0,
+            arguments: Vec::new(),
+            too_large: None,
+        }
     }
 }
 
@@ -67,13 +71,13 @@ impl Launch<'_> {
 
     /// A pointer to the first element.
     pub fn buffer<T: Pod>(self, buffer: &Buffer<T>) -> Self {
-        self.gpu.keep(buffer.block());
+        self.gpu.keep(buffer);
         self.address(buffer.address())
     }
 
     /// A pointer to element `index`.
     pub fn at<T: Pod>(self, buffer: &Buffer<T>, index: usize) -> Self {
-        self.gpu.keep(buffer.block());
+        self.gpu.keep(buffer);
         self.address(buffer.address_of(index))
     }
 
@@ -91,9 +95,11 @@ impl Launch<'_> {
         self
     }
 
-    /// An `int`.
+    /// An `int`. One above [`LARGEST_COUNT`] is an error of [`Launch::run`].
     pub fn int(mut self, value: usize) -> Self {
-        let value = i32::try_from(value).expect("sizes given to kernels are below 2^31");
+        if value > LARGEST_COUNT {
+            self.too_large = Some(value);
+        }
         self.arguments.push(Argument::Word(u64::from(value as u32)));
         self
     }
@@ -110,12 +116,16 @@ impl Launch<'_> {
         self
     }
 
-    /// Queues it; an empty grid is nothing. `Err` names the kernel and its shape.
+    /// Queues it; an empty grid is nothing. `Err` names the kernel and its shape, or (`cuda::too_large`) a number that the
+    /// kernel cannot count to.
     ///
     /// # Safety
     /// The arguments must be the kernel's, in number, order and type, and the buffers as large as it reads
     /// and writes. Launchers below `ops/` see to that; nothing else launches.
     pub unsafe fn run(mut self) -> Result<(), Problem> {
+        if let Some(count) = self.too_large {
+            return Err(too_large(format!("kernel `{}` was asked to count to {count}", self.kernel)));
+        }
         if self.grid.count() == 0 {
             return Ok(());
         }

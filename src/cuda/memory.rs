@@ -4,10 +4,9 @@
 //! Since all work is in one queue, whoever gets the block next writes after the last reader. Parts of a buffer
 //! share its block, which goes back when the last of them has gone.
 
-use super::Driver;
-use super::beside::Staging;
-use super::graph::{Turn, Turns};
-use super::region::Region;
+use super::capture::{self, DeviceId, Ground, Held, Turn, Turns};
+use super::driver::Driver;
+use super::staging::Staging;
 use crate::problem::Problem;
 use bytemuck::Pod;
 use std::collections::BTreeMap;
@@ -41,6 +40,7 @@ struct Pool {
 /// Device memory taken by buffers, in bytes of their blocks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
+    /// Taken by the buffers there are.
     pub now: usize,
     /// The most there was at once.
     pub peak: usize,
@@ -51,19 +51,20 @@ pub struct Usage {
 /// Blocks are multiples of this; so are the driver's.
 const GRAIN: usize = 512;
 
-/// The size of the block for so many bytes: at most an eighth is left over.
+/// The size of the block for this many bytes: at most an eighth is left over.
 pub fn block_bytes(bytes: usize) -> usize {
     let step = (bytes.next_power_of_two() / 16).max(GRAIN);
     bytes.max(1).next_multiple_of(step)
 }
 
-/// The most bytes that a block of at most so many holds.
+/// The most bytes that a block of at most this many holds.
 fn largest_block(bytes: usize) -> usize {
     let step = (bytes.next_power_of_two() / 16).max(GRAIN);
     bytes / step * step
 }
 
 impl Gpu {
+    /// A device with a pool, whose blocks are used again.
     pub fn new(driver: Box<dyn Driver>) -> Gpu {
         Gpu::with(driver, false)
     }
@@ -81,7 +82,27 @@ impl Gpu {
 
     /// The driver, for one call: while another thread captures launches, this waits for it to end.
     pub fn driver(&self) -> Turn<'_> {
-        self.turn()
+        capture::turn(self.id(), self.inner.driver.as_ref(), &self.inner.turns)
+    }
+
+    /// The seconds that what `work` queues takes on the device ([`Driver::time`]). Without a turn of its own: the calls
+    /// in `work` take theirs, and one of them may capture.
+    pub fn time(&self, work: &mut dyn FnMut() -> Result<(), Problem>) -> Result<f64, Problem> {
+        self.inner.driver.time(work)
+    }
+
+    pub(super) fn id(&self) -> DeviceId {
+        Arc::as_ptr(&self.inner).cast()
+    }
+
+    /// `Err` (`cuda::capture`) while this thread captures.
+    pub(super) fn not_capturing(&self, wanted: &str) -> Result<(), Problem> {
+        capture::not_capturing(self.id(), wanted)
+    }
+
+    /// Keeps a buffer's memory for the graph that is being captured, if one is.
+    pub(super) fn keep<T: Pod>(&self, buffer: &Buffer<T>) {
+        capture::keep(self.id(), || buffer.held());
     }
 
     fn pool(&self) -> MutexGuard<'_, Pool> {
@@ -102,8 +123,8 @@ impl Gpu {
     /// Room for `len` elements whose values are not defined. `Err` (`cuda::out_of_memory`) tells how much was
     /// asked for and how much is taken. While launches are captured it comes from the region they are captured in.
     pub fn alloc<T: Pod>(&self, len: usize) -> Result<Buffer<T>, Problem> {
-        if let Some(region) = self.captures_in() {
-            return region.alloc(len);
+        if let Some(ground) = capture::ground(self.id()) {
+            return self.alloc_in(ground, len);
         }
         self.not_capturing("room for a buffer")?;
         let bytes = len * size_of::<T>();
@@ -121,7 +142,14 @@ impl Gpu {
         };
         pool.usage.now += bytes;
         pool.usage.peak = pool.usage.peak.max(pool.usage.now);
-        let block = Block { gpu: self.clone(), address, bytes, region: None };
+        let block = Block { gpu: self.clone(), address, bytes, ground: None };
+        Ok(Buffer { block: Arc::new(block), address, len, of: PhantomData })
+    }
+
+    /// The same at a place of `ground`.
+    pub(super) fn alloc_in<T: Pod>(&self, ground: Arc<dyn Ground>, len: usize) -> Result<Buffer<T>, Problem> {
+        let (address, bytes) = ground.place(len * size_of::<T>())?;
+        let block = Block { gpu: self.clone(), address, bytes, ground: Some(ground) };
         Ok(Buffer { block: Arc::new(block), address, len, of: PhantomData })
     }
 
@@ -146,7 +174,7 @@ impl Gpu {
         parked.map_or_else(|| self.driver().alloc_host(bytes), Ok)
     }
 
-    /// Takes back what [`Gpu::parking`] gave for so many bytes.
+    /// Takes back what [`Gpu::parking`] gave for this many bytes.
     pub(super) fn park_again(&self, bytes: usize, address: u64) {
         self.pool().parking.entry(block_bytes(bytes)).or_default().push(address);
     }
@@ -181,19 +209,12 @@ impl Drop for Inner {
     }
 }
 
-/// Memory that goes back to the pool, or to the region it is a place of, when nobody has it any more.
-pub(super) struct Block {
+/// Memory that goes back to the pool, or to the ground it is a place of, when nobody has it any more.
+struct Block {
     gpu: Gpu,
     address: u64,
     bytes: usize,
-    region: Option<Arc<Region>>,
-}
-
-impl Block {
-    /// What a graph that uses it has to keep: of a place in a region the whole region.
-    pub(super) fn kept(self: &Arc<Block>) -> &Arc<Block> {
-        self.region.as_ref().map_or(self, |region| region.block())
-    }
+    ground: Option<Arc<dyn Ground>>,
 }
 
 /// `len` elements on a device.
@@ -205,18 +226,14 @@ pub struct Buffer<T: Pod> {
 }
 
 impl<T: Pod> Buffer<T> {
-    /// `len` elements at a place of a region.
-    pub(super) fn in_region(region: &Arc<Region>, address: u64, bytes: usize, len: usize) -> Buffer<T> {
-        let block = Block { gpu: region.block().gpu.clone(), address, bytes, region: Some(region.clone()) };
-        Buffer { block: Arc::new(block), address, len, of: PhantomData }
-    }
-
+    /// The device it is on.
     pub fn gpu(&self) -> &Gpu {
         &self.block.gpu
     }
 
-    pub(super) fn block(&self) -> &Arc<Block> {
-        &self.block
+    /// What a graph that uses it has to keep: of a place the whole ground.
+    pub(super) fn held(&self) -> Held {
+        self.block.ground.as_ref().map_or_else(|| self.block.clone() as Held, |ground| ground.whole())
     }
 
     /// `len` elements of any type from byte `from` on, in the same memory: what is written to one is read from the
@@ -234,10 +251,12 @@ impl<T: Pod> Buffer<T> {
         self.part(0, self.len)
     }
 
+    /// The number of its elements.
     pub fn len(&self) -> usize {
         self.len
     }
 
+    /// Whether it has no element.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -278,15 +297,15 @@ impl<T: Pod> Buffer<T> {
 
     /// Zeros. While launches are captured that is one of them.
     pub fn clear(&mut self) -> Result<(), Problem> {
-        self.gpu().keep(&self.block);
+        self.gpu().keep(self);
         self.gpu().driver().zero(self.address, self.len * size_of::<T>())
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if let Some(region) = &self.region {
-            return region.take_back(self.address, self.bytes);
+        if let Some(ground) = &self.ground {
+            return ground.take_back(self.address, self.bytes);
         }
         // Before the pool is locked, as in `alloc`.
         let driver = self.gpu.inner.exact.then(|| self.gpu.driver());

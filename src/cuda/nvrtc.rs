@@ -10,6 +10,7 @@ type Program = *mut c_void;
 type Size = unsafe extern "C" fn(Program, *mut usize) -> Code;
 type Text = unsafe extern "C" fn(Program, *mut c_char) -> Code;
 
+/// The compiler, opened.
 pub struct Nvrtc {
     create: unsafe extern "C" fn(
         *mut Program,
@@ -31,6 +32,7 @@ pub struct Nvrtc {
 
 /// What came of one compilation.
 pub struct Output {
+    /// The cubin or the PTX.
     pub bytes: Vec<u8>,
     /// Warnings, and `ptxas` on registers and memory.
     pub log: String,

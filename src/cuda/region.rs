@@ -2,8 +2,8 @@
 //! of them share one region: while a step is captured its buffers get places in it, a place that is free again goes to
 //! the next buffer, and the next step begins with an empty one.
 
-use super::memory::Block;
-use super::{Buffer, Gpu};
+use super::capture::{Ground, Held};
+use super::memory::{Buffer, Gpu};
 use crate::problem::Problem;
 use bytemuck::Pod;
 use std::collections::BTreeMap;
@@ -20,19 +20,15 @@ pub struct Region {
 const GRAIN: usize = 256;
 
 impl Region {
-    /// `Err` (`cuda::out_of_memory`) if the device has not so much.
+    /// `Err` (`cuda::out_of_memory`) if the device has not that much.
     pub fn new(gpu: &Gpu, bytes: usize) -> Result<Arc<Region>, Problem> {
         let memory = gpu.alloc(bytes)?;
         Ok(Arc::new(Region { memory, free: Mutex::new(BTreeMap::from([(0, bytes)])) }))
     }
 
+    /// The length of all of it.
     pub fn bytes(&self) -> usize {
         self.memory.len()
-    }
-
-    /// All of it.
-    pub(super) fn block(&self) -> &Arc<Block> {
-        self.memory.block()
     }
 
     fn free(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
@@ -41,7 +37,19 @@ impl Region {
 
     /// A buffer in the first place that is long enough. `Err` (`cuda::capture`) if there is none.
     pub fn alloc<T: Pod>(self: &Arc<Region>, len: usize) -> Result<Buffer<T>, Problem> {
-        let bytes = (len * size_of::<T>()).max(1).next_multiple_of(GRAIN);
+        self.memory.gpu().alloc_in(self.clone(), len)
+    }
+
+    /// The same bytes as a buffer of the region's, without a hold on its place: for who looks at them between one run
+    /// of a graph and the next.
+    pub fn view<T: Pod>(&self, buffer: &Buffer<T>) -> Buffer<T> {
+        self.memory.part((buffer.address() - self.memory.address()) as usize, buffer.len())
+    }
+}
+
+impl Ground for Region {
+    fn place(&self, bytes: usize) -> Result<(u64, usize), Problem> {
+        let bytes = bytes.max(1).next_multiple_of(GRAIN);
         let mut free = self.free();
         let Some((&at, &there)) = free.iter().find(|(_, there)| **there >= bytes) else {
             let message = format!("a captured step has no place for {bytes} bytes in its {}", self.bytes());
@@ -51,12 +59,10 @@ impl Region {
         if there > bytes {
             free.insert(at + bytes, there - bytes);
         }
-        drop(free);
-        Ok(Buffer::in_region(self, self.memory.address() + at as u64, bytes, len))
+        Ok((self.memory.address() + at as u64, bytes))
     }
 
-    /// Takes back a place.
-    pub(super) fn take_back(&self, address: u64, bytes: usize) {
+    fn take_back(&self, address: u64, bytes: usize) {
         let (mut at, mut bytes) = ((address - self.memory.address()) as usize, bytes);
         let mut free = self.free();
         if let Some(behind) = free.remove(&(at + bytes)) {
@@ -70,9 +76,7 @@ impl Region {
         free.insert(at, bytes);
     }
 
-    /// The same bytes as a buffer of the region's, without a hold on its place: for who looks at them between one run
-    /// of a graph and the next.
-    pub fn view<T: Pod>(&self, buffer: &Buffer<T>) -> Buffer<T> {
-        self.memory.part((buffer.address() - self.memory.address()) as usize, buffer.len())
+    fn whole(&self) -> Held {
+        self.memory.held()
     }
 }

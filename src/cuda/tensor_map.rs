@@ -4,34 +4,18 @@
 //! All ours are alike: bf16, boxes of 64 elements along the contiguous extent (128 bytes, swizzled), zeros beyond the
 //! edges. What is left to say is the matrix and how many rows a box has.
 
-use super::prebuilt::Capability;
-use super::{Buffer, Gpu};
+use super::driver::{TensorMap, TensorView};
+use super::memory::{Buffer, Gpu};
+use super::unit::Capability;
 use crate::problem::Problem;
 use half::bf16;
-
-/// A map as the driver makes it; an argument of a kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(C, align(64))]
-pub struct TensorMap(pub [u64; 16]);
-
-/// What a map is made of: a row-major tensor of two or three extents, and the box that one copy takes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorView {
-    pub address: u64,
-    /// In elements of two bytes, the contiguous one first, as the device counts them.
-    pub extents: Vec<u64>,
-    /// Bytes from one row to the next, and from one plane to the next: one fewer than the extents.
-    pub pitches: Vec<u64>,
-    /// In elements, in the order of the extents.
-    pub tile: Vec<u32>,
-}
 
 /// Elements of a box along the contiguous extent.
 pub const BOX_COLS: usize = 64;
 /// The most rows of a box.
 pub const BOX_ROWS: usize = 256;
 
-/// Whether rows of so many bf16 begin where a tensor copy can take them: at multiples of 16 bytes.
+/// Whether rows of this many bf16 begin where a tensor copy can take them: at multiples of 16 bytes.
 pub fn copies_rows_of(cols: usize) -> bool {
     cols > 0 && cols.is_multiple_of(8)
 }
@@ -66,7 +50,7 @@ impl Gpu {
         );
         assert!(copies_rows_of(cols), "rows of {cols} elements do not begin at multiples of 16 bytes");
         assert!(tile.last() == Some(&BOX_COLS) && tile.iter().all(|n| (1..=BOX_ROWS).contains(n)), "{tile:?}");
-        self.keep(buffer.block());
+        self.keep(buffer);
         let inner_first = |sizes: &[usize]| -> Vec<u64> { sizes.iter().rev().map(|n| *n as u64).collect() };
         let extents = inner_first(extents);
         let mut pitches = vec![2 * extents[0]];

@@ -48,16 +48,20 @@ struct Entry {
     expect: Vec<String>,
 }
 
+/// What is compiled together, from which text and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit {
     /// `<stem>` or `<stem>-<variant>`.
     pub name: String,
     /// The file in `kernels/`.
     pub file: String,
+    /// As `NAME=VALUE`.
     pub definitions: Vec<String>,
     /// `sm_..` become cubins, `compute_..` PTX.
     pub archs: Vec<String>,
+    /// The most registers a thread of any of its kernels may take.
     pub registers: Option<u32>,
+    /// Instructions that each of its cubins must contain.
     pub expect: Vec<String>,
     /// The file and whatever of `kernels/` it includes: name -> text.
     pub sources: BTreeMap<String, String>,
@@ -104,6 +108,7 @@ impl Unit {
     }
 }
 
+/// Whether this architecture's form is PTX, which the driver compiles.
 pub fn is_ptx(arch: &str) -> bool {
     arch.starts_with("compute_")
 }

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// AVX-512 with the bf16 dot product.
     Avx512Bf16,
+    /// AVX-512 without it.
     Avx512,
     /// AVX2 and FMA.
     Avx2,

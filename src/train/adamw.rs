@@ -14,21 +14,7 @@ use super::state::{StateMut, StateRef};
 use crate::model::{Gradients, Parameter};
 use rayon::prelude::*;
 
-/// What both optimizers share.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Options {
-    pub beta1: f64,
-    pub beta2: f64,
-    pub epsilon: f64,
-    pub weight_decay: f64,
-}
-
-impl Default for Options {
-    /// The defaults of PyTorch.
-    fn default() -> Options {
-        Options { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 }
-    }
-}
+pub use crate::cuda::ops::adamw::Options;
 
 /// First and second moments of every parameter.
 #[derive(Debug, Clone)]

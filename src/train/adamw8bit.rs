@@ -16,16 +16,14 @@
 //! bitsandbytes' CPU path rounds through a table of 65,536 cells instead and turns small values into about
 //! 2e-5 of the block's maximum; that is not imitated.
 
-use super::adamw::Options;
 use super::state::{StateMut, StateRef};
+use crate::cuda::ops::adamw::Options;
 use crate::model::{Gradients, Parameter};
 use rayon::prelude::*;
 use std::sync::LazyLock;
 
-/// Consecutive elements that share a scale.
-pub const BLOCK: usize = 256;
-/// Tensors with fewer elements keep f32 states.
-pub const SMALLEST: usize = 4096;
+pub use crate::cuda::ops::adamw::{BLOCK, SMALLEST};
+
 /// Blocks per task.
 const TASK: usize = 64;
 

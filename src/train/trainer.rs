@@ -196,11 +196,9 @@ impl DeviceOptimizer {
 
     fn step(&mut self, gpu: &Gpu, tensors: &[adamw::Tensor], rate: f64) -> Result<(), Problem> {
         self.steps += 1;
-        let Options { beta1, beta2, epsilon, weight_decay } = self.options;
-        let options = adamw::Options { beta1, beta2, epsilon, weight_decay };
         match &mut self.moments {
-            Moments::Full(adamw) => adamw.step(gpu, tensors, rate, &options, self.steps),
-            Moments::EightBit(adamw) => adamw.step(gpu, tensors, rate, &options, self.steps),
+            Moments::Full(adamw) => adamw.step(gpu, tensors, rate, &self.options, self.steps),
+            Moments::EightBit(adamw) => adamw.step(gpu, tensors, rate, &self.options, self.steps),
         }
     }
 

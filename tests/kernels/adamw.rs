@@ -6,7 +6,7 @@ use pipe::cuda::ops::adamw::{self, Tensor};
 use pipe::cuda::{Buffer, Gpu};
 use pipe::model::{Gradients, Parameter};
 use pipe::problem::Problem;
-use pipe::train::adamw8bit::{self, SIGNED, UNSIGNED};
+use pipe::train::adamw8bit::{SIGNED, UNSIGNED};
 use pipe::train::{Kind, Optimizer, Options};
 
 const OPTIONS: Options = Options { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
@@ -65,11 +65,9 @@ impl Device {
     }
 
     fn step(&mut self, gpu: &Gpu, tensors: &[Tensor], step: u64) -> Result<(), Problem> {
-        let Options { beta1, beta2, epsilon, weight_decay } = OPTIONS;
-        let options = adamw::Options { beta1, beta2, epsilon, weight_decay };
         match self {
-            Device::Full(adamw) => adamw.step(gpu, tensors, RATE, &options, step),
-            Device::Eight(adamw) => adamw.step(gpu, tensors, RATE, &options, step),
+            Device::Full(adamw) => adamw.step(gpu, tensors, RATE, &OPTIONS, step),
+            Device::Eight(adamw) => adamw.step(gpu, tensors, RATE, &OPTIONS, step),
         }
     }
 
@@ -181,7 +179,6 @@ fn f32_moments_give_the_bits_of_the_cpu() {
 
 #[test]
 fn eight_bit_moments_give_the_bits_of_the_cpu() {
-    assert_eq!((adamw::BLOCK, adamw::SMALLEST), (adamw8bit::BLOCK, adamw8bit::SMALLEST));
     bits_of_the_cpu(Kind::AdamW8bit);
 }
 

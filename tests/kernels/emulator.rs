@@ -52,6 +52,12 @@ fn exchange() -> Result<Vec<f32>, String> {
     Ok(y.values())
 }
 
+fn shuffles() -> Result<Vec<f32>, String> {
+    let (x, y) = (Memory::of(&numbers(32, "x")), Memory::fresh(32 * 4 * 32));
+    run("shuffle_lanes", Dim(1, 1, 1), 32, 0, &[y.address, x.address])?;
+    Ok(y.values())
+}
+
 fn sums(n: usize) -> Result<Vec<f32>, String> {
     let (x, y) = (Memory::of(&numbers(n, "x")), Memory::fresh(n));
     let blocks = n.div_ceil(256) as u32;
@@ -157,6 +163,25 @@ fn exchanged_lanes_are_those_of_the_neighbours() {
     for schedule in everywhere() {
         let y = with(schedule, exchange).unwrap_or_else(|faults| panic!("{faults}"));
         assert!((0..32).all(|i| y[i] == x[i ^ 1]), "{schedule:?}");
+    }
+}
+
+#[test]
+fn shuffles_of_every_kind_and_distance_take_from_the_lane_they_name() {
+    let x = numbers(32, "x");
+    // Past the end a lane gets its own.
+    let kinds: [fn(usize, usize) -> usize; 4] = [
+        |_, by| by,
+        |lane, by| lane ^ by,
+        |lane, by| lane.checked_sub(by).unwrap_or(lane),
+        |lane, by| if lane + by < 32 { lane + by } else { lane },
+    ];
+    for schedule in everywhere() {
+        let y = with(schedule, shuffles).unwrap_or_else(|faults| panic!("{faults}"));
+        for (at, got) in y.iter().enumerate() {
+            let (by, kind, lane) = (at / 128, at / 32 % 4, at % 32);
+            assert!(*got == x[kinds[kind](lane, by)], "kind {kind}, by {by}, lane {lane}, {schedule:?}");
+        }
     }
 }
 

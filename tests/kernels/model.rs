@@ -12,6 +12,7 @@ use pipe::random::Stream;
 use pipe::stage::{self, Artifact};
 use pipe::tensor::Dtype;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 /// Two query heads on one key head, heads of 64; the other sizes are odd where they may be.
 pub fn config(tied: bool) -> Config {
@@ -194,18 +195,49 @@ pub fn bench(device: Device, records: &[Value]) -> Bench {
     bench
 }
 
-/// A column of the log of a stage run on the processor and through the kernels.
+/// The log of a stage run on the processor and through the kernels.
 pub fn both(
     run: fn(&stage::Context) -> Result<(), pipe::problem::Problem>,
     params: &Value,
     records: &[Value],
     file: &str,
 ) -> [Vec<Value>; 2] {
+    both_and(run, params, records, |bench| bench.lines(file))
+}
+
+/// The same of whatever is read of what it left.
+fn both_and<T>(
+    run: fn(&stage::Context) -> Result<(), pipe::problem::Problem>,
+    params: &Value,
+    records: &[Value],
+    read: impl Fn(&Bench) -> T,
+) -> [T; 2] {
     [Device::Cpu, Device::Cuda(gpu())].map(|device| {
         let bench = bench(device, records);
         bench.run(run, params.clone()).unwrap();
-        bench.lines(file)
+        read(&bench)
     })
+}
+
+/// The matrices of the adapter that begin as zeros: what they are is what their gradients were.
+fn learned(bench: &Bench) -> BTreeMap<String, Vec<f64>> {
+    let bytes = std::fs::read(bench.path("out/adapter_model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let values =
+        |data: &[u8]| data.as_chunks::<4>().0.iter().map(|four| f64::from(f32::from_le_bytes(*four))).collect();
+    let learned = tensors.iter().filter(|(name, _)| name.contains("lora_B"));
+    learned.map(|(name, tensor)| (name.to_string(), values(tensor.data()))).collect()
+}
+
+/// Every target is learned, and on the device in the direction in which the processor learns it.
+fn same_direction([law, ours]: [&BTreeMap<String, Vec<f64>>; 2]) {
+    assert!(law.len() == 4 && law.keys().eq(ours.keys()), "{:?}", ours.keys());
+    for (name, law) in law {
+        let product = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let (ours, both) = (&ours[name], product(law, &ours[name]));
+        let cosine = both / (product(law, law) * product(ours, ours)).sqrt();
+        assert!(cosine >= 0.8, "{name}: {cosine}");
+    }
 }
 
 pub fn training(kind: &pipe::manifest::spec::Kind, more: Value) -> Value {
@@ -225,7 +257,9 @@ fn supervised_steps_follow_those_of_the_processor() {
         .map(|i| json!({"id": i.to_string(), "prompt": format!("{i} + 1"), "answer": format!("{}", i + 1)}))
         .collect();
     let params = training(&stage::sft::KIND, json!({}));
-    let [law, ours] = both(stage::sft::run, &params, &records, "log.jsonl");
+    let read = |bench: &Bench| (bench.lines("log.jsonl"), learned(bench));
+    let [(law, law_learned), (ours, our_learned)] = both_and(stage::sft::run, &params, &records, read);
+    same_direction([&law_learned, &our_learned]);
     assert_eq!(ours.len(), 3);
     for (law, ours) in law.iter().zip(&ours) {
         let off = (law["loss"].as_f64().unwrap() - ours["loss"].as_f64().unwrap()).abs();
@@ -240,7 +274,9 @@ fn preference_steps_start_at_ln_2_and_follow_those_of_the_processor() {
         .map(|i| json!({"id": i.to_string(), "prompt": format!("{i} + 1"), "chosen": format!("{}", i + 1), "rejected": "9 9"}))
         .collect();
     let params = training(&stage::dpo::KIND, json!({"beta": 0.2}));
-    let [law, ours] = both(stage::dpo::run, &params, &records, "log.jsonl");
+    let read = |bench: &Bench| (bench.lines("log.jsonl"), learned(bench));
+    let [(law, law_learned), (ours, our_learned)] = both_and(stage::dpo::run, &params, &records, read);
+    same_direction([&law_learned, &our_learned]);
     assert!((ours[0]["loss"].as_f64().unwrap() - 2f64.ln()).abs() <= 1e-6);
     for (law, ours) in law.iter().zip(&ours) {
         let off = (law["loss"].as_f64().unwrap() - ours["loss"].as_f64().unwrap()).abs();

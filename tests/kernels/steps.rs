@@ -225,17 +225,33 @@ fn epochs_over_the_same_examples_end_with_the_same_bytes_and_fewer_launches() {
 #[test]
 fn a_run_that_is_interrupted_among_captured_steps_ends_with_the_same_bytes() {
     let params = epochs(&stage::sft::KIND, json!({}));
-    let whole = bench(Device::Cuda(gpu()), &examples());
+    // What is launched as a graph is counted where the device is an emulated one.
+    let device = || {
+        if on_device() {
+            return (gpu(), None);
+        }
+        let (gpu, asks) = counted(PORTABLE);
+        (gpu, Some(asks))
+    };
+    let whole = bench(Device::Cuda(device().0), &examples());
     whole.run(stage::sft::run, params.clone()).unwrap();
-    let broken = bench(Device::Cuda(gpu()), &examples());
-    for stop_at in [5, 8] {
+    let (gpu, asks) = device();
+    let captured = |least: usize| {
+        let graphs = asks.as_ref().map(|asks| asks.take()[1]);
+        assert!(graphs.is_none_or(|graphs| graphs >= least), "{graphs:?} graphs, {least} or more are to be launched");
+    };
+    let broken = bench(Device::Cuda(gpu), &examples());
+    // Three examples an epoch: from the fourth step on they are captured, two graphs each, and anew after a stop.
+    for (stop_at, least) in [(5, 2), (8, 0)] {
         broken.stop_at.store(stop_at, Ordering::Relaxed);
         broken.stop.store(false, Ordering::Relaxed);
         assert_eq!(broken.run(stage::sft::run, params.clone()).unwrap_err().code, "exec::interrupted");
+        captured(least);
     }
     broken.stop_at.store(0, Ordering::Relaxed);
     broken.stop.store(false, Ordering::Relaxed);
     broken.run(stage::sft::run, params).unwrap();
+    captured(2);
     assert!(files(&whole) == files(&broken));
 }
 

@@ -16,6 +16,12 @@ fn run_with(model: &Model, packed: &Packed, recompute: Recompute) -> (Vec<u32>, 
     (bits(&forward.logprobs), grads.values.iter().map(|values| bits(values)).collect())
 }
 
+/// That there is a gradient of everything that is trained: runs without any agree, too.
+fn all_learn((_, gradients): &(Vec<u32>, Vec<Vec<u32>>)) {
+    let is_some = |values: &Vec<u32>| values.iter().any(|bits| f32::from_bits(*bits) != 0.0);
+    assert!(!gradients.is_empty() && gradients.iter().all(is_some), "a gradient of zeros");
+}
+
 #[test]
 fn packed_sequences_give_what_each_gives_alone() {
     for dtype in [Dtype::F32, Dtype::Bf16] {
@@ -52,8 +58,9 @@ fn padding_behind_a_sequence_changes_no_bit_of_it() {
 fn recomputing_layers_changes_no_bit() {
     for model in [with_adapter(true, 3, &ALL), everything_trained(false)] {
         let packed = Packed::of(&sequences(&[20, 7, 31]));
-        let runs = [Recompute::None, Recompute::First(2), Recompute::All, Recompute::Fit]
+let runs = [Recompute::None, Recompute::First(2), Recompute::All, Recompute::Fit]
             .map(|recompute| run_with(&model, &packed, recompute));
+        all_learn(&runs[0]);
         assert!(runs.iter().all(|run| *run == runs[0]));
     }
 }
@@ -63,6 +70,7 @@ fn the_number_of_threads_changes_no_bit() {
     let packed = Packed::of(&sequences(&[90, 7, 131]));
     for model in [with_adapter(true, 3, &ALL), everything_trained(true)] {
         let runs = [1, 2, 5].map(|threads| on_threads(threads, || run(&model, &packed)));
+        all_learn(&runs[0]);
         assert!(runs[0] == runs[1] && runs[1] == runs[2]);
     }
 }

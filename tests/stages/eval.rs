@@ -268,6 +268,7 @@ fn max_tokens_beyond_the_context_is_found_before_decoding_with_what_would_fit() 
     let fits: usize = problem.help[0].trim_matches('`').trim_start_matches("max_tokens = ").parse().unwrap();
     assert_eq!(bench.run(run, params(json!({"max_tokens": fits + 1}))).unwrap_err().code, "generate::context");
     assert!(!bench.path("work/journal.jsonl").exists());
+    bench.run(run, params(json!({"max_tokens": fits}))).unwrap();
 }
 
 #[test]

@@ -56,7 +56,7 @@ impl Prebuilt {
                 sources: ours,
                 table: root.join("src/cuda/prebuilt_table.rs"),
                 embedded: "../../kernels/prebuilt/",
-                types: "super::prebuilt",
+                types: "super::unit",
                 visibility: "pub(super) ",
             },
             Prebuilt {

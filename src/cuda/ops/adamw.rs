@@ -7,18 +7,29 @@ use crate::problem::Problem;
 use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
-/// Consecutive elements that share a scale in 8 bits. Part of the kernel: the elements of a warp.
+/// Consecutive elements that share a scale in 8 bits, here and on the processor. Part of the kernel: the elements of a warp.
 pub const BLOCK: usize = 256;
 /// Tensors with fewer elements keep f32 moments.
 pub const SMALLEST: usize = 4096;
 
-/// What both optimizers share; the fields of `train::Options`.
+/// What both optimizers share, here and on the processor.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Options {
+    /// How much of the first moment stays from one update to the next.
     pub beta1: f64,
+    /// The same of the second moment.
     pub beta2: f64,
+    /// Added to the root of the second moment.
     pub epsilon: f64,
+    /// The part of a decayed parameter that goes at a learning rate of 1.
     pub weight_decay: f64,
+}
+
+impl Default for Options {
+    /// The defaults of PyTorch.
+    fn default() -> Options {
+        Options { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 }
+    }
 }
 
 impl Options {
@@ -46,6 +57,7 @@ impl Options {
 pub struct Tensor<'a> {
     /// Updated in place.
     pub param: &'a Buffer<f32>,
+    /// Of the loss by `param`.
     pub grad: &'a Buffer<f32>,
     /// Becomes `param` rounded to bf16, for products.
     pub copy: Option<&'a Buffer<bf16>>,

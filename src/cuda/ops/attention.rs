@@ -51,7 +51,7 @@ mod hopper {
 /// Columns of the tiles of heads below 64: those of a head, and zeros.
 const SMALL: usize = 64;
 
-/// Whether there are kernels for heads of so many elements: 128, 64, and every even size below.
+/// Whether there are kernels for heads of this many elements: 128, 64, and every even size below.
 pub const fn supports(head_dim: usize) -> bool {
     head_dim == 128 || (head_dim > 0 && head_dim <= SMALL && head_dim.is_multiple_of(2))
 }
@@ -59,8 +59,11 @@ pub const fn supports(head_dim: usize) -> bool {
 /// Sizes of an attention: q and o are [T, heads, head_dim], k and v [T, kv_heads, head_dim].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Dims {
+    /// Heads of queries.
     pub heads: usize,
+    /// Heads of keys and values, each shared by as many heads of queries.
     pub kv_heads: usize,
+    /// Elements of a head.
     pub head_dim: usize,
 }
 
@@ -245,7 +248,7 @@ pub fn backward(
     let by_warpgroups = dims
         .pick_wgmma(gpu, "attention_key_gradients_64_hopper", "attention_key_gradients_128_hopper")
         .zip(dims.pick_wgmma(gpu, "attention_query_gradients_64_hopper", "attention_query_gradients_128_hopper"));
-    // What both kernels read, after what each writes: by warpgroups through maps by which so many queries and keys come
+    // What both kernels read, after what each writes: by warpgroups through maps by which this many queries and keys come
     // at once.
     let read = |launch: Launch<'_>, queries: usize, keys: usize| -> Result<(), Problem> {
         let launch = match by_warpgroups {

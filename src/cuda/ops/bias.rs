@@ -9,7 +9,7 @@ use half::bf16;
 const TILE: usize = 256;
 const WARPS: usize = 8;
 
-/// The gradient's rows are cut into at most so many slices, none with fewer rows than this.
+/// The gradient's rows are cut into at most this many slices, none with fewer rows than this.
 const SLICES: usize = 64;
 
 /// x [R, C] += b [C].

@@ -73,6 +73,7 @@ pub struct GradNorm {
 }
 
 impl GradNorm {
+    /// Room for the norm of tensors of these lengths.
     pub fn new(gpu: &Gpu, lengths: &[usize]) -> Result<GradNorm, Problem> {
         let pieces = pieces(gpu, lengths)?;
         Ok(GradNorm {

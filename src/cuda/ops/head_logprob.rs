@@ -23,9 +23,9 @@ const BACKWARD_SPAN: usize = 8192;
 
 /// Of the kernels by warpgroups: blocks of `TILE` rows as the others, ...
 const WARPGROUPS_THREADS: usize = 384;
-/// ... but so many columns, ...
+/// ... but this many columns, ...
 const WARPGROUPS_COLS: usize = 256;
-/// ... and of shared memory so many stages of 64 summed indices with their two barriers; three beside lists.
+/// ... and of shared memory this many stages of 64 summed indices with their two barriers; three beside lists.
 const STAGE_BYTES: usize = (TILE + WARPGROUPS_COLS) * 64 * 2 + 16;
 const STAGES: usize = 4;
 const STAGES_BESIDE_LISTS: usize = 3;
@@ -41,7 +41,9 @@ pub use super::lora_matmul::Lora;
 
 /// Results, one entry per row.
 pub struct Forward {
+    /// The log-probability of each row's target.
     pub logprob: Buffer<f32>,
+    /// The logarithm of the sum of each row's exponentiated logits.
     pub lse: Buffer<f32>,
     /// In nats; if wanted.
     pub entropy: Option<Buffer<f32>>,
@@ -53,7 +55,9 @@ pub struct Forward {
 /// Gradients that are added to (+=), each if it is wanted: dA [r, H] and dB [V, r] together, dW [V, H].
 #[derive(Default)]
 pub struct Gradients<'a> {
+    /// Those of the adapter's A and B, added to.
     pub lora: Option<(&'a mut Buffer<f32>, &'a mut Buffer<f32>)>,
+    /// That of the matrix itself, added to.
     pub weight: Option<&'a mut Buffer<f32>>,
 }
 
@@ -178,7 +182,7 @@ pub fn backward(
     Ok(())
 }
 
-/// A strip of logits, and lists of so many places.
+/// A strip of logits, and lists of this many places.
 fn list_bytes(top_k: usize) -> usize {
     STRIP_BYTES + top_k * TILE * (size_of::<f32>() + size_of::<u32>())
 }
@@ -237,7 +241,7 @@ impl<'a> Head<'a> {
             .int(rank)
             .int(self.low_stride())
             .float(scale);
-        // SAFETY: the arguments of `head_low` in their order; h from `rows.start` on has so many rows, and L - r < 8
+        // SAFETY: the arguments of `head_low` in their order; h from `rows.start` on has this many rows, and L - r < 8
         // columns more than r are within the grid's last tile.
         unsafe { launch.run()? };
         Ok(Some(low))

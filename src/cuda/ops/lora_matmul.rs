@@ -13,8 +13,11 @@ use half::bf16;
 /// x is [m, k], y is [m, n], W is [n, k] (n outputs, k inputs).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Dims {
+    /// Rows of the result.
     pub m: usize,
+    /// Its columns.
     pub n: usize,
+    /// The length of the sums.
     pub k: usize,
 }
 
@@ -27,9 +30,13 @@ impl Dims {
 /// An adapter adds `scale` B A to W: A is [rank, k], B is [n, rank]. Rank 0 is no adapter.
 #[derive(Clone, Copy)]
 pub struct Lora<'a> {
+    /// A, `rank` rows as wide as the input.
     pub a: &'a Buffer<bf16>,
+    /// B, `rank` columns, as many rows as the output is wide.
     pub b: &'a Buffer<bf16>,
+    /// The rank of the adapter.
     pub rank: usize,
+    /// What the adapter's product is multiplied by.
     pub scale: f32,
 }
 
@@ -42,7 +49,9 @@ impl Lora<'_> {
 
 /// The gradients of an adapter: da [rank, k] and db [n, rank].
 pub struct Gradients<'a> {
+    /// That of A, added to.
     pub da: &'a mut Buffer<f32>,
+    /// That of B, added to.
     pub db: &'a mut Buffer<f32>,
 }
 
@@ -79,12 +88,12 @@ const FACTOR: Tile = Tile::new("lora_matmul_factor", (64, 64), 128, 32 << 10);
 const FORWARD_HOPPER: Tile = Tile::new("lora_matmul_forward_hopper", (128, 256), 384, 4 * (48 << 10) + 64);
 const DX_HOPPER: Tile = Tile::new("lora_matmul_dx_hopper", (128, 256), 384, 4 * (48 << 10) + 64);
 
-/// At most so many rows are decoded sixteen at a time, ...
+/// At most this many rows are decoded sixteen at a time, ...
 const DECODE_ROWS: usize = 16;
-/// ... and at most so many in tiles of 64 rows. Above, there are enough tiles of 128.
+/// ... and at most this many in tiles of 64 rows. Above, there are enough tiles of 128.
 const FEW_ROWS: usize = 256;
 
-/// Rows that one block sums for da and db, unless that made more than so many parts.
+/// Rows that one block sums for da and db, unless that made more than this many parts.
 const PART_ROWS: usize = 512;
 const PARTS: usize = 16;
 
@@ -105,7 +114,7 @@ pub enum Rows {
     /// Tokens of whole sequences. Where the device has wgmma and the sizes suit it, that is used for any m, so that a row
     /// has the same bits in every batch.
     Sequences,
-    /// A token each, of so many completions as happen to be in the making: small tiles, the same kernels whatever the
+    /// A token each, of as many completions as happen to be in the making: small tiles, the same kernels whatever the
     /// device.
     Steps,
 }

@@ -18,8 +18,11 @@ const MOST_SHARED: usize = 48 << 10;
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 pub struct Rule {
+    /// Which random numbers: the seed, ...
     pub seed: u64,
+    /// ... the stream of it, ...
     pub stream: u64,
+    /// ... and which number of the stream.
     pub counter: u64,
     /// 1 keeps all.
     pub top_p: f64,
@@ -50,7 +53,9 @@ impl Rule {
 /// Logits `[B, V]`.
 #[derive(Clone, Copy)]
 pub enum Logits<'a> {
+    /// In f32.
     F32(&'a Buffer<f32>),
+    /// In bf16.
     Bf16(&'a Buffer<bf16>),
 }
 
@@ -65,6 +70,7 @@ pub struct Seen<'a> {
 
 /// What is drawn, `[B]` each.
 pub struct Drawn {
+    /// The token of each row.
     pub ids: Buffer<u32>,
     /// Log softmax of the raw logits at the id.
     pub log_probs: Buffer<f32>,
@@ -73,7 +79,7 @@ pub struct Drawn {
 }
 
 impl Drawn {
-    /// Room for so many rows.
+    /// Room for this many rows.
     pub fn new(gpu: &Gpu, rows: usize) -> Result<Drawn, Problem> {
         Ok(Drawn { ids: gpu.alloc(rows)?, log_probs: gpu.alloc(rows)?, probabilities: gpu.alloc(rows)? })
     }

@@ -30,9 +30,13 @@ const FEW_WORDS: usize = 64 * 1024;
 /// Element (i, p) is `data[i * row + p * column]`, times `factor`. One of the strides is 1.
 #[derive(Clone, Copy)]
 pub(super) struct Left<'a> {
+    /// The values.
     pub data: &'a [f32],
+    /// From one row to the next.
     pub row: usize,
+    /// From one column to the next.
     pub column: usize,
+    /// What each value is multiplied by.
     pub factor: f32,
 }
 
@@ -50,22 +54,32 @@ pub(super) enum Right<'a> {
 /// Panels of a stored matrix: `[panel][steps][NR]` words; rows beyond the last one are zero.
 #[derive(Clone, Copy)]
 pub(super) struct Panels<'a> {
+    /// The packed values.
     pub words: &'a [u32],
     /// Words of one row: k, or half of it (rounded up) for bf16.
     pub steps: usize,
+    /// Whether a word holds two bf16, in place of one f32.
     pub bf16: bool,
 }
 
 /// c[m, n] (= or +=) left[m, k] right[k, n].
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a> {
+    /// The instructions it is computed with.
     pub isa: Isa,
+    /// Rows of the result.
     pub m: usize,
+    /// Its columns.
     pub n: usize,
+    /// The length of the sums.
     pub k: usize,
+    /// The first factor.
     pub left: Left<'a>,
+    /// The second factor.
     pub right: Right<'a>,
+    /// From one row of the result to the next.
     pub c_stride: usize,
+    /// Whether the product is added to what is there.
     pub add: bool,
 }
 

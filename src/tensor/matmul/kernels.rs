@@ -26,13 +26,19 @@ pub(super) enum Words {
 /// One tile: `c[i][j] (= or +=) sum over steps`, for `i < rows` and `j < 32 * panels` (or 16).
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
+    /// How many words of each factor are multiplied.
     pub steps: usize,
+    /// The first word of the first factor.
     pub left: *const u32,
+    /// Words from one row of it to the next.
     pub left_stride: usize,
+    /// The first word of the second factor.
     pub right: *const u32,
     /// From one panel to the next.
     pub panel_stride: usize,
+    /// The first element of the result.
     pub c: *mut f32,
+    /// Elements from one row of it to the next.
     pub c_stride: usize,
     /// Start from zero instead of C.
     pub fresh: bool,

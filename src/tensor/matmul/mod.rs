@@ -23,7 +23,9 @@ use std::ops::Range;
 /// How frozen weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dtype {
+    /// Four bytes a value.
     F32,
+    /// Two bytes a value: the upper half of an f32.
     Bf16,
 }
 
@@ -161,6 +163,7 @@ impl Matrix {
         self.k
     }
 
+    /// How its values are stored.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
@@ -282,8 +285,11 @@ pub fn gemm(
 /// A matrix inside a larger one: rows `stride` apart, read across (`turned`: down) its elements.
 #[derive(Clone, Copy)]
 pub(crate) struct Block<'a> {
+    /// The values.
     pub data: &'a [f32],
+    /// From one row, as stored, to the next.
     pub stride: usize,
+    /// Whether it is read with rows and columns exchanged.
     pub turned: bool,
 }
 

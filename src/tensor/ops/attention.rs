@@ -30,8 +30,11 @@ const QUERIES: usize = 64;
 /// Sizes of an attention: q and o are [T, heads, head_size], k and v [T, kv_heads, head_size].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attention {
+    /// Heads of queries.
     pub heads: usize,
+    /// Heads of keys and values, each shared by as many heads of queries.
     pub kv_heads: usize,
+    /// Elements of a head.
     pub head_size: usize,
 }
 

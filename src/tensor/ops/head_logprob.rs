@@ -25,31 +25,40 @@ const ROWS: usize = 512;
 /// LoRA on the head: A [r, C], B [V, r], and their factor alpha / r.
 #[derive(Debug, Clone, Copy)]
 pub struct HeadLora<'a> {
+    /// A, `rank` rows as wide as the hidden states.
     pub a: &'a [f32],
+    /// B, `rank` columns, a row for each token of the vocabulary.
     pub b: &'a [f32],
+    /// The rank of the adapter.
     pub rank: usize,
+    /// What the adapter's product is multiplied by.
     pub scale: f32,
 }
 
 /// What to compute beside logprob and lse.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct HeadWant {
+    /// Whether the entropy of each row is wanted.
     pub entropy: bool,
-    /// So many most likely entries per row.
+    /// How many of the most likely entries per row are wanted.
     pub top_k: usize,
 }
 
 /// A vocabulary entry and its logprob.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ranked {
+    /// The token.
     pub id: u32,
+    /// Its log-probability.
     pub logprob: f32,
 }
 
 /// Results, one entry per row.
 #[derive(Debug, Clone, Default)]
 pub struct HeadForward {
+    /// The log-probability of each row's target.
     pub logprob: Vec<f32>,
+    /// The logarithm of the sum of each row's exponentiated logits.
     pub lse: Vec<f32>,
     /// In nats; empty unless wanted.
     pub entropy: Vec<f32>,
@@ -60,7 +69,9 @@ pub struct HeadForward {
 /// Gradients that are added to (+=), each if it is wanted: dA [r, C] and dB [V, r] together, dW [V, C].
 #[derive(Debug, Default)]
 pub struct HeadGradients<'a> {
+    /// Those of the adapter's A and B, added to.
     pub lora: Option<(&'a mut [f32], &'a mut [f32])>,
+    /// That of the matrix itself, added to.
     pub weight: Option<&'a mut [f32]>,
 }
 
@@ -327,9 +338,13 @@ pub mod reference {
 
     /// Gradients of the sum of dlogprob * logprob.
     pub struct Gradients {
+        /// Of the hidden states.
         pub dh: Vec<f64>,
+        /// Of the adapter's A.
         pub da: Vec<f64>,
+        /// Of the adapter's B.
         pub db: Vec<f64>,
+        /// Of the matrix.
         pub dw: Vec<f64>,
     }
 
