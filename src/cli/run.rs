@@ -6,11 +6,11 @@
 use super::counts::{Counts, Which};
 use super::live::{Live, Running};
 use super::needs::{DeviceMemory, Look, Machine};
-use super::open::{select, with_engine};
+use super::open::with_engine;
 use super::sources::Network;
 use super::{Done, Global, OfManifest, Stop, plan, print, results, say};
 use crate::report;
-use pipe::exec::{self, Engine, Event, Observer, Options, Outcome, Report, Runner, Survey, Task};
+use pipe::exec::{Engine, Event, Observer, Options, Outcome, Report, Runner, Survey, Task};
 use pipe::manifest::{self, Text};
 use pipe::measure;
 use pipe::plan::{Cell, CellId, Plan};
@@ -294,9 +294,9 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
     let network = Network::Fetch { live: live.clone(), stop: &STOP, offline: arguments.offline };
     catch_interrupts();
     with_engine(global, &arguments.of.manifest, network, |engine, session| {
-        let selection = select(engine.plan, &arguments.stages)?;
-        let force = if arguments.force.is_empty() { Vec::new() } else { select(engine.plan, &arguments.force)? };
-        let wanted = exec::closure(engine.plan, &selection);
+        let selection = engine.plan.select(&arguments.stages)?;
+        let force = if arguments.force.is_empty() { Vec::new() } else { engine.plan.select(&arguments.force)? };
+        let wanted = engine.plan.closure(selection.iter().copied());
         let options = Options {
             jobs: jobs(global),
             keep_going: arguments.keep_going,

@@ -12,7 +12,7 @@ mod status;
 pub use events::{Event, Observer, Silent, describe};
 pub use run::{Options, Outcome, Report};
 pub use sources::{Paths, Resolved, Sources};
-pub use status::{Reason, Status, Survey, causes, closure};
+pub use status::{Reason, Status, Survey, causes};
 
 use crate::files::Files;
 use crate::manifest::spec::Params;

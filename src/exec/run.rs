@@ -1,7 +1,7 @@
 //! The scheduler: what is ready runs, what turns out fresh does not, what depends on a failure is skipped.
 
 use super::events::{Event, Log, Observer};
-use super::status::{Past, Reason, Status, Survey, closure, inputs};
+use super::status::{Past, Reason, Status, Survey};
 use super::{Engine, Progress, Runner, Task, TaskInput};
 use crate::digest::Digest;
 use crate::files::Files;
@@ -174,7 +174,7 @@ impl Engine<'_> {
                 state: Mutex::new(State::new(self, &before)),
                 changed: Condvar::new(),
             };
-            scheduler.run(&closure(self.plan, selection))
+            scheduler.run(&self.plan.closure(selection.iter().copied()))
         };
         // Only memory of digests and labels is at stake: without it the next run is slower.
         if let Err(problem) = self.store.flush() {
@@ -329,7 +329,7 @@ impl State {
     /// Ready, or waiting for those of its inputs that are not done.
     fn enqueue(&mut self, engine: &Engine, cell: CellId) {
         let missing: BTreeSet<CellId> =
-            inputs(engine.plan, cell).filter(|&input| self.artifacts[input].is_none()).collect();
+            engine.plan.graph().needs(cell).filter(|&input| self.artifacts[input].is_none()).collect();
         self.needs[cell] = missing.len();
         for &input in &missing {
             self.waiters[input].push(cell);
@@ -467,7 +467,7 @@ impl Scheduler<'_> {
         let (artifacts, forced, fingerprint) = {
             let mut state = self.lock();
             // Between its turn and now, another cell may have found one of its inputs damaged.
-            if inputs(engine.plan, cell).any(|input| state.artifacts[input].is_none()) {
+            if engine.plan.graph().needs(cell).any(|input| state.artifacts[input].is_none()) {
                 return (Step::Early, None);
             }
             let of_input = |input: CellId| state.artifacts[input].as_ref().map(|(_, artifact)| artifact.digest);
@@ -484,7 +484,7 @@ impl Scheduler<'_> {
             }
             state.at_work.insert(digest, Vec::new());
             let artifacts: BTreeMap<CellId, (Digest, Artifact)> =
-                inputs(engine.plan, cell).filter_map(|input| Some((input, state.artifacts[input].clone()?))).collect();
+                engine.plan.graph().needs(cell).filter_map(|input| Some((input, state.artifacts[input].clone()?))).collect();
             let forced = self.options.force.contains(&cell) && !state.ran.contains(&digest);
             (artifacts, forced, fingerprint)
         };
@@ -732,17 +732,12 @@ impl Scheduler<'_> {
     }
 
     fn skip_dependents(&self, state: &mut State, failed: CellId) {
-        let mut gone = BTreeSet::from([failed]);
-        for cell in failed + 1..state.outcomes.len() {
-            let wanted = self.sources.statuses[cell].is_some();
-            if wanted
-                && state.outcomes[cell].is_none()
-                && inputs(self.engine.plan, cell).any(|input| gone.contains(&input))
-            {
-                gone.insert(cell);
-                state.outcomes[cell] = Some(Outcome::Skipped { because: failed });
-                self.observer.event(&Event::Skipped { cell, because: failed });
-            }
+        let open = |cell: CellId| self.sources.statuses[cell].is_some() && state.outcomes[cell].is_none();
+        let mut below = self.engine.plan.graph().below(failed, open);
+        below.remove(&failed);
+        for cell in below {
+            state.outcomes[cell] = Some(Outcome::Skipped { because: failed });
+            self.observer.event(&Event::Skipped { cell, because: failed });
         }
     }
 }

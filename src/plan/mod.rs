@@ -5,16 +5,19 @@
 //! language as JSON Schema, from the same key tables that validation reads.
 mod axes;
 mod fingerprint;
-mod order;
+mod graph;
+
 mod resolve;
 mod schema;
 mod select;
 
+pub use graph::Graph;
 pub use fingerprint::{Change, Fingerprint, Machine, fingerprint};
 pub use resolve::{CELLS_MAX, resolve};
 pub use schema::schema;
 
 use crate::manifest::spec::{Kind, Params};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -77,10 +80,35 @@ pub struct Input {
     pub labelled: bool,
 }
 
+/// What will be done: cells, and which of them needs which.
 pub struct Plan {
+    /// As the manifest has it.
     pub title: String,
     /// Dependencies first, ties in the order written.
     pub cells: Vec<Cell>,
+    graph: Graph,
+}
+
+impl Plan {
+    /// A plan of `cells`, dependencies first.
+    pub fn new(title: String, cells: Vec<Cell>) -> Plan {
+        let needs = |cell: &Cell| {
+            let needs: BTreeSet<CellId> = cell.inputs.iter().flat_map(|input| input.cells.iter().copied()).collect();
+            needs.into_iter().collect()
+        };
+        let graph = Graph::new(cells.iter().map(needs));
+        Plan { title, cells, graph }
+    }
+
+    /// The graph: node `i` is cell `i`, an edge goes from a cell to one it needs.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// `cells` and everything they need, directly or not.
+    pub fn closure(&self, cells: impl IntoIterator<Item = CellId>) -> BTreeSet<CellId> {
+        self.graph.above(cells, |_| true)
+    }
 }
 
 impl fmt::Display for AxisValue {

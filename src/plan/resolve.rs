@@ -34,7 +34,7 @@ pub fn resolve(manifest: &Manifest) -> Result<Plan, Vec<Problem>> {
     let mut problems = resolver.problems;
     problems.extend(manifest.problems.iter().cloned());
     if problems.is_empty() {
-        return Ok(Plan { title: manifest.title.clone(), cells: resolver.cells });
+        return Ok(Plan::new(manifest.title.clone(), resolver.cells));
     }
     sort(&mut problems, &manifest.files);
     Err(problems)

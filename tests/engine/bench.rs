@@ -89,7 +89,7 @@ pub fn plan(folder: &Path, stages: &[(&str, Value, &[&str])]) -> Plan {
             span: 0..0,
         });
     }
-    Plan { title: "a story".into(), cells }
+    Plan::new("a story".into(), cells)
 }
 
 /// Writes `say`, the source and the texts of all inputs to `text`.
