@@ -12,7 +12,7 @@ mod lock;
 mod record;
 mod stat;
 
-pub use disk::Hook;
+pub use disk::{Disk, Hook};
 pub use gc::{Checked, Collected, Keep, Stats};
 pub use lock::{Holder, Locks};
 pub use record::{Artifact, Entry, Measured, Record, Used, utc};
@@ -20,7 +20,6 @@ pub use record::{Artifact, Entry, Measured, Record, Used, utc};
 use crate::digest::Digest;
 use crate::files::Files;
 use crate::problem::{Exit, Problem};
-use disk::Disk;
 use index::Index;
 use lock::{Attempt, Lock};
 use stat::StatCache;
@@ -122,6 +121,11 @@ impl Store {
     /// Looks at the folder without writing anything; an absent one is an empty store. `Err`
     /// (`store::newer`, `store::version`, `store::not_a_cache`, all exit 3) leaves it untouched.
     pub fn open(dir: &Path) -> Result<Store, Problem> {
+        Store::open_on(dir, Disk::default())
+    }
+
+    /// The same with another disk below it.
+    pub fn open_on(dir: &Path, disk: Disk) -> Result<Store, Problem> {
         let version = dir.join("version");
         match fs::read_to_string(&version) {
             Ok(text) => match text.trim().parse::<u32>() {
@@ -139,12 +143,7 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => refuse_foreign(dir)?,
             Err(error) => return Err(disk::problem("read", &version, &error).exit(Exit::Missing)),
         }
-        Ok(Store {
-            stat: StatCache::new(dir.join("stat")),
-            dir: dir.to_path_buf(),
-            disk: Disk::default(),
-            index: OnceLock::new(),
-        })
+        Ok(Store { stat: StatCache::new(dir.join("stat")), dir: dir.to_path_buf(), disk, index: OnceLock::new() })
     }
 
     pub fn dir(&self) -> &Path {
@@ -154,12 +153,6 @@ impl Store {
     /// The folder of paid replies. It belongs to no stage, and `gc` leaves it alone.
     pub fn journals(&self) -> PathBuf {
         self.dir.join("journal")
-    }
-
-    /// For tests: `hook` is called before every step that changes the disk, and may fail it.
-    #[doc(hidden)]
-    pub fn set_hook(&mut self, hook: Hook) {
-        self.disk.set_hook(hook);
     }
 
     /// Creates what is missing of the folder and finds out that it can be written. A run asks this
@@ -263,11 +256,13 @@ impl Store {
 
     /// Writes what was learned: index lines and digests of files. Nothing is lost without it but time.
     pub fn flush(&self) -> Result<(), Problem> {
-        let mut index = self.index();
-        if index.unsaved.is_empty() && !index.rebuild && !self.stat.has_news() {
+        let news = |index: &Index| !index.unsaved.is_empty() || index.rebuild;
+        if !news(&self.index()) && !self.stat.has_news() {
             return Ok(());
         }
+        // First the lock: another process may hold it, and nobody here is to wait for the index meanwhile.
         let _lock = self.wait_for_lock("index")?;
+        let mut index = self.index();
         let path = self.dir.join("index");
         let lines = std::mem::take(&mut index.unsaved);
         if index.rebuild {
