@@ -23,6 +23,7 @@ mod serve;
 mod session;
 mod show;
 mod sources;
+mod timeline;
 mod transcripts;
 mod validate;
 mod why;
@@ -184,8 +185,13 @@ pub fn say(global: &Global, text: &str) {
 
 pub fn main() -> ExitCode {
     let line = Line::parse();
-    logging::start(line.global.verbose);
-    match dispatch(&line) {
+    let trace = match &line.command {
+        Command::Run(arguments) => arguments.trace.as_deref(),
+        _ => None,
+    };
+    let done = logging::start(line.global.verbose, trace).map_err(Stop::from).and_then(|()| dispatch(&line));
+    logging::end();
+    match done {
         Ok(()) | Err(Stop::NoReader) => ExitCode::SUCCESS,
         Err(Stop::Code(exit)) => ExitCode::from(exit as u8),
         Err(Stop::Problems(problems, texts)) => {

@@ -19,6 +19,7 @@ use pipe::remote::Remote;
 use pipe::stage::{self, Artifact, Context, Device};
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -47,6 +48,9 @@ pub struct Arguments {
     /// Download nothing and ask no endpoint: what is not here is missing
     #[arg(long)]
     offline: bool,
+    /// Write a timeline of stages, steps and requests that ui.perfetto.dev opens
+    #[arg(long, value_name = "FILE")]
+    pub(super) trace: Option<PathBuf>,
 }
 
 /// Ctrl-C, SIGTERM: the first asks the stages to stop, the second ends the process.
@@ -56,6 +60,7 @@ fn catch_interrupts() {
     // Refused only if somebody else caught them before: then there is nothing to add.
     let _ = ctrlc::set_handler(|| {
         if STOP.swap(true, Ordering::Relaxed) {
+            super::logging::end();
             std::process::exit(Exit::Interrupted as i32);
         }
         super::live::above(|stderr| {

@@ -117,6 +117,7 @@ impl Engine<'_> {
         observer: &dyn Observer,
         stop: &AtomicBool,
     ) -> Result<Report, Vec<Problem>> {
+        let _span = tracing::info_span!("run", title = self.plan.title).entered();
         let began = Instant::now();
         // Held until the end: what was found fresh must not be collected meanwhile.
         let session = if options.dry_run { None } else { Some(self.store.session()) };
@@ -483,8 +484,12 @@ impl Scheduler<'_> {
                 return (Step::Parked, None);
             }
             state.at_work.insert(digest, Vec::new());
-            let artifacts: BTreeMap<CellId, (Digest, Artifact)> =
-                engine.plan.graph().needs(cell).filter_map(|input| Some((input, state.artifacts[input].clone()?))).collect();
+            let artifacts: BTreeMap<CellId, (Digest, Artifact)> = engine
+                .plan
+                .graph()
+                .needs(cell)
+                .filter_map(|input| Some((input, state.artifacts[input].clone()?)))
+                .collect();
             let forced = self.options.force.contains(&cell) && !state.ran.contains(&digest);
             (artifacts, forced, fingerprint)
         };
@@ -579,6 +584,7 @@ impl Scheduler<'_> {
         let plan = self.engine.plan;
         let of = &plan.cells[cell];
         let label = of.to_string();
+        let _span = tracing::info_span!("cell", cell = label, kind = of.kind.name).entered();
         let sources = &self.sources.sources[cell];
         let (out, work) = claim.begin()?;
         let reporter = Reporter { cell, observer: self.observer, warnings: Mutex::default() };

@@ -11,8 +11,8 @@ mod resolve;
 mod schema;
 mod select;
 
-pub use graph::Graph;
 pub use fingerprint::{Change, Fingerprint, Machine, fingerprint};
+pub use graph::Graph;
 pub use resolve::{CELLS_MAX, resolve};
 pub use schema::schema;
 

@@ -209,7 +209,8 @@ impl Worker {
                 Err(Refused::Closed) => return Err(End::Closed),
                 Err(Refused::Stop(problem)) => return Err(End::Fatal(problem)),
             };
-            let (why, wait) = match sender.complete(&body, line.gate.pace()) {
+            let span = tracing::debug_span!("request", model = endpoint.model, attempt);
+            let (why, wait) = match span.in_scope(|| sender.complete(&body, line.gate.pace())) {
                 Sent::Reply(body, completion) => {
                     let host = endpoint.host();
                     let entry = journal::Entry { key, host, max_tokens, prompt_bound: bound, body: &body };
