@@ -82,17 +82,17 @@ fn ours(metadata: &Metadata) -> bool {
 /// Gathers a line and writes it above the live ones.
 struct Above;
 
-struct Line(Vec<u8>);
+struct LogLine(Vec<u8>);
 
 impl<'a> MakeWriter<'a> for Above {
-    type Writer = Line;
+    type Writer = LogLine;
 
-    fn make_writer(&'a self) -> Line {
-        Line(Vec::new())
+    fn make_writer(&'a self) -> LogLine {
+        LogLine(Vec::new())
     }
 }
 
-impl Write for Line {
+impl Write for LogLine {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.0.extend_from_slice(bytes);
         Ok(bytes.len())
@@ -103,7 +103,7 @@ impl Write for Line {
     }
 }
 
-impl Drop for Line {
+impl Drop for LogLine {
     fn drop(&mut self) {
         live::above(|stderr| {
             let _ = stderr.write_all(&self.0);

@@ -1,6 +1,7 @@
 //! Fresh, stale or waiting, and why: the one judgement behind `plan`, `why` and `run`.
 
-use super::{Engine, Resolved};
+use super::engine::Engine;
+use super::sources::Resolved;
 use crate::digest::Digest;
 use crate::plan::{CellId, Plan};
 use crate::plan::{Change, Fingerprint, fingerprint};

@@ -12,7 +12,7 @@ mod links;
 mod params;
 
 use super::axes::{AxisId, Domain, Interner, Point, ValueId, View, at};
-use super::{AxisValue, Cell, CellId, Plan};
+use super::cell::{AxisValue, Cell, CellId, Plan};
 use crate::manifest::template;
 use crate::manifest::value::{Node, Origin, Value};
 use crate::manifest::{Arity, Manifest, Stage, names_stage, sort, words};

@@ -1,6 +1,6 @@
 //! Which cells a person means.
 
-use super::{AxisValue, Cell, CellId, Plan};
+use super::cell::{AxisValue, Cell, CellId, Plan};
 use crate::manifest::template::Reference;
 use crate::manifest::words;
 use crate::problem::{Exit, Problem};

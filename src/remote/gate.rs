@@ -3,7 +3,8 @@
 //! One gate per endpoint. A request is admitted when all of them agree, and what it can cost at most is
 //! reserved until its reply says what it did cost.
 
-use super::{Endpoint, Standing, lock};
+use super::endpoint::Endpoint;
+use super::lock::lock;
 use crate::problem::Problem;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -366,20 +367,6 @@ impl Bucket {
 
     fn give(&mut self, unused: f64) {
         self.level = (self.level + unused).min(self.capacity);
-    }
-}
-
-impl Standing {
-    /// `31 of a second, 0.42 paid`: beside a bar.
-    pub fn note(&self) -> String {
-        let mut parts = Vec::new();
-        if self.pausing {
-            parts.push("the server fails; waiting before it is tried again".to_string());
-        } else if self.rate > 0.0 {
-            parts.push(format!("{:.1}/s", self.rate));
-        }
-        parts.extend(self.spent.map(|spent| format!("{} paid", money(spent))));
-        parts.join(", ")
     }
 }
 
