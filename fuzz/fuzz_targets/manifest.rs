@@ -6,7 +6,7 @@
 use libfuzzer_sys::fuzz_target;
 use pipe::digest::Digest;
 use pipe::manifest::{self, Manifest};
-use pipe::plan::{self, Machine, Plan};
+use pipe::plan::{self, Arithmetic, Plan};
 use pipe::problem::Problem;
 use pipe::stage::KINDS;
 use std::io;
@@ -51,7 +51,7 @@ fn shown(manifest: &Manifest, problem: &Problem) {
 
 /// What a cell needs comes before it, its label finds it, and its fingerprint is a function of the plan.
 fn in_order(plan: &Plan) {
-    let machine = Machine { backend: "cpu", dtype: "f32" };
+    let machine = Arithmetic { backend: "cpu", dtype: "f32" };
     let all = plan.closure(0..plan.cells.len());
     assert_eq!(all.len(), plan.cells.len());
     for (id, cell) in plan.cells.iter().enumerate() {

@@ -9,7 +9,7 @@ use pipe::files::Files;
 use pipe::measure;
 use pipe::plan::{Cell, CellId};
 use pipe::problem::Problem;
-use pipe::remote::{Endpoint, Line, Remote, money};
+use pipe::remote::{Connection, Endpoint, Remote, money};
 use pipe::stage::counts::{self, Calls, Completions, Likely, Requests, Taken, Training};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -40,7 +40,7 @@ pub struct Row {
 
 /// What is asked of one endpoint by all cells together.
 pub struct Asked {
-    pub line: Arc<Line>,
+    pub line: Arc<Connection>,
     pub endpoint: Endpoint,
     /// Completions that stages are made of, whoever made them when.
     pub wanted: u64,
@@ -503,7 +503,7 @@ fn asked(endpoints: &mut Vec<Asked>, endpoint: Endpoint, remote: &Remote) -> Res
     if let Some(known) = endpoints.iter().position(|asked| asked.endpoint == endpoint) {
         return Ok(known);
     }
-    let line = remote.line(&endpoint)?;
+    let line = remote.connection(&endpoint)?;
     line.look()?;
     let (once, most) = (Requests::default(), Requests::default());
     endpoints.push(Asked { line, endpoint, wanted: 0, once, most, likely: None, unknown: Vec::new() });

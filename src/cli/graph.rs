@@ -3,12 +3,12 @@
 use super::{Done, Global, OfManifest, print, session};
 use clap::ValueEnum;
 use pipe::manifest::spec::ArtifactType;
-use pipe::plan::{Cell, Plan};
+use pipe::plan::{Cell, Graph, Plan};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-/// Show which stage needs which
+/// Show which stage needs which; pictures leave out arrows that follow from others
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  \
     pipe graph pipelines/table1.toml\n  \
@@ -40,8 +40,8 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
     }
     let nodes = nodes(&plan, arguments.cells);
     print(&match format {
-        Format::Dot => dot(&nodes),
-        Format::Mermaid => mermaid(&nodes),
+        Format::Dot => dot(&nodes, &arrows(&nodes)),
+        Format::Mermaid => mermaid(&nodes, &arrows(&nodes)),
         Format::Text | Format::Json => text(&nodes),
     })
 }
@@ -112,6 +112,11 @@ fn text(nodes: &[Node]) -> String {
     text
 }
 
+/// What a picture draws: of each node's needs those that do not follow from the others. The list has all.
+fn arrows(nodes: &[Node]) -> Vec<Vec<usize>> {
+    Graph::new(nodes.iter().map(|node| node.needs.clone())).reduced()
+}
+
 fn caption(node: &Node, newline: &str) -> String {
     match node.cells {
         1 => format!("{}{newline}{}", node.name, node.kind),
@@ -119,14 +124,14 @@ fn caption(node: &Node, newline: &str) -> String {
     }
 }
 
-fn dot(nodes: &[Node]) -> String {
+fn dot(nodes: &[Node], arrows: &[Vec<usize>]) -> String {
     let mut text = String::from("digraph pipe {\n  rankdir = LR;\n  node [shape = box, fontname = \"sans-serif\"];\n");
     for (at, node) in nodes.iter().enumerate() {
         let label = caption(node, "\n").replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
         let _ = writeln!(text, "  n{at} [label = \"{label}\"];");
     }
-    for (at, node) in nodes.iter().enumerate() {
-        for need in &node.needs {
+    for (at, needs) in arrows.iter().enumerate() {
+        for need in needs {
             let _ = writeln!(text, "  n{need} -> n{at};");
         }
     }
@@ -134,14 +139,14 @@ fn dot(nodes: &[Node]) -> String {
     text
 }
 
-fn mermaid(nodes: &[Node]) -> String {
+fn mermaid(nodes: &[Node], arrows: &[Vec<usize>]) -> String {
     let mut text = String::from("flowchart LR\n");
     for (at, node) in nodes.iter().enumerate() {
         let label = caption(node, "<br>").replace('"', "#quot;");
         let _ = writeln!(text, "  n{at}[\"{label}\"]");
     }
-    for (at, node) in nodes.iter().enumerate() {
-        for need in &node.needs {
+    for (at, needs) in arrows.iter().enumerate() {
+        for need in needs {
             let _ = writeln!(text, "  n{need} --> n{at}");
         }
     }

@@ -148,13 +148,7 @@ fn date_id(utc: &str) -> String {
 
 /// Seconds since 1970 of `2026-11-23T12:14:15Z`; 0 of what is none.
 fn seconds(utc: &str) -> i64 {
-    let numbers: Vec<i64> = utc.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect();
-    let [year, month, day, hour, minute, second] = numbers[..] else { return 0 };
-    // Date to days in years that begin in March (Hinnant, "days_from_civil").
-    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
-    let (era, of_era) = (year.div_euclid(400), year.rem_euclid(400));
-    let days = era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + (153 * month + 2) / 5 + day - 1 - 719_468;
-    ((days * 24 + hour) * 60 + minute) * 60 + second
+    utc.parse().map_or(0, |moment: jiff::Timestamp| moment.as_second())
 }
 
 /// Samples of one problem, in their order.

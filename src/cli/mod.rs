@@ -23,6 +23,7 @@ mod serve;
 mod session;
 mod show;
 mod sources;
+mod timeline;
 mod transcripts;
 mod validate;
 mod why;
@@ -31,7 +32,7 @@ use crate::report;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pipe::cuda;
 use pipe::manifest::Text;
-use pipe::plan::Machine;
+use pipe::plan::Arithmetic;
 use pipe::problem::{Exit, Problem};
 use pipe::stage;
 use serde_json::json;
@@ -52,7 +53,7 @@ use std::process::ExitCode;
         Exit codes: 0 done; 1 a stage failed or a check did not hold; 2 the manifest or the command line\n\
         is wrong; 3 something needed is missing; 130 interrupted."
 )]
-struct Line {
+struct CommandLine {
     #[command(flatten)]
     global: Global,
     #[command(subcommand)]
@@ -115,10 +116,10 @@ enum Command {
 
 impl Global {
     /// What floats are made by: part of fingerprints, whether the device is there or not.
-    pub fn machine(&self) -> Machine<'static> {
+    pub fn machine(&self) -> Arithmetic<'static> {
         match self.device {
-            Device::Auto | Device::Cpu => Machine { backend: "cpu", dtype: "f32" },
-            Device::Cuda => Machine { backend: "cuda", dtype: "bf16" },
+            Device::Auto | Device::Cpu => Arithmetic { backend: "cpu", dtype: "f32" },
+            Device::Cuda => Arithmetic { backend: "cuda", dtype: "bf16" },
         }
     }
 
@@ -183,9 +184,14 @@ pub fn say(global: &Global, text: &str) {
 }
 
 pub fn main() -> ExitCode {
-    let line = Line::parse();
-    logging::start(line.global.verbose);
-    match dispatch(&line) {
+    let line = CommandLine::parse();
+    let trace = match &line.command {
+        Command::Run(arguments) => arguments.trace.as_deref(),
+        _ => None,
+    };
+    let done = logging::start(line.global.verbose, trace).map_err(Stop::from).and_then(|()| dispatch(&line));
+    logging::end();
+    match done {
         Ok(()) | Err(Stop::NoReader) => ExitCode::SUCCESS,
         Err(Stop::Code(exit)) => ExitCode::from(exit as u8),
         Err(Stop::Problems(problems, texts)) => {
@@ -196,7 +202,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn dispatch(line: &Line) -> Done {
+fn dispatch(line: &CommandLine) -> Done {
     let global = &line.global;
     match &line.command {
         Command::Run(arguments) => run::run(global, arguments),
@@ -218,7 +224,7 @@ fn dispatch(line: &Line) -> Done {
 
 /// The clap description of the whole command line, for completions.
 fn description() -> clap::Command {
-    <Line as clap::CommandFactory>::command()
+    <CommandLine as clap::CommandFactory>::command()
 }
 
 /// All problems: to stderr for people, with `--json` as one object to stdout.

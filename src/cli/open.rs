@@ -4,10 +4,8 @@ use super::session::{self, Session};
 use super::sources::{Network, Schemes};
 use super::{Global, Stop};
 use pipe::exec::Engine;
-use pipe::plan::{CellId, Plan};
 use pipe::problem::Problem;
 use pipe::store::Store;
-use std::collections::BTreeSet;
 use std::path::Path;
 
 /// Loads everything a command about a manifest and its cache needs, and hands it to `then`.
@@ -30,21 +28,6 @@ pub fn with_engine<T>(
         }
         end => end,
     }
-}
-
-/// The cells that `names` stand for; all cells if there are none. Every wrong name is told.
-pub fn select(plan: &Plan, names: &[String]) -> Result<Vec<CellId>, Vec<Problem>> {
-    if names.is_empty() {
-        return Ok((0..plan.cells.len()).collect());
-    }
-    let (mut cells, mut problems) = (BTreeSet::new(), Vec::new());
-    for name in names {
-        match plan.find(name) {
-            Ok(found) => cells.extend(found),
-            Err(problem) => problems.push(problem),
-        }
-    }
-    if problems.is_empty() { Ok(cells.into_iter().collect()) } else { Err(problems) }
 }
 
 impl From<Vec<Problem>> for Stop {

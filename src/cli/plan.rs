@@ -2,7 +2,7 @@
 
 use super::counts::{Counts, Which};
 use super::needs::{self, Look, Machine};
-use super::open::{select, with_engine};
+use super::open::with_engine;
 use super::sources::Network;
 use super::{Done, Global, OfManifest, print, say};
 use crate::report;
@@ -36,7 +36,7 @@ pub struct Arguments {
 
 pub fn run(global: &Global, arguments: &Arguments) -> Done {
     with_engine(global, &arguments.of.manifest, Network::Never, |engine, _| {
-        let selection = select(engine.plan, &arguments.stages)?;
+        let selection = engine.plan.select(&arguments.stages)?;
         let survey = engine.status(&selection, &BTreeSet::new(), &BTreeSet::new());
         show(global, engine, &survey, !arguments.no_counts)
     })

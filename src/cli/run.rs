@@ -6,11 +6,11 @@
 use super::counts::{Counts, Which};
 use super::live::{Live, Running};
 use super::needs::{DeviceMemory, Look, Machine};
-use super::open::{select, with_engine};
+use super::open::with_engine;
 use super::sources::Network;
 use super::{Done, Global, OfManifest, Stop, plan, print, results, say};
 use crate::report;
-use pipe::exec::{self, Engine, Event, Observer, Options, Outcome, Report, Runner, Survey, Task};
+use pipe::exec::{Engine, Event, Observer, Options, Outcome, Report, Runner, Survey, Task};
 use pipe::manifest::{self, Text};
 use pipe::measure;
 use pipe::plan::{Cell, CellId, Plan};
@@ -19,6 +19,7 @@ use pipe::remote::Remote;
 use pipe::stage::{self, Artifact, Context, Device};
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -47,6 +48,9 @@ pub struct Arguments {
     /// Download nothing and ask no endpoint: what is not here is missing
     #[arg(long)]
     offline: bool,
+    /// Write a timeline of stages, steps and requests that ui.perfetto.dev opens
+    #[arg(long, value_name = "FILE")]
+    pub(super) trace: Option<PathBuf>,
 }
 
 /// Ctrl-C, SIGTERM: the first asks the stages to stop, the second ends the process.
@@ -56,6 +60,7 @@ fn catch_interrupts() {
     // Refused only if somebody else caught them before: then there is nothing to add.
     let _ = ctrlc::set_handler(|| {
         if STOP.swap(true, Ordering::Relaxed) {
+            super::logging::end();
             std::process::exit(Exit::Interrupted as i32);
         }
         super::live::above(|stderr| {
@@ -294,9 +299,9 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
     let network = Network::Fetch { live: live.clone(), stop: &STOP, offline: arguments.offline };
     catch_interrupts();
     with_engine(global, &arguments.of.manifest, network, |engine, session| {
-        let selection = select(engine.plan, &arguments.stages)?;
-        let force = if arguments.force.is_empty() { Vec::new() } else { select(engine.plan, &arguments.force)? };
-        let wanted = exec::closure(engine.plan, &selection);
+        let selection = engine.plan.select(&arguments.stages)?;
+        let force = if arguments.force.is_empty() { Vec::new() } else { engine.plan.select(&arguments.force)? };
+        let wanted = engine.plan.closure(selection.iter().copied());
         let options = Options {
             jobs: jobs(global),
             keep_going: arguments.keep_going,

@@ -1,6 +1,7 @@
 //! Fresh, stale or waiting, and why: the one judgement behind `plan`, `why` and `run`.
 
-use super::{Engine, Resolved};
+use super::engine::Engine;
+use super::sources::Resolved;
 use crate::digest::Digest;
 use crate::plan::{CellId, Plan};
 use crate::plan::{Change, Fingerprint, fingerprint};
@@ -102,40 +103,13 @@ impl Survey {
     }
 }
 
-/// The cells asked for and all they need, in plan order.
-pub fn closure(plan: &Plan, selection: &[CellId]) -> BTreeSet<CellId> {
-    let mut wanted: BTreeSet<CellId> = selection.iter().copied().collect();
-    // Inputs come earlier in the plan, so one pass from the end meets every need after its needer.
-    for cell in (0..plan.cells.len()).rev() {
-        if wanted.contains(&cell) {
-            wanted.extend(inputs(plan, cell));
-        }
-    }
-    wanted
-}
-
 /// The root causes for which a cell is not fresh: stale or missing cells above it that themselves
 /// wait for nothing; the cell itself if it is one.
 pub fn causes(plan: &Plan, statuses: &[Option<Status>], cell: CellId) -> BTreeSet<CellId> {
-    let (mut roots, mut seen, mut open) = (BTreeSet::new(), BTreeSet::new(), vec![cell]);
-    while let Some(cell) = open.pop() {
-        if !seen.insert(cell) {
-            continue;
-        }
-        match &statuses[cell] {
-            Some(Status::Waits { .. }) => open.extend(inputs(plan, cell)),
-            Some(Status::Stale { .. } | Status::Missing { .. }) => {
-                roots.insert(cell);
-            }
-            Some(Status::Fresh { .. }) | None => {}
-        }
-    }
-    roots
-}
-
-/// The cells a cell takes directly, each as often as it is named.
-pub(super) fn inputs(plan: &Plan, cell: CellId) -> impl Iterator<Item = CellId> {
-    plan.cells[cell].inputs.iter().flat_map(|input| input.cells.iter().copied())
+    let waits = |cell: CellId| matches!(statuses[cell], Some(Status::Waits { .. }));
+    let mut causes = plan.graph().above([cell], waits);
+    causes.retain(|cell| matches!(statuses[*cell], Some(Status::Stale { .. } | Status::Missing { .. })));
+    causes
 }
 
 /// Records of a kind, read once per judgement.
@@ -155,7 +129,7 @@ impl Engine<'_> {
         let cells = self.plan.cells.len();
         let mut survey = Survey { statuses: (0..cells).map(|_| None).collect(), sources: vec![BTreeMap::new(); cells] };
         let past = Past::default();
-        for cell in closure(self.plan, selection) {
+        for cell in self.plan.closure(selection.iter().copied()) {
             let status = match self.resolve(cell) {
                 Err(problems) => Status::Missing { problems },
                 Ok(sources) => {
@@ -188,10 +162,10 @@ impl Engine<'_> {
             _ => None,
         };
         let sources = &survey.sources[cell];
-        let mut on: Vec<CellId> = inputs(self.plan, cell).filter(|&input| artifact(input).is_none()).collect();
+        let needs = self.plan.graph().needs(cell);
+        let mut on: Vec<CellId> = needs.filter(|&input| artifact(input).is_none()).collect();
         if !on.is_empty() {
             on.sort_unstable();
-            on.dedup();
             // Inputs that are not there yet stand for themselves; only the other parts are compared.
             let known = |input| Some(artifact(input).unwrap_or(Digest::of(b"")));
             let reasons = match self.fingerprint(cell, sources, known) {

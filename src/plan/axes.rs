@@ -3,7 +3,7 @@
 //! Values are compared as they are typed (`7` is not `"7"`), so that a join never guesses; only where
 //! a person names a cell (`sft[size=7]`) does the text decide.
 
-use super::{AxisValue, CellId};
+use super::cell::{AxisValue, CellId};
 use std::collections::HashMap;
 
 /// Number of an axis name.

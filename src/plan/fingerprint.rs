@@ -1,6 +1,6 @@
 //! What a cell would compute, in named parts, and what differs between two of them.
 
-use super::{Cell, CellId};
+use super::cell::{Cell, CellId};
 use crate::digest::{Digest, Encoder};
 use crate::manifest::endpoint::ENDPOINT;
 use crate::manifest::spec::{Key, Params, Type};
@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 /// | `KEY.model` of an endpoint | which model answers, by its name | address, key, prices, limits |
 /// | `backend`, `dtype` | where floats are made, unless a server makes them: backends do not round alike | host name, thread count, driver |
 ///
-/// A kind that has a key `dtype` says by it what [`Machine::dtype`] would say; then only the key is in.
+/// A kind that has a key `dtype` says by it what [`Arithmetic::dtype`] would say; then only the key is in.
 /// Secrets are named by keys (`api_key_env`), never read here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -31,7 +31,7 @@ pub struct Fingerprint {
 
 /// Where floats are made.
 #[derive(Debug, Clone, Copy)]
-pub struct Machine<'a> {
+pub struct Arithmetic<'a> {
     /// `cpu`, `cuda`.
     pub backend: &'a str,
     /// What products accumulate and round in.
@@ -55,7 +55,7 @@ pub struct Change {
 /// answer `None`: the cell waits for it.
 pub fn fingerprint(
     cell: &Cell,
-    machine: Machine<'_>,
+    machine: Arithmetic<'_>,
     input: impl Fn(CellId) -> Option<(Digest, String)>,
     source: impl Fn(&str) -> Option<Digest>,
 ) -> Option<Fingerprint> {

@@ -4,109 +4,15 @@
 //! [`fingerprint`] says, in named parts, what a cell would compute. [`schema`] is the manifest
 //! language as JSON Schema, from the same key tables that validation reads.
 mod axes;
+mod cell;
 mod fingerprint;
-mod order;
+mod graph;
 mod resolve;
 mod schema;
 mod select;
 
-pub use fingerprint::{Change, Fingerprint, Machine, fingerprint};
+pub use cell::{Axes, AxisValue, Cell, CellId, Input, Plan, Source};
+pub use fingerprint::{Arithmetic, Change, Fingerprint, fingerprint};
+pub use graph::Graph;
 pub use resolve::{CELLS_MAX, resolve};
 pub use schema::schema;
-
-use crate::manifest::spec::{Kind, Params};
-use std::fmt;
-use std::ops::Range;
-use std::path::PathBuf;
-use std::sync::Arc;
-
-/// Index into [`Plan::cells`].
-pub type CellId = usize;
-
-/// The value of an axis at a cell.
-#[derive(Debug, Clone, PartialEq)]
-pub enum AxisValue {
-    Str(String),
-    Int(i64),
-    Float(f64),
-    Bool(bool),
-}
-
-/// Axis names and values, in the order the axes were declared along the inputs.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Axes(pub Vec<(String, AxisValue)>);
-
-/// One stage at one point of its axes.
-pub struct Cell {
-    pub stage: String,
-    pub axes: Axes,
-    pub kind: &'static Kind,
-    /// What the manifest says the stage is for; not part of what it computes.
-    pub description: Option<Arc<str>>,
-    /// Everything but references; sources as written after `{axis}` substitution. Shared by the
-    /// cells of a stage that have the same.
-    pub params: Arc<Params>,
-    /// In the order of the kind's keys. Cells come earlier in the plan than those that need them.
-    pub inputs: Vec<Input>,
-    pub sources: Vec<Source>,
-    /// The manifest file that declares the stage.
-    pub file: PathBuf,
-    /// The stage's table header.
-    pub span: Range<usize>,
-}
-
-/// A reference to the outside, as written after `{axis}` substitution.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
-    /// Dotted key of type `Source`.
-    pub key: String,
-    /// `scheme:rest`.
-    pub text: String,
-    /// What a relative `path:` is relative to: the folder of the file in which the text stands (a
-    /// profile may stand elsewhere than the stage), and the current folder for `--set`. May be empty.
-    pub folder: PathBuf,
-}
-
-/// What a reference came to.
-pub struct Input {
-    /// Dotted key (`model`, `data`, `concat`, `from`).
-    pub slot: String,
-    /// For a model: the chain, base first, adapters after. For lists: in order. For gathers: all.
-    pub cells: Vec<CellId>,
-    /// Whether the labels of the cells are part of the input (gathers).
-    pub labelled: bool,
-}
-
-pub struct Plan {
-    pub title: String,
-    /// Dependencies first, ties in the order written.
-    pub cells: Vec<Cell>,
-}
-
-impl fmt::Display for AxisValue {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            AxisValue::Str(text) => f.write_str(text),
-            AxisValue::Int(int) => write!(f, "{int}"),
-            AxisValue::Float(float) => write!(f, "{float:?}"),
-            AxisValue::Bool(bool) => write!(f, "{bool}"),
-        }
-    }
-}
-
-impl Axes {
-    pub fn get(&self, name: &str) -> Option<&AxisValue> {
-        self.0.iter().find(|(axis, _)| axis == name).map(|(_, value)| value)
-    }
-}
-
-/// `sft[size=7B,data=r1k]`, as on the command line and in messages.
-impl fmt::Display for Cell {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.stage)?;
-        for (i, (axis, value)) in self.axes.0.iter().enumerate() {
-            write!(f, "{}{axis}={value}", if i == 0 { '[' } else { ',' })?;
-        }
-        if self.axes.0.is_empty() { Ok(()) } else { f.write_str("]") }
-    }
-}

@@ -12,7 +12,7 @@ mod links;
 mod params;
 
 use super::axes::{AxisId, Domain, Interner, Point, ValueId, View, at};
-use super::{AxisValue, Cell, CellId, Plan};
+use super::cell::{AxisValue, Cell, CellId, Plan};
 use crate::manifest::template;
 use crate::manifest::value::{Node, Origin, Value};
 use crate::manifest::{Arity, Manifest, Stage, names_stage, sort, words};
@@ -34,7 +34,7 @@ pub fn resolve(manifest: &Manifest) -> Result<Plan, Vec<Problem>> {
     let mut problems = resolver.problems;
     problems.extend(manifest.problems.iter().cloned());
     if problems.is_empty() {
-        return Ok(Plan { title: manifest.title.clone(), cells: resolver.cells });
+        return Ok(Plan::new(manifest.title.clone(), resolver.cells));
     }
     sort(&mut problems, &manifest.files);
     Err(problems)

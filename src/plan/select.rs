@@ -1,53 +1,12 @@
-//! Which cells a person means, and what they need.
+//! Which cells a person means.
 
-use super::{AxisValue, Cell, CellId, Plan};
+use super::cell::{AxisValue, Cell, CellId, Plan};
 use crate::manifest::template::Reference;
 use crate::manifest::words;
 use crate::problem::{Exit, Problem};
-use petgraph::graph::{DiGraph, NodeIndex};
-use petgraph::visit::Dfs;
 use std::collections::BTreeSet;
 
 impl Plan {
-    /// The graph: node `i` is cell `i`, an edge goes from a cell to one it needs and names the slot.
-    pub fn graph(&self) -> DiGraph<CellId, &str> {
-        let edges =
-            self.cells.iter().map(|cell| cell.inputs.iter().map(|input| input.cells.len()).sum::<usize>()).sum();
-        let mut graph = DiGraph::with_capacity(self.cells.len(), edges);
-        for id in 0..self.cells.len() {
-            graph.add_node(id);
-        }
-        for (id, cell) in self.cells.iter().enumerate() {
-            for input in &cell.inputs {
-                for &need in &input.cells {
-                    graph.add_edge(NodeIndex::new(id), NodeIndex::new(need), input.slot.as_str());
-                }
-            }
-        }
-        graph
-    }
-
-    /// The cells that `cell` needs itself, each once, in order.
-    pub fn needs(&self, cell: CellId) -> Vec<CellId> {
-        let needs: BTreeSet<CellId> =
-            self.cells[cell].inputs.iter().flat_map(|input| input.cells.iter().copied()).collect();
-        needs.into_iter().collect()
-    }
-
-    /// `cells` and everything they need, directly or not.
-    pub fn closure(&self, cells: impl IntoIterator<Item = CellId>) -> BTreeSet<CellId> {
-        let graph = self.graph();
-        let mut walk = Dfs::empty(&graph);
-        let mut closure = BTreeSet::new();
-        for cell in cells {
-            walk.move_to(NodeIndex::new(cell));
-            while let Some(found) = walk.next(&graph) {
-                closure.insert(graph[found]);
-            }
-        }
-        closure
-    }
-
     /// The cells that `name` stands for: `stage`, or `stage[axis=value,...]` with some of its axes.
     pub fn find(&self, name: &str) -> Result<Vec<CellId>, Problem> {
         let usage = |code, message: String| Problem::new(code, message).exit(Exit::Usage);
@@ -117,19 +76,18 @@ impl Plan {
         unknown.note(format!("axes of stage `{stage}`: {has}"))
     }
 
-    /// The cells that `names` stand for and everything they need; all cells if there are no names.
-    /// Every name that stands for nothing is told.
-    pub fn select(&self, names: &[String]) -> Result<BTreeSet<CellId>, Vec<Problem>> {
+    /// The cells that `names` stand for; all cells if there are no names. Every wrong name is told.
+    pub fn select(&self, names: &[String]) -> Result<Vec<CellId>, Vec<Problem>> {
         if names.is_empty() {
             return Ok((0..self.cells.len()).collect());
         }
-        let (mut cells, mut problems) = (Vec::new(), Vec::new());
+        let (mut cells, mut problems) = (BTreeSet::new(), Vec::new());
         for name in names {
             match self.find(name) {
                 Ok(found) => cells.extend(found),
                 Err(problem) => problems.push(problem),
             }
         }
-        if problems.is_empty() { Ok(self.closure(cells)) } else { Err(problems) }
+        if problems.is_empty() { Ok(cells.into_iter().collect()) } else { Err(problems) }
     }
 }

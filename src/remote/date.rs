@@ -1,5 +1,7 @@
 //! How long a server wants to be left alone: `Retry-After`, in seconds or as a date.
 
+use jiff::civil::Date;
+use jiff::tz::TimeZone;
 use std::time::Duration;
 
 /// The wait a `Retry-After` asks for, at most `longest`. `date`: the reply's own `Date`, by whose clock
@@ -26,9 +28,9 @@ fn seconds_of(date: &str) -> Option<u64> {
     let name = words.next()?;
     let month = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
         .iter()
-        .position(|known| *known == name)? as u64
+        .position(|known| *known == name)? as i8
         + 1;
-    let year: u64 = words.next()?.parse().ok()?;
+    let year: i16 = words.next()?.parse().ok()?;
     let mut time = words.next()?.split(':').map(|part| part.parse::<u64>().ok());
     let (hour, minute, second) = (time.next()??, time.next()??, time.next()??);
     if words.next() != Some("GMT") || !(1..=31).contains(&day) || !(1970..=9999).contains(&year) {
@@ -37,10 +39,9 @@ fn seconds_of(date: &str) -> Option<u64> {
     if hour > 23 || minute > 59 || second > 60 {
         return None;
     }
-    // Days since 1970 of a date in the Gregorian calendar, years beginning in March.
-    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
-    let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1;
-    Some(days.checked_sub(719_468)? * 86_400 + hour * 3600 + minute * 60 + second)
+    // From the first of the month on: a 31st of February is some day of March, and a minute may have 61 seconds.
+    let first = Date::new(year, month, 1).ok()?.to_zoned(TimeZone::UTC).ok()?.timestamp().as_second();
+    Some(u64::try_from(first).ok()? + (day - 1) * 86_400 + hour * 3600 + minute * 60 + second)
 }
 
 #[cfg(test)]
@@ -54,6 +55,13 @@ mod tests {
         assert_eq!(seconds_of("Sun, 06 Nov 1994 08:49:37 GMT"), Some(784_111_777));
         assert_eq!(seconds_of("Thu, 01 Jan 1970 00:00:00 GMT"), Some(0));
         assert_eq!(seconds_of("Thu, 29 Feb 2024 23:59:59 GMT"), Some(1_709_251_199));
+        // Those that are no dates, and are yet some moment.
+        assert_eq!(seconds_of("Sat, 31 Feb 2024 00:00:00 GMT"), seconds_of("Sat, 02 Mar 2024 00:00:00 GMT"));
+        assert_eq!(seconds_of("Sat, 31 Dec 2016 23:59:60 GMT"), seconds_of("Sun, 01 Jan 2017 00:00:00 GMT"));
+        assert_eq!(seconds_of("Fri, 31 Dec 9999 23:59:60 GMT"), Some(253_402_300_800));
+        assert_eq!(seconds_of("Fri, 31 Dec 1969 23:59:59 GMT"), None);
+        assert_eq!(seconds_of("?, 6 Nov 1994 8:49:37 GMT, they say"), None);
+        assert_eq!(seconds_of("?, 6 Nov 1994 8:49:37 GMT they say"), Some(784_111_777));
         for bad in ["", "now", "Sun, 06 Nov 1994", "Sun, 06 Nov 1994 08:49 GMT", "Sun, 99 Nov 1994 08:49:37 GMT"] {
             assert_eq!(seconds_of(bad), None, "{bad}");
         }

@@ -3,7 +3,8 @@
 //! One gate per endpoint. A request is admitted when all of them agree, and what it can cost at most is
 //! reserved until its reply says what it did cost.
 
-use super::{Endpoint, Standing, lock};
+use super::endpoint::Endpoint;
+use super::lock::lock;
 use crate::problem::Problem;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -62,6 +63,8 @@ struct State {
     reserved: f64,
     /// What requests may have cost that ended without a reply.
     lost: f64,
+    /// How many requests have ended.
+    ended: u64,
     failures: u32,
     open: Option<Open>,
     /// Nothing is sent any more.
@@ -112,6 +115,7 @@ impl Gate {
             not_before: None,
             reserved: 0.0,
             lost: 0.0,
+            ended: 0,
             failures: 0,
             open: None,
             given_up: None,
@@ -158,6 +162,8 @@ impl Gate {
         closed: &dyn Fn() -> bool,
     ) -> Result<Permit<'_>, Refused> {
         let mut state = lock(&self.state);
+        // What was paid, and how many requests had ended when it was looked up.
+        let mut known: Option<(u64, f64)> = None;
         loop {
             if closed() {
                 return Err(Refused::Closed);
@@ -171,7 +177,15 @@ impl Gate {
                 continue;
             }
             if let Some(budget) = self.budget {
-                let paid = paid().map_err(Refused::Stop)?;
+                let Some((_, paid)) = known.take().filter(|(ended, _)| *ended == state.ended) else {
+                    // A look at the disk, which nobody is to wait for. A request that ends meanwhile is no longer
+                    // reserved and may not be in what was read: then it is looked up again.
+                    let ended = state.ended;
+                    drop(state);
+                    known = Some((ended, paid().map_err(Refused::Stop)?));
+                    state = lock(&self.state);
+                    continue;
+                };
                 let could_be = paid + state.lost + state.reserved + worst;
                 if could_be > budget {
                     // What is under way will cost less than it could.
@@ -282,6 +296,7 @@ impl Permit<'_> {
         self.settled = true;
         let mut state = lock(&self.gate.state);
         state.running -= 1;
+        state.ended += 1;
         state.reserved = if state.running == 0 { 0.0 } else { state.reserved - self.worst };
         let unused = match ended {
             Ended::Reply { tokens } => {
@@ -314,6 +329,7 @@ impl Drop for Permit<'_> {
         if !self.settled {
             let mut state = lock(&self.gate.state);
             state.running -= 1;
+            state.ended += 1;
             state.reserved -= self.worst;
             if let Some(open) = &mut state.open {
                 open.trying &= !self.trying;
@@ -351,20 +367,6 @@ impl Bucket {
 
     fn give(&mut self, unused: f64) {
         self.level = (self.level + unused).min(self.capacity);
-    }
-}
-
-impl Standing {
-    /// `31 of a second, 0.42 paid`: beside a bar.
-    pub fn note(&self) -> String {
-        let mut parts = Vec::new();
-        if self.pausing {
-            parts.push("the server fails; waiting before it is tried again".to_string());
-        } else if self.rate > 0.0 {
-            parts.push(format!("{:.1}/s", self.rate));
-        }
-        parts.extend(self.spent.map(|spent| format!("{} paid", money(spent))));
-        parts.join(", ")
     }
 }
 
@@ -449,6 +451,39 @@ mod tests {
         under_way.settle(&Ended::Broken { sent: true }, "time-out");
         assert!(matches!(admit(&gate, 0.6, 0.0), Err(Refused::Stop(_))));
         assert!(admit(&gate, 0.4, 0.0).is_ok());
+    }
+
+    #[test]
+    fn whoever_looks_up_what_was_paid_keeps_nobody_waiting() {
+        let more = serde_json::json!({"budget": 1.0, "price_in": 1.0, "price_out": 1.0});
+        let gate = std::sync::Arc::new(Gate::new(&endpoint(more), Pace::default()));
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let looks = || {
+                let _ = tell.send(gate.pausing());
+                Ok(0.0)
+            };
+            drop(gate.admit(10, 0.5, &looks, &|| false));
+        });
+        assert_eq!(told.recv_timeout(Duration::from_secs(20)), Ok(false), "the gate was held meanwhile");
+    }
+
+    #[test]
+    fn a_request_that_ends_while_what_was_paid_is_looked_up_is_counted_once_more() {
+        let more = serde_json::json!({"budget": 1.0, "price_in": 1.0, "price_out": 1.0});
+        let gate = Gate::new(&endpoint(more), Pace::default());
+        let under_way = Mutex::new(admit(&gate, 0.6, 0.0).ok());
+        // Read before the reply was kept, told after it was settled.
+        let looks = || {
+            Ok(match lock(&under_way).take() {
+                Some(permit) => {
+                    permit.settle(&Ended::Reply { tokens: None }, "");
+                    0.0
+                }
+                None => 0.6,
+            })
+        };
+        assert!(matches!(gate.admit(10, 0.6, &looks, &|| false), Err(Refused::Stop(_))));
     }
 
     #[test]

@@ -5,8 +5,8 @@
 //! does not read: the next writer ends it, every reader passes over it. Several processes append under
 //! a lock on the file and see each other's lines.
 
-use super::lock;
-use super::look::Replies;
+use super::lock::lock;
+use super::replies::Replies;
 use super::reply::{self, Completion, Finish, Read, TOKENS_MAX};
 use crate::digest::Digest;
 use crate::problem::Problem;
@@ -60,7 +60,7 @@ struct Pending {
 }
 
 #[derive(Deserialize)]
-struct Line<'a> {
+struct Kept<'a> {
     key: &'a str,
     #[serde(borrow)]
     host: Cow<'a, str>,
@@ -104,7 +104,7 @@ impl Journal {
         let mut bytes = vec![0; place.length];
         let read = File::open(&self.path).and_then(|file| file.read_exact_at(&mut bytes, place.start));
         read.map_err(|error| Problem::io("remote::journal", "read", &self.path, &error))?;
-        let line = serde_json::from_slice::<Line>(&bytes).ok().filter(|line| line.key == key);
+        let line = serde_json::from_slice::<Kept>(&bytes).ok().filter(|line| line.key == key);
         match line.map(|line| reply::read(&line.body)) {
             Some(Read::Completion(completion)) => Ok(Some(completion)),
             _ => {
@@ -242,7 +242,7 @@ impl Journal {
 
 impl Index {
     fn take(&mut self, bytes: &[u8]) {
-        let Ok(line) = serde_json::from_slice::<Line>(bytes) else { return };
+        let Ok(line) = serde_json::from_slice::<Kept>(bytes) else { return };
         let Read::Completion(completion) = reply::read(&line.body) else { return };
         let (prompt, made) = match completion.usage {
             Some(usage) => (usage.prompt_tokens, usage.completion_tokens),

@@ -1,41 +1,12 @@
 //! What the journal has, for a look beforehand: nobody is asked, nothing is written.
 
-use super::{Ask, Completion, Line, Sampling};
+use super::ask::{Ask, Sampling};
+use super::connection::Connection;
+use super::replies::Replies;
+use super::reply::Completion;
 use crate::problem::Problem;
 
-/// What replies were like.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Replies {
-    /// Those that say what they took; no others are summed up.
-    pub count: u64,
-    /// The most tokens their prompts can have had, as it was reckoned before they were sent.
-    pub prompt_bound: u64,
-    pub prompt_tokens: u64,
-    pub completion_tokens: u64,
-}
-
-impl Replies {
-    pub fn add(&mut self, prompt_bound: u64, completion: &Completion) {
-        if let Some(usage) = completion.usage {
-            self.count += 1;
-            self.prompt_bound += prompt_bound;
-            self.prompt_tokens += usage.prompt_tokens;
-            self.completion_tokens += usage.completion_tokens;
-        }
-    }
-
-    /// Tokens of prompt and completion that so many requests with prompts of so many tokens at most take, if they
-    /// are like these. `None` if there are none to go by.
-    pub fn likely(&self, requests: u64, prompt_bound: u64) -> Option<(u64, u64)> {
-        let share = |part: u64, whole: u64, of: u64| (part as f64 / whole.max(1) as f64 * of as f64).round() as u64;
-        (self.count > 0).then(|| {
-            let prompt = share(self.prompt_tokens, self.prompt_bound, prompt_bound);
-            (prompt, share(self.completion_tokens, self.count, requests))
-        })
-    }
-}
-
-impl Line {
+impl Connection {
     /// Takes in what the journal has by now. To be called before the others.
     pub fn look(&self) -> Result<(), Problem> {
         self.journal.refresh()
@@ -55,18 +26,5 @@ impl Line {
     pub fn paid(&self) -> f64 {
         let paid = self.journal.paid(self.endpoint.host());
         self.endpoint.cost(paid.prompt, paid.completion)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn replies_tell_what_others_like_them_take() {
-        let replies = Replies { count: 4, prompt_bound: 400, prompt_tokens: 100, completion_tokens: 2000 };
-        assert_eq!(replies.likely(10, 2000), Some((500, 5000)));
-        assert_eq!(replies.likely(0, 0), Some((0, 0)));
-        assert_eq!(Replies::default().likely(10, 2000), None);
     }
 }

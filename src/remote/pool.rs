@@ -3,9 +3,14 @@
 //! The threads are not waited for when the user stops: a request may take minutes. They own all they
 //! need, and a reply that still comes before the process ends is journalled like any other.
 
+use super::ask::{Ask, Sampling};
+use super::connection::Connection;
 use super::gate::{Ended, Refused};
+use super::journal;
+use super::lock::lock;
+use super::reply::Completion;
 use super::send::Sent;
-use super::{Ask, Completion, Line, Sampling, Standing, journal, lock};
+use super::standing::Standing;
 use crate::problem::{Exit, Problem};
 use crate::random::Stream;
 use std::collections::{HashMap, HashSet};
@@ -42,7 +47,7 @@ enum End {
     Closed,
 }
 
-impl Line {
+impl Connection {
     /// A completion for every ask, in order, or why there is none. Asks only for what the journal does not
     /// have. `watch` is called several times a second, and stops the job by an error.
     pub fn complete(
@@ -100,7 +105,7 @@ impl Line {
         let begun = Instant::now();
         let wanted = self.endpoint.max_concurrency.min(job.asks.len());
         for n in 0..wanted {
-            let worker = Worker { line: self.clone(), job: job.clone() };
+            let worker = Worker { connection: self.clone(), job: job.clone() };
             lock(&job.state).workers += 1;
             let builder = std::thread::Builder::new().name(format!("remote-{n}")).stack_size(1 << 20);
             // Counted out again by the worker that was not started; the others do its share.
@@ -152,7 +157,7 @@ impl Line {
 }
 
 struct Worker {
-    line: Arc<Line>,
+    connection: Arc<Connection>,
     job: Arc<Job>,
 }
 
@@ -190,30 +195,32 @@ impl Worker {
 
     /// Sends a request until its reply is in the journal.
     fn settle(&self, key: &str, ask: &Ask) -> Result<(), End> {
-        let Worker { line, job } = self;
-        let (endpoint, max_tokens) = (&line.endpoint, job.sampling.max_tokens);
+        let Worker { connection, job } = self;
+        let (endpoint, max_tokens) = (&connection.endpoint, job.sampling.max_tokens);
         let _asking = self.alone_with(key)?;
         // Somebody else may have asked meanwhile.
-        if line.journal.has(key, max_tokens) {
+        if connection.journal.has(key, max_tokens) {
             return Ok(());
         }
-        let sender = line.sender.as_ref().ok_or(End::Closed)?;
+        let sender = connection.sender.as_ref().ok_or(End::Closed)?;
         let (body, bound) = (ask.body(endpoint, &job.sampling), ask.prompt_bound());
         let worst = endpoint.cost(bound, max_tokens);
         let scatter = Stream::named(job.sampling.seed, &["retry", key]);
         let mut attempt = 0;
         loop {
             attempt += 1;
-            let permit = match line.gate.admit(bound + max_tokens, worst, &|| line.paid_by_now(), &|| self.closed()) {
-                Ok(permit) => permit,
-                Err(Refused::Closed) => return Err(End::Closed),
-                Err(Refused::Stop(problem)) => return Err(End::Fatal(problem)),
-            };
-            let (why, wait) = match sender.complete(&body, line.gate.pace()) {
+            let permit =
+                match connection.gate.admit(bound + max_tokens, worst, &|| connection.paid_by_now(), &|| self.closed())
+                {
+                    Ok(permit) => permit,
+                    Err(Refused::Closed) => return Err(End::Closed),
+                    Err(Refused::Stop(problem)) => return Err(End::Fatal(problem)),
+                };
+            let (why, wait) = match sender.complete(&body, connection.gate.pace()) {
                 Sent::Reply(body, completion) => {
                     let host = endpoint.host();
                     let entry = journal::Entry { key, host, max_tokens, prompt_bound: bound, body: &body };
-                    let kept = line.journal.add(&entry);
+                    let kept = connection.journal.add(&entry);
                     let tokens = completion.usage.map(|usage| usage.prompt_tokens + usage.completion_tokens);
                     permit.settle(&Ended::Reply { tokens }, "");
                     job.proven.store(true, Ordering::Relaxed);
@@ -238,22 +245,22 @@ impl Worker {
             if attempt >= endpoint.max_attempts {
                 return Err(End::Failed(format!("{why} (sent {attempt} times)")));
             }
-            let backoff = line.gate.pace().backoff(attempt, scatter.uniform(u64::from(attempt)));
+            let backoff = connection.gate.pace().backoff(attempt, scatter.uniform(u64::from(attempt)));
             self.sleep(wait.unwrap_or_default().max(backoff))?;
         }
     }
 
     /// Waits until nobody else has this request under way, and keeps others from it.
     fn alone_with(&self, key: &str) -> Result<Asking<'_>, End> {
-        let mut asked = lock(&self.line.asked);
+        let mut asked = lock(&self.connection.asked);
         while !asked.insert(key.to_string()) {
             if self.closed() {
                 return Err(End::Closed);
             }
-            let waited = self.line.answered.wait_timeout(asked, Duration::from_millis(50));
+            let waited = self.connection.answered.wait_timeout(asked, Duration::from_millis(50));
             asked = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        Ok(Asking { line: &self.line, key: key.to_string() })
+        Ok(Asking { connection: &self.connection, key: key.to_string() })
     }
 
     fn sleep(&self, wait: Duration) -> Result<(), End> {
@@ -273,14 +280,14 @@ impl Worker {
 
 /// A request under way.
 struct Asking<'a> {
-    line: &'a Line,
+    connection: &'a Connection,
     key: String,
 }
 
 impl Drop for Asking<'_> {
     fn drop(&mut self) {
-        lock(&self.line.asked).remove(&self.key);
-        self.line.answered.notify_all();
+        lock(&self.connection.asked).remove(&self.key);
+        self.connection.answered.notify_all();
     }
 }
 

@@ -1,7 +1,9 @@
 //! One question before anything is run: is the server there, does it take the key, has it the model?
 
+use super::connection::Connection;
+use super::endpoint::missing;
+use super::lock::lock;
 use super::send::Sent;
-use super::{Line, lock, missing};
 use crate::problem::{Exit, Problem};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -14,7 +16,7 @@ const TRIES: u32 = 3;
 /// How many names of models are shown.
 const SHOWN: usize = 8;
 
-impl Line {
+impl Connection {
     /// Asks for the list of models, which costs nothing; where that does not tell of model and key, for a completion
     /// of one token. Once per process. `Err` exits 3: nothing has run yet.
     pub fn probe(self: &Arc<Self>, stop: &AtomicBool) -> Result<(), Problem> {
@@ -22,10 +24,10 @@ impl Line {
             return Ok(());
         }
         let (to, from) = channel();
-        let line = self.clone();
+        let connection = self.clone();
         let asked = std::thread::Builder::new().name("remote-probe".into()).spawn(move || {
             // Nobody listens any more if the user has stopped.
-            let _ = to.send(line.ask_first());
+            let _ = to.send(connection.ask_first());
         });
         asked.map_err(|error| missing("remote::thread", format!("cannot start a thread: {error}")))?;
         loop {

@@ -1,9 +1,9 @@
 //! One attempt at a request, and what it came to: a reply, something worth another attempt, or the end.
 
 use super::date::retry_after;
+use super::endpoint::{Endpoint, missing};
 use super::gate::{Ended, Pace};
 use super::reply::{self, Completion, Read, one_line};
-use super::{Endpoint, missing};
 use crate::problem::Problem;
 use serde_json::Value;
 use std::io;
@@ -209,6 +209,7 @@ impl Sender {
         body: Option<&Value>,
         pace: &Pace,
     ) -> Result<Answer, Broken> {
+        let _span = tracing::debug_span!("request", model = self.endpoint.model, path).entered();
         let url = format!("{}{path}", self.endpoint.url.trim_end_matches('/'));
         let mut request = Request::builder()
             .method(method)

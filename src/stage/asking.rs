@@ -2,7 +2,7 @@
 
 use super::Context;
 use crate::problem::Problem;
-use crate::remote::{Ask, Bill, Completion, Endpoint, Line, Sampling, Standing};
+use crate::remote::{Ask, Bill, Completion, Connection, Endpoint, Sampling, Standing};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use std::sync::Arc;
 pub struct Asking<'a> {
     ctx: &'a Context<'a>,
     endpoint: &'a Endpoint,
-    line: Arc<Line>,
+    line: Arc<Connection>,
     bill: Bill,
 }
 
@@ -26,7 +26,7 @@ pub type Take<'t, T> = dyn Fn(usize, &Result<Completion, String>, u64) -> Taken<
 
 impl<'a> Asking<'a> {
     pub fn new(ctx: &'a Context<'a>, endpoint: &'a Endpoint) -> Result<Asking<'a>, Problem> {
-        Ok(Asking { ctx, endpoint, line: ctx.remote.line(endpoint)?, bill: Bill::new(endpoint) })
+        Ok(Asking { ctx, endpoint, line: ctx.remote.connection(endpoint)?, bill: Bill::new(endpoint) })
     }
 
     /// What `take` makes of the reply to each ask, in order. One that it finds of no use is asked for again as another

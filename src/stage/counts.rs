@@ -10,7 +10,7 @@ use super::{eval, generate};
 use crate::data::{self, Eos, Format, Limits, Overlength, Record, Side, Tokenizer};
 use crate::manifest::spec::Params;
 use crate::problem::Problem;
-use crate::remote::{Endpoint, Line, Replies};
+use crate::remote::{Connection, Endpoint, Replies};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::HashSet;
@@ -241,7 +241,7 @@ pub fn calls(
     params: &Params,
     prompt_file: Option<&Path>,
     records: &[Record],
-    line: &Line,
+    line: &Connection,
     asked: &mut HashSet<String>,
 ) -> Result<Calls, Problem> {
     let unfit = || Problem::new("stage::params", "the parameters do not fit an endpoint");

@@ -22,7 +22,7 @@ use crate::grade::{self, Graded, Kind as AnswerKind, Verdict};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
 use crate::random::Stream;
-use crate::remote::{Ask, Bill, Endpoint, Line, Replies};
+use crate::remote::{Ask, Bill, Connection, Endpoint, Replies};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::HashSet;
@@ -424,7 +424,7 @@ pub(super) fn pending(
     params: &Params,
     prompt_file: Option<&Path>,
     records: &[Record],
-    line: &Line,
+    line: &Connection,
     kept: &mut Replies,
 ) -> Result<Vec<Pending>, Problem> {
     let spec: Spec = super::read_params(KIND.name, params.clone())?;

@@ -17,7 +17,7 @@ use crate::data::{BadRows, Format, Record, write_jsonl};
 use crate::grade::extract;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
-use crate::remote::{Ask, Completion, Endpoint, Finish, Line, Replies};
+use crate::remote::{Ask, Completion, Connection, Endpoint, Finish, Replies};
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -385,7 +385,7 @@ pub(super) fn pending(
     params: &Params,
     prompt_file: Option<&Path>,
     records: &[Record],
-    line: &Line,
+    line: &Connection,
     kept: &mut Replies,
 ) -> Result<Vec<Pending>, Problem> {
     let spec: Spec = super::read_params(KIND.name, params.clone())?;

@@ -102,7 +102,7 @@ pub fn ready(kind: &Kind, params: &Params, remote: &Remote, stop: &AtomicBool) -
     for (value, dispensable) in found {
         let endpoint = serde_json::from_value::<Endpoint>(value.clone())
             .map_err(|error| Problem::new("stage::params", format!("an endpoint does not fit: {error}")))?;
-        let there = remote.line(&endpoint).and_then(|line| line.probe(stop));
+        let there = remote.connection(&endpoint).and_then(|connection| connection.probe(stop));
         there.map_err(|problem| {
             if !dispensable {
                 return problem;

@@ -14,14 +14,16 @@ use std::sync::Arc;
 /// system's answer.
 pub type Hook = Arc<dyn Fn(&'static str, &Path) -> io::Result<()> + Send + Sync>;
 
+/// The way to the disk.
 #[derive(Default, Clone)]
-pub(crate) struct Disk {
+pub struct Disk {
     hook: Option<Hook>,
 }
 
 impl Disk {
-    pub fn set_hook(&mut self, hook: Hook) {
-        self.hook = Some(hook);
+    /// A disk on which `hook` is called before every step, and may fail it.
+    pub fn watched(hook: Hook) -> Disk {
+        Disk { hook: Some(hook) }
     }
 
     fn step(&self, name: &'static str, path: &Path) -> io::Result<()> {
@@ -29,7 +31,7 @@ impl Disk {
     }
 
     /// Creates `folder` below `top` (which exists) and makes its name durable.
-    pub fn folder(&self, top: &Path, folder: &Path) -> Result<(), Problem> {
+    pub(crate) fn folder(&self, top: &Path, folder: &Path) -> Result<(), Problem> {
         if folder.is_dir() {
             return Ok(());
         }
@@ -43,7 +45,7 @@ impl Disk {
 
     /// Replaces `path` by `bytes` at once. `temporary` lies on the same file system and is the
     /// caller's alone; what an earlier, killed writer left there is overwritten.
-    pub fn write(&self, path: &Path, temporary: &Path, bytes: &[u8]) -> Result<(), Problem> {
+    pub(crate) fn write(&self, path: &Path, temporary: &Path, bytes: &[u8]) -> Result<(), Problem> {
         let write = || {
             self.step("write", temporary)?;
             let mut file = File::create(temporary)?;
@@ -59,7 +61,7 @@ impl Disk {
 
     /// Appends whole lines. A torn last line of a killed writer is closed first, so that it spoils
     /// nothing but itself. The caller holds the lock that keeps other writers out.
-    pub fn append(&self, path: &Path, lines: &[u8]) -> Result<(), Problem> {
+    pub(crate) fn append(&self, path: &Path, lines: &[u8]) -> Result<(), Problem> {
         let append = || {
             self.step("append", path)?;
             let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
@@ -75,7 +77,7 @@ impl Disk {
 
     /// Moves a finished file to its final name. Replaces what is there: the bytes in hand are known
     /// to be right, those in place might have rotted. The folder is synced by the caller, once.
-    pub fn settle(&self, from: &Path, to: &Path) -> io::Result<()> {
+    pub(crate) fn settle(&self, from: &Path, to: &Path) -> io::Result<()> {
         use std::os::unix::fs::PermissionsExt;
         self.step("sync file", from)?;
         // Read-only before it becomes visible: a stage that opens an input for writing should fail.
@@ -85,7 +87,7 @@ impl Disk {
         fs::rename(from, to)
     }
 
-    pub fn copy(&self, from: &Path, to: &Path) -> io::Result<()> {
+    pub(crate) fn copy(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.step("copy", to)?;
         match fs::remove_file(to) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -94,17 +96,17 @@ impl Disk {
         fs::copy(from, to).map(drop)
     }
 
-    pub fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+    pub(crate) fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.step("rename", to)?;
         fs::rename(from, to)
     }
 
-    pub fn sync_folder(&self, folder: &Path) -> io::Result<()> {
+    pub(crate) fn sync_folder(&self, folder: &Path) -> io::Result<()> {
         self.step("sync folder", folder)?;
         File::open(folder)?.sync_all()
     }
 
-    pub fn remove_folder(&self, folder: &Path) -> Result<(), Problem> {
+    pub(crate) fn remove_folder(&self, folder: &Path) -> Result<(), Problem> {
         let remove = || {
             self.step("remove", folder)?;
             fs::remove_dir_all(folder)

@@ -1,7 +1,10 @@
 //! Tidying and checking: what killed runs left, what nothing refers to, what has rotted.
 
+use super::artifacts::Store;
+use super::disk;
+use super::index::record_files;
 use super::lock::{self, Attempt, Lock, Locks};
-use super::{Record, Store, disk, record_files};
+use super::record::Record;
 use crate::digest::Digest;
 use crate::problem::Problem;
 use std::collections::{BTreeMap, BTreeSet, HashSet};

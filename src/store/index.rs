@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const HEADER: &str = "pipe index 1";
 
 /// A line, past its check. One letter a name: there are as many lines as stages.
 #[derive(Serialize, Deserialize)]
-struct Line<'a> {
+struct IndexLine<'a> {
     /// Fingerprint.
     f: Cow<'a, str>,
     /// Cell.
@@ -70,14 +70,14 @@ impl Index {
             if check != check_of(json) {
                 return None;
             }
-            let line: Line = serde_json::from_str(json).ok()?;
+            let line: IndexLine = serde_json::from_str(json).ok()?;
             let fingerprint = line.f.parse().ok()?;
             let files = match line.a {
                 Some(files) => Some(
                     files
                         .into_iter()
                         .map(|FileLine(name, size, digest)| {
-                            Some(super::Entry { name: name.into_owned(), size, digest: digest.parse().ok()? })
+                            Some(super::record::Entry { name: name.into_owned(), size, digest: digest.parse().ok()? })
                         })
                         .collect::<Option<Vec<_>>>()?,
                 ),
@@ -89,7 +89,7 @@ impl Index {
     }
 
     fn from_records(stages: &Path) -> Index {
-        let mut records: Vec<Record> = super::record_files(stages)
+        let mut records: Vec<Record> = record_files(stages)
             .iter()
             .filter_map(|(path, first)| {
                 let record = Record::from_bytes(&fs::read(path).ok()?).ok()?;
@@ -191,10 +191,10 @@ impl Index {
 
 fn line(fingerprint: &Digest, cell: &str, kind: &str, artifact: Option<&Artifact>) -> String {
     let files = artifact.map(|artifact| {
-        let entry = |e: &super::Entry| FileLine(e.name.clone().into(), e.size, e.digest.to_string().into());
+        let entry = |e: &super::record::Entry| FileLine(e.name.clone().into(), e.size, e.digest.to_string().into());
         artifact.entries.iter().map(entry).collect()
     });
-    let line = Line { f: fingerprint.to_string().into(), c: cell.into(), k: kind.into(), a: files };
+    let line = IndexLine { f: fingerprint.to_string().into(), c: cell.into(), k: kind.into(), a: files };
     // Strings and numbers always serialise; were it otherwise, the line would not fit and be rebuilt.
     let json = serde_json::to_string(&line).unwrap_or_default();
     format!("{} {json}\n", check_of(&json))
@@ -202,4 +202,19 @@ fn line(fingerprint: &Digest, cell: &str, kind: &str, artifact: Option<&Artifact
 
 fn check_of(json: &str) -> String {
     Digest::of(json.as_bytes()).short()
+}
+
+/// All record files below `stages/`, and whether each is the first of its fingerprint.
+pub(super) fn record_files(stages: &Path) -> Vec<(PathBuf, bool)> {
+    let mut files = Vec::new();
+    for shard in fs::read_dir(stages).into_iter().flatten().flatten() {
+        for file in fs::read_dir(shard.path()).into_iter().flatten().flatten() {
+            let name = file.file_name().to_string_lossy().into_owned();
+            if let Some(stem) = name.strip_suffix(".json") {
+                files.push((file.path(), !stem.contains('.')));
+            }
+        }
+    }
+    files.sort();
+    files
 }

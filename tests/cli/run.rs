@@ -189,3 +189,28 @@ fn an_interrupted_run_ends_with_130_and_the_next_one_goes_on() {
     let said = project.stderr(&["run", "m.toml", "quick"]);
     assert!(said.contains("1 fresh"), "{said}");
 }
+
+#[test]
+fn a_run_that_fails_leaves_a_whole_timeline() {
+    let project = Project::with(STUDY);
+    project.write("score.sh", "exit 3\n");
+    assert_eq!(project.code(&["run", "m.toml", "--trace", "t.json", "--keep-going"]), Some(1));
+    let events: Value =
+        serde_json::from_str(&std::fs::read_to_string(project.path("t.json")).expect("written")).expect("JSON");
+    let of = |phase: &str| events.as_array().expect("events").iter().filter(|event| event["ph"] == phase).count();
+    // Four cells at work, and the run around them.
+    assert_eq!((of("B"), of("E")), (5, 5), "{events}");
+    let problem = project.stderr(&["run", "m.toml", "--trace", "nowhere/t.json"]);
+    assert!(problem.contains("cannot write `nowhere/t.json`"), "{problem}");
+    assert_eq!(project.code(&["run", "m.toml", "--trace", "nowhere/t.json"]), Some(3));
+}
+
+#[test]
+fn a_log_filter_that_is_none_is_said_and_stops_nothing() {
+    let project = study();
+    let output = project.command(&["plan", "m.toml"]).env("RUST_LOG", "pipe=loud").output().expect("it starts");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("`RUST_LOG=pipe=loud` is no filter") && said.contains("RUST_LOG=pipe=debug"), "{said}");
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stdout.starts_with(b"eval"), "{}", String::from_utf8_lossy(&output.stdout));
+}

@@ -37,6 +37,36 @@ fn a_graph_has_four_forms() {
 }
 
 #[test]
+fn a_picture_leaves_out_what_follows_and_a_list_does_not() {
+    let project = crate::Project::with(
+        r#"manifest = 1
+title = "three in a row, and all of them together"
+
+[stage.a]
+kind = "dataset"
+source = "path:a.jsonl"
+
+[stage.b]
+kind = "dataset"
+concat = ["a"]
+
+[stage.all]
+kind = "dataset"
+concat = ["a", "b"]
+"#,
+    );
+    let arrows = |format: &str, arrow: &str| {
+        let text = project.stdout(&["graph", "m.toml", "--format", format]);
+        text.lines().filter(|line| line.contains(arrow)).map(|line| line.trim().to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(arrows("dot", "->"), ["n0 -> n1;", "n1 -> n2;"]);
+    assert_eq!(arrows("mermaid", "-->"), ["n0 --> n1", "n1 --> n2"]);
+    assert!(arrows("text", "<-")[1].ends_with("<- a, b"));
+    let graph = project.json(&["graph", "m.toml", "--format", "json"]);
+    assert_eq!(graph["cells"][2]["inputs"]["concat"], serde_json::json!(["a", "b"]));
+}
+
+#[test]
 fn show_tells_everything_about_one_cell_and_a_line_about_each_of_many() {
     let project = study();
     assert_transcript!(project, ["show", "m.toml", "table1"]);

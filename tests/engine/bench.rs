@@ -2,7 +2,7 @@
 
 use pipe::exec::{Engine, Event, Observer, Options, Outcome, Paths, Report, Runner, Status, Survey, Task};
 use pipe::manifest::spec::{ArtifactType, Key, Kind, Type, no_lineage, no_rules};
-use pipe::plan::Machine;
+use pipe::plan::Arithmetic;
 use pipe::plan::{Axes, Cell, CellId, Input, Plan, Source};
 use pipe::problem::Problem;
 use pipe::store::Store;
@@ -62,8 +62,8 @@ impl Observer for Ear {
     }
 }
 
-pub fn machine() -> Machine<'static> {
-    Machine { backend: "cpu", dtype: "f32" }
+pub fn machine() -> Arithmetic<'static> {
+    Arithmetic { backend: "cpu", dtype: "f32" }
 }
 
 /// Stages given as (name, params, names of inputs).
@@ -89,7 +89,7 @@ pub fn plan(folder: &Path, stages: &[(&str, Value, &[&str])]) -> Plan {
             span: 0..0,
         });
     }
-    Plan { title: "a story".into(), cells }
+    Plan::new("a story".into(), cells)
 }
 
 /// Writes `say`, the source and the texts of all inputs to `text`.

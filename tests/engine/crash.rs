@@ -5,7 +5,7 @@ use crate::bench::{Bench, chain, files, names, run_in, speak};
 use pipe::exec::{Options, Task};
 use pipe::plan::Cell;
 use pipe::problem::{Exit, Problem};
-use pipe::store::Store;
+use pipe::store::{Disk, Store};
 use serde_json::json;
 use std::fs;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -70,7 +70,7 @@ fn child() {
             ("score", json!({"say": "s:"}), &["train"]),
         ],
     );
-    let mut store = Store::open(&dir.join("cache")).unwrap();
+    let store = Store::open(&dir.join("cache")).unwrap();
     let count = |cell: &Cell, task: &Task| {
         fs::write(dir.join(format!("ran-{}-{}", cell.stage, std::process::id())), "").unwrap();
         speak(cell, task)
@@ -79,12 +79,13 @@ fn child() {
         // Kills itself before the step of this number that would change the disk.
         "dies-at-step" => {
             let steps = AtomicUsize::new(0);
-            store.set_hook(Arc::new(move |_, _| {
+            let disk = Disk::watched(Arc::new(move |_, _| {
                 if steps.fetch_add(1, Ordering::SeqCst) == number {
                     kill_myself();
                 }
                 Ok(())
             }));
+            let store = Store::open_on(&dir.join("cache"), disk).unwrap();
             run_in(&store, &chain, &Options::default(), &count, &bench.stop).unwrap();
         }
         // Kills itself in the middle of the stage `train`, its checkpoint written.
@@ -279,16 +280,16 @@ fn a_disk_that_is_full_at_any_step_is_said_and_loses_nothing_finished() {
     loop {
         let bench = Bench::new();
         let plan = chain(&bench, json!({"say": "hello"}));
-        let mut store = bench.store();
         let (steps, hit) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let (counter, flag) = (steps.clone(), hit.clone());
-        store.set_hook(Arc::new(move |_, _| {
+        let disk = Disk::watched(Arc::new(move |_, _| {
             if counter.fetch_add(1, Ordering::SeqCst) < step {
                 return Ok(());
             }
             flag.store(true, Ordering::SeqCst);
             Err(std::io::Error::from(std::io::ErrorKind::StorageFull))
         }));
+        let store = Store::open_on(&bench.cache(), disk).unwrap();
         let result = run_in(&store, &plan, &Options::default(), &speak, &bench.stop);
         if !hit.load(Ordering::SeqCst) {
             break;

@@ -2,6 +2,7 @@
 
 use crate::bench::{Bench, blob_of, chain, speak, tamper};
 use pipe::exec::{Options, Reason, Status, causes};
+use pipe::store::{Disk, Store};
 use serde_json::json;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -194,14 +195,15 @@ fn two_cells_that_find_the_same_damage_have_it_mended_once() {
 fn a_disk_that_damages_everything_is_blamed_in_the_end() {
     let bench = Bench::new();
     let plan = chain(&bench, json!({"say": "hello"}));
-    let (mut store, blob) = (bench.store(), blob_of(&bench.cache(), "hello"));
-    store.set_hook(std::sync::Arc::new(move |step, _| {
+    let blob = blob_of(&bench.cache(), "hello");
+    let disk = Disk::watched(std::sync::Arc::new(move |step, _| {
         // Right after each publication, for the index is appended to then.
         if step == "append" && blob.exists() {
             tamper(&blob, b"jello");
         }
         Ok(())
     }));
+    let store = Store::open_on(&bench.cache(), disk).unwrap();
     let told = crate::bench::run_in(&store, &plan, &Options::default(), &speak, &bench.stop).unwrap();
     assert_eq!(told.words(), ["tokens ran", "train failed", "score skipped"]);
     assert_eq!(told.problem().code, "store::damaged");

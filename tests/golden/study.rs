@@ -3,7 +3,7 @@
 
 use crate::support;
 use pipe::exec::{self, Engine, Options, Paths, Silent, Task};
-use pipe::plan::{self, Cell, Machine};
+use pipe::plan::{self, Arithmetic, Cell};
 use pipe::problem::Problem;
 use pipe::remote::Remote;
 use pipe::stage::{self, Artifact, Context, Device};
@@ -102,7 +102,7 @@ impl Study {
         let plan = plan::resolve(&manifest).unwrap_or_else(|problems| told(&problems));
         let store = Store::open(&self.folder.path().join("cache")).unwrap_or_else(|problem| told(&[problem]));
         let sources = Paths::new(&store);
-        let machine = Machine { backend: "cuda", dtype: "bf16" };
+        let machine = Arithmetic { backend: "cuda", dtype: "bf16" };
         let engine = Engine { plan: &plan, store: &store, sources: &sources, machine };
         let cells: Vec<usize> = (0..plan.cells.len()).collect();
         let runner = |cell: &Cell, task: &Task| run_stage(device, cell, task);

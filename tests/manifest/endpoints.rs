@@ -2,7 +2,7 @@
 
 use super::*;
 use insta::assert_snapshot;
-use pipe::plan::{Machine, fingerprint};
+use pipe::plan::{Arithmetic, fingerprint};
 use serde_json::json;
 
 const TEXT: &str = r#"manifest = 1
@@ -57,7 +57,7 @@ fn planned(text: &str, profiles: &[&str], sets: &[&str]) -> Plan {
 }
 
 fn parts(plan: &Plan, backend: &str) -> std::collections::BTreeMap<String, String> {
-    let machine = Machine { backend, dtype: "f32" };
+    let machine = Arithmetic { backend, dtype: "f32" };
     let input = |id: usize| Some((pipe::digest::Digest::of(b"x"), id.to_string()));
     fingerprint(cell(plan, "made"), machine, input, |_| None).unwrap().parts
 }

@@ -2,9 +2,9 @@
 
 use super::*;
 use pipe::digest::Digest;
-use pipe::plan::{Change, Fingerprint, Machine, fingerprint};
+use pipe::plan::{Arithmetic, Change, Fingerprint, fingerprint};
 
-const CPU: Machine<'_> = Machine { backend: "cpu", dtype: "f32" };
+const CPU: Arithmetic<'_> = Arithmetic { backend: "cpu", dtype: "f32" };
 
 const TEXT: &str = r#"
 [stage.base]
@@ -30,7 +30,7 @@ from = "eval"
 "#;
 
 /// Inputs and sources whose content is their own name.
-fn print_of(plan: &Plan, stage: &str, machine: Machine<'_>) -> Fingerprint {
+fn print_of(plan: &Plan, stage: &str, machine: Arithmetic<'_>) -> Fingerprint {
     let cell = plan.cells.iter().find(|cell| cell.stage == stage).unwrap();
     let input = |id: usize| Some((Digest::of(plan.cells[id].kind.name.as_bytes()), plan.cells[id].to_string()));
     fingerprint(cell, machine, input, |_| Some(Digest::of(b"content"))).unwrap()
@@ -124,7 +124,7 @@ fn what_changes_the_result_is_named_with_its_values() {
 #[test]
 fn the_machine_counts_only_where_floats_are_made() {
     let plan = plan(TEXT);
-    let cuda = Machine { backend: "cuda", dtype: "bf16" };
+    let cuda = Arithmetic { backend: "cuda", dtype: "bf16" };
     assert_eq!(print_of(&plan, "d", cuda), print_of(&plan, "d", CPU));
     let changed: Vec<String> =
         print_of(&plan, "eval", cuda).changed(&print_of(&plan, "eval", CPU)).into_iter().map(|c| c.part).collect();

@@ -4,7 +4,7 @@ use super::*;
 use insta::assert_snapshot;
 use pipe::manifest::spec::{ArtifactType, Key, Type, no_lineage, no_rules};
 use pipe::manifest::task;
-use pipe::plan::{Machine, fingerprint};
+use pipe::plan::{Arithmetic, fingerprint};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -80,7 +80,7 @@ fn cell<'p>(plan: &'p Plan, name: &str) -> &'p Cell {
 }
 
 fn parts(plan: &Plan, name: &str) -> BTreeMap<String, String> {
-    let machine = Machine { backend: "cpu", dtype: "f32" };
+    let machine = Arithmetic { backend: "cpu", dtype: "f32" };
     let digest = || Some(pipe::digest::Digest::of(b"x"));
     fingerprint(cell(plan, name), machine, |_| Some((digest()?, String::new())), |_| digest()).unwrap().parts
 }

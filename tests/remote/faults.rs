@@ -216,14 +216,15 @@ fn stopping_is_heard_within_a_second_whatever_is_under_way() {
     let server = Server::start();
     server.latency(Duration::from_secs(4));
     let client = Client::new();
-    let line = client.remote.line(&endpoint(&server, json!({}))).unwrap();
+    let connection = client.remote.connection(&endpoint(&server, json!({}))).unwrap();
     let begun = Instant::now();
-    let stopped = line.complete(&crate::asks(&questions(9)), &crate::sampling(50), &mut |_| match begun.elapsed()
-        > Duration::from_millis(300)
-    {
-        true => Err(pipe::problem::Problem::new("test::stop", "stop")),
-        false => Ok(()),
-    });
+    let stopped =
+        connection.complete(&crate::asks(&questions(9)), &crate::sampling(50), &mut |_| match begun.elapsed()
+            > Duration::from_millis(300)
+        {
+            true => Err(pipe::problem::Problem::new("test::stop", "stop")),
+            false => Ok(()),
+        });
     assert_eq!(stopped.unwrap_err().code, "test::stop");
     assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
 }

@@ -82,7 +82,7 @@ impl Client {
     }
 
     fn complete(&self, endpoint: &Endpoint, questions: &[String], max_tokens: u64) -> Completions {
-        let line = self.remote.line(endpoint)?;
-        line.complete(&asks(questions), &sampling(max_tokens), &mut |_| Ok(()))
+        let connection = self.remote.connection(endpoint)?;
+        connection.complete(&asks(questions), &sampling(max_tokens), &mut |_| Ok(()))
     }
 }

@@ -58,8 +58,8 @@ fn samples_and_further_tries_are_requests_of_their_own_and_equal_ones_are_one() 
     let mut all = asks(&["same".to_string(), "same".to_string(), "same".to_string(), "same".to_string()]);
     all[2].sample = 1;
     all[3].attempt = 1;
-    let line = client.remote.line(&endpoint(&server, json!({}))).unwrap();
-    let made = line.complete(&all, &sampling(50), &mut |_| Ok(())).unwrap();
+    let connection = client.remote.connection(&endpoint(&server, json!({}))).unwrap();
+    let made = connection.complete(&all, &sampling(50), &mut |_| Ok(())).unwrap();
     assert_eq!(made.len(), 4);
     let seeds: std::collections::HashSet<u64> =
         server.asked().iter().map(|seen| seen.body["seed"].as_u64().unwrap()).collect();
@@ -126,10 +126,10 @@ fn offline_takes_what_is_there_and_asks_nobody() {
     let offline = pipe::remote::Remote::new(&client.folder.path().join("journal")).offline(true);
     // Not even a key is needed.
     let keyed = endpoint(&server, json!({"api_key_env": "NO_SUCH_VARIABLE_HERE"}));
-    let line = offline.line(&keyed).unwrap();
-    line.probe(&std::sync::atomic::AtomicBool::new(false)).unwrap();
-    assert_eq!(line.complete(&asks(&questions(3)), &sampling(50), &mut |_| Ok(())).unwrap().len(), 3);
-    let problem = line.complete(&asks(&questions(4)), &sampling(50), &mut |_| Ok(())).unwrap_err();
+    let connection = offline.connection(&keyed).unwrap();
+    connection.probe(&std::sync::atomic::AtomicBool::new(false)).unwrap();
+    assert_eq!(connection.complete(&asks(&questions(3)), &sampling(50), &mut |_| Ok(())).unwrap().len(), 3);
+    let problem = connection.complete(&asks(&questions(4)), &sampling(50), &mut |_| Ok(())).unwrap_err();
     assert_eq!(problem.code, "remote::offline");
     assert!(server.seen().is_empty());
 }

@@ -8,7 +8,7 @@ use serde_json::json;
 use std::sync::atomic::AtomicBool;
 
 fn probe(endpoint: &Endpoint) -> Result<(), Problem> {
-    Client::new().remote.line(endpoint)?.probe(&AtomicBool::new(false))
+    Client::new().remote.connection(endpoint)?.probe(&AtomicBool::new(false))
 }
 
 fn missing(endpoint: &Endpoint, code: &str) -> String {
@@ -21,9 +21,9 @@ fn missing(endpoint: &Endpoint, code: &str) -> String {
 fn a_model_that_is_listed_costs_nothing_to_find_and_is_looked_for_once() {
     let server = Server::start();
     let client = Client::new();
-    let line = client.remote.line(&endpoint(&server, json!({}))).unwrap();
+    let connection = client.remote.connection(&endpoint(&server, json!({}))).unwrap();
     for _ in 0..3 {
-        line.probe(&AtomicBool::new(false)).unwrap();
+        connection.probe(&AtomicBool::new(false)).unwrap();
     }
     let seen = server.seen();
     assert_eq!(seen.iter().map(|seen| seen.path.as_str()).collect::<Vec<_>>(), ["/v1/models"]);

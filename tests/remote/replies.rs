@@ -87,7 +87,7 @@ fn a_journal_that_is_cut_anywhere_costs_its_last_line_alone() {
     let whole = std::fs::read(&path).unwrap();
     let asks = crate::asks(&questions);
     let kept = |asks: &[Ask]| {
-        let line = Remote::new(&folder).offline(true).line(&endpoint).unwrap();
+        let line = Remote::new(&folder).offline(true).connection(&endpoint).unwrap();
         line.look().unwrap();
         asks.iter().filter(|ask| line.kept(ask, &sampling(10)).unwrap().is_some()).count()
     };

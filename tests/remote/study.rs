@@ -372,3 +372,48 @@ fn an_axis_may_name_the_endpoint() {
     let usage: Value = serde_json::from_str(&study.exported("answers[who=small]", "usage.json")).unwrap();
     assert_eq!((&usage["model"], usage.get("cost")), (&json!("teacher-small"), None));
 }
+
+/// Bytes in base64, less those at the end that depend on what follows.
+fn base64(bytes: &[u8]) -> String {
+    let letters: Vec<char> = ('A'..='Z').chain('a'..='z').chain('0'..='9').chain(['+', '/']).collect();
+    let group = |three: &[u8]| {
+        let bits = u32::from_be_bytes([0, three[0], three[1], three[2]]);
+        [18, 12, 6, 0].map(|shift| letters[(bits >> shift) as usize & 63])
+    };
+    bytes.chunks_exact(3).flat_map(group).collect()
+}
+
+#[test]
+fn no_log_and_no_timeline_at_any_level_holds_the_key() {
+    assert_eq!(base64(b"sk-0123"), "c2stMDEy");
+    let server = Server::start();
+    let study = Study::new(&server, 3);
+    for (asked, file) in [("trace", "all.json"), ("ureq=trace,ureq_proto=trace,rustls=trace,pipe=debug", "some.json")] {
+        study.forget();
+        let _ = std::fs::remove_dir_all(study.path("cache/journal"));
+        let output = study.command(&["run", "m.toml", "--trace", file]).env("RUST_LOG", asked).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let timeline = std::fs::read_to_string(study.path(file)).unwrap();
+        let log = String::from_utf8(output.stderr).unwrap();
+        for text in [&timeline, &log] {
+            let text: String = text.chars().filter(|c| !c.is_whitespace()).collect();
+            for at in 0..3 {
+                let (plain, coded) = (&KEY[at * 8..at * 8 + 8], base64(&KEY.as_bytes()[at..]));
+                assert!(!text.contains(plain) && !text.contains(&coded), "{plain} or {coded} in {text}");
+            }
+            assert!(!text.contains("Bearer") && !text.contains("authorization"), "{text}");
+        }
+        assert!(!log.contains("ureq"), "{log}");
+        let events: Vec<Value> = serde_json::from_str(&timeline).expect("an array of events");
+        let count = |name: &str, phase: &str| {
+            events.iter().filter(|event| event["name"] == name && event["ph"] == phase).count()
+        };
+        for (name, least) in [("run", 1), ("cell", 2), ("request", 3)] {
+            assert!(count(name, "B") >= least, "{name} in {timeline}");
+            assert_eq!(count(name, "B"), count(name, "E"), "{name} in {timeline}");
+        }
+        let cell = events.iter().find(|event| event["args"]["cell"] == "answers").expect("a span of the stage");
+        assert_eq!((&cell["name"], &cell["args"]["kind"]), (&json!("cell"), &json!("generate")));
+    }
+    assert!(server.seen().iter().any(|seen| seen.authorization.as_deref().is_some_and(|said| said.contains(KEY))));
+}

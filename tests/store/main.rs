@@ -187,3 +187,27 @@ fn the_collector_does_not_come_in_while_a_run_is_on() {
     assert_eq!((collected.records, collected.blobs), (1, 1));
     assert_eq!(store.get(&Digest::of(b"1")), Lookup::Unknown);
 }
+
+#[test]
+fn nobody_waits_for_the_index_while_another_process_has_its_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let _session = store.session().unwrap();
+    let fingerprint = Digest::of(b"f");
+    store.touch(&fingerprint, "sft[size=7B]", "sft");
+    let other = fs::File::create(dir.path().join("locks/index")).unwrap();
+    other.lock().unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        let flush = scope.spawn(|| store.flush());
+        // Long enough for it to wait; were it later, the test would see less.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        scope.spawn(|| tell.send(store.last("sft[size=7B]", "sft")));
+        let found = told.recv_timeout(std::time::Duration::from_secs(10));
+        assert!(!flush.is_finished());
+        other.unlock().unwrap();
+        assert_eq!(found, Ok(Some(fingerprint)));
+        flush.join().unwrap().unwrap();
+    });
+    assert!(fs::read_to_string(dir.path().join("index")).unwrap().contains("sft[size=7B]"));
+}

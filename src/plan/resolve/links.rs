@@ -5,7 +5,7 @@ use crate::manifest::task::{SCHEME, SHIPPED, Task};
 use crate::manifest::template::{self, Reference};
 use crate::manifest::{Arity, RefUse, Stage, choices, names_stage, words};
 use crate::plan::axes::{Domain, ValueId};
-use crate::plan::order::order;
+use crate::plan::graph::Graph;
 use crate::problem::{Exit, Problem};
 use std::collections::{BTreeSet, HashMap};
 
@@ -132,7 +132,7 @@ impl Resolver<'_> {
         let mut needs = needs.to_vec();
         let mut told = 0;
         loop {
-            let cycle = match order(&needs) {
+            let cycle = match Graph::new(needs.iter().cloned()).order() {
                 Ok(order) => return order,
                 Err(cycle) => cycle,
             };

@@ -6,7 +6,7 @@ use crate::manifest::template;
 use crate::manifest::value::{Node, Origin, Table, Value};
 use crate::manifest::{Arity, Check, Found, Layer, Mode, Step, Template, names_stage};
 use crate::plan::axes::{AxisId, Interner, Point, ValueId, at};
-use crate::plan::{Axes, AxisValue, Cell, CellId, Input, Source};
+use crate::plan::cell::{Axes, AxisValue, Cell, CellId, Input, Source};
 use crate::problem::Problem;
 use serde_json::Value as Json;
 use std::borrow::Cow;

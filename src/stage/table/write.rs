@@ -310,12 +310,8 @@ fn latex_escape(text: &str) -> String {
 
 /// One line of CSV (RFC 4180), quoted where needed.
 pub fn csv_line(fields: &[String]) -> String {
-    let quoted: Vec<String> = fields
-        .iter()
-        .map(|field| match field.contains([',', '"', '\n', '\r']) {
-            true => format!("\"{}\"", field.replace('"', "\"\"")),
-            false => field.clone(),
-        })
-        .collect();
-    format!("{}\n", quoted.join(","))
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    // Nothing keeps anyone from writing to memory.
+    let line = writer.write_record(fields).ok().and_then(|()| writer.into_inner().ok());
+    String::from_utf8(line.unwrap_or_default()).unwrap_or_default()
 }

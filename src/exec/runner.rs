@@ -1,0 +1,72 @@
+//! What does the work of a cell, and all it is given.
+
+use super::status::Survey;
+use crate::files::Files;
+use crate::manifest::spec::Params;
+use crate::plan::{Axes, Cell};
+use crate::problem::Problem;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+/// What does the work of a cell.
+pub trait Runner: Sync {
+    /// Asked once, when everything was looked at and before any stage runs: what it finds missing ends the run.
+    fn fits(&self, _: &Survey) -> Vec<Problem> {
+        Vec::new()
+    }
+
+    /// Leaves the files of the artifact in `task.out`. An error with [`crate::problem::Exit::Interrupted`] says that
+    /// the stage stopped because `task.stop` was set.
+    fn run(&self, cell: &Cell, task: &Task) -> Result<(), Problem>;
+
+    /// Asked once for each cell that is not fresh, before any of them runs: `Err` is something missing.
+    fn ready(&self, _cell: &Cell, _stop: &AtomicBool) -> Result<(), Problem> {
+        Ok(())
+    }
+}
+
+impl<F: Fn(&Cell, &Task) -> Result<(), Problem> + Sync> Runner for F {
+    fn run(&self, cell: &Cell, task: &Task) -> Result<(), Problem> {
+        self(cell, task)
+    }
+}
+
+/// All a stage may see of a run.
+pub struct Task<'a> {
+    /// `sft[size=7B]`, for messages only.
+    pub label: &'a str,
+    pub params: &'a Params,
+    /// By slot (dotted key), in the order of the plan's input.
+    pub inputs: BTreeMap<String, Vec<TaskInput>>,
+    /// By dotted key; none for sources whose text says all.
+    pub sources: BTreeMap<String, PathBuf>,
+    /// Empty; its files become the artifact when the runner returns `Ok`.
+    pub out: &'a Path,
+    /// Kept when the stage fails or is interrupted, given again to the next try of the same
+    /// fingerprint, removed when the artifact is published.
+    pub work: &'a Path,
+    pub progress: &'a dyn Progress,
+    /// Set when the user asks to stop.
+    pub stop: &'a AtomicBool,
+}
+
+/// An artifact given to a stage; its files were verified.
+pub struct TaskInput {
+    pub stage: String,
+    pub kind: &'static str,
+    pub axes: Axes,
+    pub files: Files,
+}
+
+/// What a stage reports while it runs.
+pub trait Progress: Sync {
+    /// Work known in advance: `total` of `unit`.
+    fn begin(&self, total: u64, unit: &'static str);
+    /// Done so far, out of `total`.
+    fn at(&self, done: u64);
+    /// A short line of numbers beside the bar.
+    fn note(&self, text: &str);
+    /// Something to know after the run too; kept in the record.
+    fn warn(&self, text: &str);
+}
