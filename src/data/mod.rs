@@ -13,6 +13,7 @@ pub mod inspect;
 pub mod order;
 pub mod records;
 pub mod segments;
+pub mod template;
 pub mod tokenizer;
 
 pub use order::{batches, epoch_order, equal_parts, micro_batches};
