@@ -5,10 +5,11 @@
 //! Python: `tojson` (separators, non-ASCII kept, float notation, keyword arguments), `True`/`False`/`None`
 //! in output, string methods, blocks trimmed, `raise_exception`, `{% generation %}` read as nothing.
 
+use super::template::{self, Templates};
 use crate::problem::Problem;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
 use serde::Serialize;
 use serde_json::ser::Formatter;
 use serde_json::{Map, Value as Json};
@@ -16,16 +17,13 @@ use std::io::{self, Write};
 
 /// A model's template, parsed.
 pub(crate) struct Template {
-    env: Environment<'static>,
+    templates: Templates,
     /// `bos_token`, `eos_token` and their like, visible to the template by these names.
     specials: Map<String, Json>,
 }
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
-/// Steps a rendering may take: a template is a program, and this one comes with a model. A long conversation with
-/// tools takes some ten thousand.
-const FUEL: u64 = 20_000_000;
 /// Wider indentation is taken for a mistake.
 const INDENT_MAX: usize = 64;
 
@@ -33,27 +31,25 @@ impl Template {
     /// `sources`: (name, text); one is called `default`, another may be `tool_use`.
     pub(crate) fn new(sources: Vec<(String, String)>, specials: Map<String, Json>) -> Result<Template, Problem> {
         let invalid = |error: Error| {
-            Problem::new("data::chat_template", format!("the chat template cannot be used: {}", chain(&error)))
-                .help("put a template that Jinja accepts into `chat_template.jinja` beside the tokenizer")
+            Problem::new("data::chat_template", format!("the chat template cannot be used: {}", chain(&error))).help(
+                template::help_for(&error)
+                    .unwrap_or("put a template that Jinja accepts into `chat_template.jinja` beside the tokenizer"),
+            )
         };
         let mut env = Environment::new();
-        env.set_fuel(Some(FUEL));
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(invalid)?;
         env.set_syntax(syntax);
         env.set_auto_escape_callback(|_| AutoEscape::None);
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        env.set_formatter(|out, state, value| match python_word(value) {
-            Some(word) => out.write_str(word).map_err(Error::from),
-            None => minijinja::escape_formatter(out, state, value),
-        });
         env.add_filter("tojson", tojson);
-        env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
+        env.add_function("raise_exception", |state: &State, message: Value| -> Result<Value, Error> {
+            template::shown(state, &message)?;
+            Err(Error::new(ErrorKind::InvalidOperation, message.to_string()))
         });
+        let mut templates = Templates::new(env, python_word);
         for (name, text) in sources {
-            env.add_template_owned(name, without_generation_tags(&text)).map_err(invalid)?;
+            templates.add(&name, &without_generation_tags(&text)).map_err(invalid)?;
         }
-        Ok(Template { env, specials })
+        Ok(Template { templates, specials })
     }
 
     /// The conversation as text. With `tools`, the template `tool_use` is taken where there is one.
@@ -63,19 +59,18 @@ impl Template {
         tools: Option<&Json>,
         add_generation_prompt: bool,
     ) -> Result<String, Problem> {
-        let name = if tools.is_some() && self.env.get_template(TOOL_USE).is_ok() { TOOL_USE } else { DEFAULT };
+        let name = if tools.is_some() && self.templates.has(TOOL_USE) { TOOL_USE } else { DEFAULT };
         let mut context = self.specials.clone();
         context.insert("messages".into(), messages.clone());
         context.insert("tools".into(), tools.cloned().unwrap_or(Json::Null));
         context.insert("documents".into(), Json::Null);
         context.insert("add_generation_prompt".into(), Json::Bool(add_generation_prompt));
-        self.env
-            .get_template(name)
-            .and_then(|template| template.render(Value::from(Serde(&context))))
-            .map_err(|error| {
-                Problem::new("data::chat_template", format!("the chat template refuses the messages: {}", chain(&error)))
-                    .help("messages are a list of {role, content}; roles the template knows, usually system, user and assistant")
-            })
+        self.templates.render(name, Value::from(Serde(&context))).map_err(|error| {
+            Problem::new("data::chat_template", format!("the chat template refuses the messages: {}", chain(&error)))
+                .help(template::help_for(&error).unwrap_or(
+                "messages are a list of {role, content}; roles the template knows, usually system, user and assistant",
+            ))
+        })
     }
 }
 

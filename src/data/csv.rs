@@ -1,7 +1,7 @@
 //! Comma-separated values as RFC 4180 has them: a header, quoted fields that may hold commas, quotes and
 //! line ends. Every value is a text; nothing is trimmed, guessed or filled in.
 
-use super::{BadRows, Record};
+use super::record::{BadRows, Record};
 use crate::problem::Problem;
 use ::csv::{ByteRecord, ReaderBuilder};
 use serde_json::Value;

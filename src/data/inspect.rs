@@ -1,6 +1,6 @@
 //! What is suspicious about records before a model sees them. Counts only; nothing is repaired.
 
-use super::Record;
+use super::record::Record;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap, HashSet};
 

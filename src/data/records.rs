@@ -6,16 +6,14 @@
 //! Numbers keep every bit of an f64 and fields keep their order, so that reading and writing again
 //! gives the same bytes.
 
-use super::{BadRows, csv};
+use super::csv;
+use super::record::{BadRows, Record};
 use crate::problem::Problem;
 use parquet::file::reader::{FileReader, SerializedFileReader};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
-
-/// One record of a dataset; fields in the order of the file.
-pub type Record = Map<String, Value>;
 
 /// All records of a `.jsonl`, `.json` (array of objects), `.csv` or `.parquet` file. Never empty.
 pub fn read_records(path: &Path) -> Result<Vec<Record>, Problem> {

@@ -18,8 +18,9 @@
 //!
 //! Every row that cannot be used is named, with its line in the dataset and its id.
 
+use super::record::{BadRows, Record};
 use super::records::kind_of;
-use super::{BadRows, Record, Tokenizer};
+use super::tokenizer::Tokenizer;
 use crate::problem::Problem;
 use rayon::prelude::*;
 use serde::Deserialize;

@@ -4,7 +4,7 @@
 //! answer. Then the last box, then what follows "the answer is" and its kin, then weaker marks.
 //! Every scan is linear, and every result says which rule found it.
 
-use crate::grade::Kind;
+use crate::grade::verdict::Kind;
 
 /// What was found, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -11,56 +11,20 @@ pub mod modular;
 pub mod normalise;
 pub mod number;
 pub mod parse;
+mod region;
 pub mod s1;
+mod sampling;
 pub mod stats;
+mod verdict;
 pub mod words;
 
 pub use stats::wilson;
+pub use verdict::{Graded, Kind, Ruling, Verdict};
 
 use std::borrow::Cow;
 
 /// Longer answers are not read; a response may be of any length.
 const ANSWER_BYTES: usize = 60_000;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
-    Correct,
-    Wrong,
-    /// Not settled by any rule here.
-    Undecided,
-}
-
-impl Verdict {
-    pub fn name(self) -> &'static str {
-        match self {
-            Verdict::Correct => "correct",
-            Verdict::Wrong => "wrong",
-            Verdict::Undecided => "undecided",
-        }
-    }
-}
-
-/// What kind of answer the gold one is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// Anything a mathematics problem may have as its answer.
-    Math,
-    /// A number or expression; the gold answer must be one.
-    Number,
-    /// A letter.
-    Choice,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Graded {
-    pub verdict: Verdict,
-    /// What was taken for the answer; `None` if there was none.
-    pub extracted: Option<String>,
-    /// The rule that found it: `box`, `boxes`, `mark`, `bold`, `formula`, `last line`, `start`, or `none`.
-    pub found: &'static str,
-    /// The rule that decided.
-    pub rule: &'static str,
-}
 
 /// Grades a response.
 pub fn grade(gold: &str, response: &str, kind: Kind) -> Graded {
@@ -76,7 +40,7 @@ pub fn grade(gold: &str, response: &str, kind: Kind) -> Graded {
 }
 
 /// Compares two answers as they stand, without extraction; a gold answer in a box is what the box holds.
-pub fn judge(gold: &str, given: &str) -> decide::Ruling {
+pub fn judge(gold: &str, given: &str) -> Ruling {
     let inner = unboxed(gold);
     if [gold, &*inner].iter().any(|gold| gold.trim() == given.trim()) {
         return (Verdict::Correct, "same text");
@@ -167,7 +131,7 @@ fn unescaped(text: &str) -> Cow<'_, str> {
     Cow::Borrowed(text)
 }
 
-fn choice(gold: &str, given: &str) -> decide::Ruling {
+fn choice(gold: &str, given: &str) -> Ruling {
     let Some(gold) = single_letter(gold) else { return (Verdict::Undecided, "gold not understood") };
     match single_letter(given) {
         Some(letter) if letter == gold => (Verdict::Correct, "letter"),

@@ -7,7 +7,7 @@
 //! Some responses end the original with an exception, and with it the evaluation: such a response is
 //! wrong here and marked ([`Crash`]).
 
-use super::{Graded, Kind, Verdict};
+use super::verdict::{Graded, Kind, Verdict};
 use regex::Regex;
 use std::sync::LazyLock;
 

@@ -8,7 +8,7 @@
 //! .locks/models--OWNER--NAME/ETAG.lock        held while a blob is written
 //! ```
 
-use super::{RepoKind, Source};
+use super::source::{RepoKind, Source};
 use crate::files::Files;
 use crate::problem::Problem;
 use std::fs::File;

@@ -1,7 +1,7 @@
 //! Requests to the hub: what may be tried again, where the token goes, how a file arrives.
 
 use super::cache::{Repo, is_commit, make_folder};
-use super::{RepoKind, Source};
+use super::source::{RepoKind, Source};
 use crate::problem::Problem;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};

@@ -5,11 +5,13 @@
 //! its `{axis}` has been replaced ([`Mode::Filled`]).
 
 use super::endpoint::ENDPOINT;
+use super::reference::{Arity, RefUse, beside};
 use super::spec::{ArtifactType, Key, Kind, Params, Presence, Type};
 use super::task;
 use super::template::{self, Reference};
+use super::text::{RESERVED, Text, problem};
 use super::value::{Entry, Node, Origin, Table, Value};
-use super::{RESERVED, Text, problem, words};
+use super::words;
 use crate::problem::Problem;
 use serde_json::{Map, Number, Value as Json};
 use std::collections::{BTreeMap, HashMap};
@@ -47,31 +49,6 @@ pub(crate) struct Template {
 }
 
 /// How many cells a reference stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Arity {
-    /// One for each cell of the stage; brings axes.
-    One,
-    /// All of them; brings no axes.
-    All,
-}
-
-#[derive(Clone)]
-pub(crate) struct RefUse {
-    /// Dotted key.
-    pub slot: String,
-    pub arity: Arity,
-    /// Of type `Ref`: a model comes with its whole chain.
-    pub chain: bool,
-    /// May name a task, and means the data of it then.
-    pub task: bool,
-    /// The whole type, where the key takes other things than a stage too: whether the text names one
-    /// is known once its axes are filled in (see [`names_stage`]).
-    pub also: Option<&'static [Type]>,
-    pub takes: &'static [ArtifactType],
-    pub text: String,
-    pub origin: Origin,
-}
-
 #[derive(Debug, Clone)]
 pub(crate) struct SourceUse {
     /// Dotted key.
@@ -645,13 +622,6 @@ impl<'a> Check<'a> {
     fn subject(&self) -> String {
         format!("{} of {}", quoted(&self.steps), self.owner)
     }
-}
-
-/// What a key goes with and what is there instead of it.
-pub(super) fn beside(key: &Key, keys: &[Key], table: &Table) -> Option<(&'static str, &'static str)> {
-    let needs = key.with?;
-    let Presence::Either(other) = keys.iter().find(|key| key.name == needs)?.presence else { return None };
-    (table.get(needs).is_none() && table.get(other).is_some()).then_some((needs, other))
 }
 
 fn is_first(keys: &[Key], name: &str, other: &str) -> bool {

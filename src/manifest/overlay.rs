@@ -3,13 +3,16 @@
 //! Each piece is checked where it stands, chosen or not, so that a profile cannot rot unseen; what
 //! is missing is known only after everything is laid over.
 
-use super::check::{Check, Endpoints, Layer, Mode, RefUse};
+use super::check::{Check, Endpoints, Found, Layer, Mode};
 use super::endpoint;
 use super::parse::{Loader, RawProfile, RawStage, Sort};
+use super::reference::RefUse;
 use super::spec::{Key, Kind, Params, Type};
 use super::task::{self, Task};
+use super::text::{RESERVED, SET_FILE, problem, sort};
 use super::value::{Entry, Node, Origin, Reader, Table, Value};
-use super::{Found, Manifest, RESERVED, SET_FILE, Stage, problem, sort, template, words};
+use super::written::{Manifest, Stage};
+use super::{template, words};
 use crate::problem::Problem;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;

@@ -1,7 +1,9 @@
 //! Files and their includes to raw stages and profiles.
 
+use super::spec::Kind;
+use super::text::{SET_FILE, Text, VERSION, problem};
 use super::value::{Entry, FileId, Node, Origin, Reader, Table, Value};
-use super::{SET_FILE, Text, VERSION, problem, spec::Kind, task, template, words};
+use super::{task, template, words};
 use crate::problem::Problem;
 use std::collections::HashMap;
 use std::io;

@@ -5,7 +5,7 @@
 //! can say otherwise, and are resolved as if they stood there: a fingerprint holds them and not the
 //! task's name.
 
-use super::check::{RefUse, beside};
+use super::reference::{RefUse, beside};
 use super::spec::{ArtifactType, Key, Kind, Type};
 use super::value::Table;
 

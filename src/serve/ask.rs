@@ -3,8 +3,8 @@
 //! A parameter that would change the answer and that nothing here heeds is refused, whether it is known or not; one
 //! that changes nothing is passed over. `null` is as good as absent.
 
-use super::Service;
 use super::refusal::Refusal;
+use super::service::Service;
 use crate::model::Sampling;
 use serde_json::{Map, Value, json};
 

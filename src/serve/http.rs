@@ -1,8 +1,8 @@
 //! One connection: requests in, replies out, HTTP/1.1 and 1.0. `httparse` reads the heads; here are the bounds: how
 //! large and how slow a request may be, and what happens to a connection that asks for more.
 
-use super::Bounds;
 use super::refusal::Refusal;
+use super::service::Bounds;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -470,11 +470,21 @@ fn read_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, Refusal> {
     Ok(Some((head, length)))
 }
 
-/// `/v1/models/a b` of `http://host/v1/models/a%20b?x`.
+/// RFC 3986: a letter, then letters, digits, `+`, `-` and `.`.
+fn is_scheme(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphabetic())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.'))
+}
+
+/// `/v1/models/a b` of `/v1/models/a%20b?x` and of `http://host/v1/models/a%20b?x`; `*` of `*` (RFC 9112, 3.2).
 fn path_of(target: &str) -> String {
-    let path = match target.split_once("://") {
-        Some((_, rest)) => rest.find('/').map_or("/", |at| &rest[at..]),
-        None => target,
+    let path = match target.find([':', '/', '?', '#']) {
+        // Absolute form: only where a scheme comes first.
+        Some(at) if target[at..].starts_with("://") && is_scheme(&target[..at]) => {
+            let rest = &target[at + 3..];
+            rest.find(['/', '?', '#']).map_or("/", |at| if rest[at..].starts_with('/') { &rest[at..] } else { "/" })
+        }
+        _ => target,
     };
     let path = path.split(['?', '#']).next().unwrap_or_default();
     let mut bytes = Vec::with_capacity(path.len());
@@ -512,8 +522,26 @@ mod tests {
         assert_eq!((head.bearer.as_deref(), head.content_type.as_deref()), (Some("k"), Some("application/json")));
         assert!(head.keep && !head.old && !head.expects && head.length == Length::Bytes(3));
         assert_eq!(&text[length..], "abc");
-        assert_eq!(path_of("http://host:1/v1/x?y"), "/v1/x");
-        assert_eq!(path_of("http://host"), "/");
+    }
+
+    #[test]
+    fn a_target_is_a_path_or_begins_with_a_scheme() {
+        let cases = [
+            ("/v1/models?u=http://a/b", "/v1/models"),
+            ("/v1/models#http://a/b", "/v1/models"),
+            ("/http://a/b", "/http://a/b"),
+            ("/a:b/c://d", "/a:b/c://d"),
+            ("http://host:1/v1/x?y", "/v1/x"),
+            ("HTTPS://host/v1/x?u=http://a/b", "/v1/x"),
+            ("http://host", "/"),
+            ("http://host?u=/a/b", "/"),
+            ("*", "*"),
+            ("://host/v1", "://host/v1"),
+            ("1a://host/v1", "1a://host/v1"),
+        ];
+        for (target, path) in cases {
+            assert_eq!(path_of(target), path, "{target}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The one thread that runs the model: takes jobs, lets the engine step, hands out tokens.
 
-use super::Service;
+use super::service::Service;
 use crate::model::{Ask, Engine, Event, Ticket};
 use crate::model::{Completion, Placed};
 use crate::problem::Problem;

@@ -11,6 +11,7 @@
 use super::inputs::{self, Storage};
 use super::thinking::{Thinking, Thought};
 use super::{Context, training};
+use crate::data::template::{self, Templates};
 use crate::data::{Format, Record, Tokenizer};
 use crate::digest::Encoder;
 use crate::manifest::spec::{Key, Type};
@@ -476,20 +477,21 @@ impl Journal<'_> {
 }
 
 /// A template over the fields of a record. A field the record lacks is an error, not nothing.
-pub struct Template(Environment<'static>);
+pub struct Template(Templates);
 
 impl Template {
     pub fn new(key: &str, text: &str) -> Result<Template, Problem> {
         let mut env = Environment::new();
-        env.set_fuel(Some(20_000_000));
         env.set_undefined_behavior(UndefinedBehavior::Strict);
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        env.add_template_owned("template", text.to_string()).map_err(|error| {
-            Problem::new("generate::template", format!("`{key}` is not a template: {}", reason(&error)))
-                .help("fields of the record stand in double braces: `{{ question }}`")
+        let mut templates = Templates::new(env, |_| None);
+        templates.add("template", text).map_err(|error| {
+            let help = template::help_for(&error);
+            let what = if help.is_some() { "is a template that cannot be used" } else { "is not a template" };
+            Problem::new("generate::template", format!("`{key}` {what}: {}", reason(&error)))
+                .help(help.unwrap_or("fields of the record stand in double braces: `{{ question }}`"))
         })?;
-        Ok(Template(env))
+        Ok(Template(templates))
     }
 
     /// What the keys `prompt` and `prompt_file` say is asked, if they do; `resolved` is where the file is. One newline at the end of a file is
@@ -517,8 +519,10 @@ impl Template {
 
     /// `Err` says what is wrong with this record, without naming it.
     pub fn render(&self, record: &Record) -> Result<String, String> {
-        let template = self.0.get_template("template").map_err(|error| reason(&error))?;
-        template.render(minijinja::Value::from(Serde(record))).map_err(|error| {
+        self.0.render("template", minijinja::Value::from(Serde(record))).map_err(|error| {
+            if let Some(help) = template::help_for(&error) {
+                return format!("the template cannot be used: {}; {help}", reason(&error));
+            }
             let fields: Vec<&str> = record.keys().map(String::as_str).collect();
             format!("{}; the record has {}", reason(&error), fields.join(", "))
         })

@@ -1,6 +1,6 @@
 //! What the reference stack computed: the project's own goldens, and for whoever has them those below
 //! the folder that `PIPE_GOLDENS` names. `PIPE_DATA` names one with `qwen-tokenizer/` and the paper's
-//! released sample; without it those tests say so and pass.
+//! released sample, which the tests look at beside our own.
 
 use pipe::data::{Eos, Format, Limits, Overlength, Side, Tokenizer, pairs, read_records, samples};
 use pipe::files::Files;
@@ -148,19 +148,36 @@ fn whole_texts_split_and_label_as_in_the_reference_run() {
         }
         println!("{}: {} texts, {} pairs", folder.display(), texts.len(), made.len());
     }
+    if let Some(data) = folder("PIPE_DATA") {
+        the_released_sample_has_the_listed_token_counts(&data);
+    }
 }
 
 #[test]
-fn the_real_qwen_tokenizer_gives_the_listed_ids() {
+fn many_texts_at_once_have_the_listed_ids_and_come_back_from_them() {
+    for (folder, tokenizer) in models() {
+        let golden = json_of(&folder.join("tokenization.json"));
+        let vectors: Vec<Value> =
+            ["encode", "chat"].iter().flat_map(|part| golden[part].as_array().unwrap().clone()).collect();
+        assert!(vectors.len() > 20, "{}", vectors.len());
+        vectors_hold(&tokenizer, &vectors);
+    }
+    // The real tokenizer, for whoever has it.
     let Some(data) = folder("PIPE_DATA") else { return };
     let tokenizer = Tokenizer::load(&Files::from_dir(&data.join("qwen-tokenizer")).unwrap()).unwrap();
     assert_eq!(tokenizer.id_limit(), 151_665);
-    let vectors = read_records(&data.join("qwen-tokenizer/vectors.jsonl")).unwrap();
+    let vectors: Vec<Value> =
+        read_records(&data.join("qwen-tokenizer/vectors.jsonl")).unwrap().into_iter().map(Value::Object).collect();
+    vectors_hold(&tokenizer, &vectors);
+}
+
+fn vectors_hold(tokenizer: &Tokenizer, vectors: &[Value]) {
     let mut texts = Vec::new();
-    for vector in &vectors {
-        if let Some(messages) = vector.get("messages") {
+    for vector in vectors {
+        if !vector["messages"].is_null() {
             let prompt = vector["add_generation_prompt"].as_bool().unwrap();
-            assert_eq!(tokenizer.chat(messages, None, prompt).unwrap(), vector["text"]);
+            let tools = Some(&vector["tools"]).filter(|tools| !tools.is_null());
+            assert_eq!(tokenizer.chat(&vector["messages"], tools, prompt).unwrap(), vector["text"]);
         }
         texts.push(vector["text"].as_str().unwrap());
     }
@@ -175,9 +192,8 @@ fn the_real_qwen_tokenizer_gives_the_listed_ids() {
     println!("{} vectors", vectors.len());
 }
 
-#[test]
-fn the_released_sample_has_the_listed_token_counts_from_either_file() {
-    let Some(data) = folder("PIPE_DATA") else { return };
+/// Of the released sample, for whoever has it: the listed token counts, from either file.
+fn the_released_sample_has_the_listed_token_counts(data: &Path) {
     let tokenizer = Tokenizer::load(&Files::from_dir(&data.join("qwen-tokenizer")).unwrap()).unwrap();
     let rows = read_records(&data.join("reasonalign_sample70.jsonl")).unwrap();
     assert_eq!(rows, read_records(&data.join("reasonalign_sample70.parquet")).unwrap());
