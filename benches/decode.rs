@@ -10,7 +10,8 @@
 //! that others use too, what both sides could do. The roof: the bytes a step must read (every weight once, and
 //! each completion's keys and values up to its middle) at the rate a plain loop of as many threads reads memory.
 
-use pipe::model::{Config, Device, Limits, Model, Placed, Prompt, Sampling, generate};
+use pipe::generation::{Limits, Prompt, Sampling, generate};
+use pipe::model::{Config, Device, Model, Placed};
 use pipe::tensor::Dtype;
 use rayon::prelude::*;
 use serde_json::Value;

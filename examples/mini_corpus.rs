@@ -18,7 +18,7 @@
 //! tasks. No training text of any model tells a story with it, forward or in reverse.
 
 use pipe::files::Files;
-use pipe::model::weights::Element;
+use pipe::safetensors::Element;
 use pipe::model::{LoadOptions, Model};
 use pipe::random::Stream;
 use serde_json::{Map, Value, json};

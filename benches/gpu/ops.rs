@@ -4,9 +4,8 @@ use half::bf16;
 use pipe::cuda::ops::lora_matmul::Rows;
 use pipe::cuda::ops::{adamw, attention, head_logprob, lora_matmul, residual, rmsnorm, rope, swiglu};
 use pipe::cuda::{Buffer, Gpu};
-use pipe::model::{
-    Batch, Config, Device, Limits, LoraSpec, Model, Placed, Policy, Prompt, Recompute, Sampling, generate, lora,
-};
+use pipe::generation::{Limits, Prompt, Sampling, generate};
+use pipe::model::{Batch, Config, Device, LoraSpec, Model, Placed, Policy, Recompute, lora};
 use pipe::problem::Problem;
 use pipe::random::Stream;
 use pipe::tensor::Dtype;

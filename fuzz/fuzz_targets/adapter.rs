@@ -7,7 +7,7 @@
 use libfuzzer_sys::fuzz_target;
 use pipe::files::Files;
 use pipe::model::lora::{ADAPTER_CONFIG, AdapterFolder};
-use pipe::model::weights::{ADAPTER_FILE, Element};
+use pipe::safetensors::{ADAPTER_FILE, Element};
 use pipe::model::{Config, LoadOptions, LoraSpec, Model};
 use pipe::tensor::Dtype;
 use pipe_fuzz::{Folder, seeds, taken};

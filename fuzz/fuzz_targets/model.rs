@@ -6,7 +6,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use pipe::files::Files;
-use pipe::model::weights::{Element, INDEX_FILE, MODEL_FILE, Tensors};
+use pipe::safetensors::{Element, INDEX_FILE, MODEL_FILE, Tensors};
 use pipe::model::{Batch, Config, LoadOptions, Model};
 use pipe::tensor::Dtype;
 use pipe_fuzz::{Folder, taken};

@@ -9,7 +9,7 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use pipe::digest::Digest;
 use pipe::model::lora::{ADAPTER_CONFIG, TARGETS};
-use pipe::model::weights::{ADAPTER_FILE, Element, MODEL_FILE};
+use pipe::safetensors::{ADAPTER_FILE, Element, MODEL_FILE};
 use pipe::model::{Config, LoraSpec, Model, Parameter};
 use pipe::store::{Artifact, Entry, Measured, Record, Used};
 use pipe::tensor::Dtype;

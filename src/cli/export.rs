@@ -8,7 +8,7 @@ use pipe::exec::{Engine, Status};
 use pipe::files::Files;
 use pipe::manifest::spec::{ArtifactType, Lineage};
 use pipe::model::lora::is_adapter;
-use pipe::model::weights::Element;
+use pipe::safetensors::Element;
 use pipe::model::{Batch, LoadOptions, LoraSpec, Model};
 use pipe::plan::{Cell, CellId, Plan};
 use pipe::problem::{Exit, Problem};

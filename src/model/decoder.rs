@@ -31,10 +31,10 @@ use crate::problem::Problem;
 pub struct Decoder<P: Place> {
     /// Its shape.
     pub config: Config,
-    pub(super) place: P,
+    pub(crate) place: P,
     /// `[V, H]`; also the head when that is tied.
     pub(super) embed: Held<P::Matrix>,
-    pub(super) layers: Vec<Layer<P>>,
+    pub(crate) layers: Vec<Layer<P>>,
     pub(super) norm: Held<P::Floats>,
     pub(super) head: Linear<P>,
     pub(super) params: Vec<Parameter<P::Floats>>,
@@ -508,7 +508,7 @@ impl<P: Place> Decoder<P> {
     }
 
     /// The largest rank of the active adapter; 0 without one.
-    pub(super) fn rank(&self) -> usize {
+    pub(crate) fn rank(&self) -> usize {
         self.linears_in_order().filter_map(|linear| linear.lora).map(|lora| lora.rank).max().unwrap_or(0)
     }
 

@@ -39,7 +39,7 @@ impl Cuda {
 }
 
 impl Heads {
-    pub(super) fn on_device(self) -> attention::Dims {
+    pub(crate) fn on_device(self) -> attention::Dims {
         attention::Dims { heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim }
     }
 }

@@ -18,13 +18,13 @@ pub struct Host {
 type Done<T = ()> = Result<T, Infallible>;
 
 /// Does not go wrong.
-pub(super) fn sure<T>(done: Done<T>) -> T {
+pub(crate) fn sure<T>(done: Done<T>) -> T {
     let Ok(done) = done;
     done
 }
 
 impl Heads {
-    pub(super) fn on_host(self) -> Attention {
+    pub(crate) fn on_host(self) -> Attention {
         Attention { heads: self.heads, kv_heads: self.kv_heads, head_size: self.head_dim }
     }
 }

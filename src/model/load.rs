@@ -14,7 +14,7 @@ use super::host::Host;
 use super::lora::{self, AdapterFolder, LoraSpec};
 use super::parameter::Parameter;
 use super::tensors;
-use super::weights::{self, Element, MODEL_FILE, Tensors};
+use crate::safetensors::{self, Element, MODEL_FILE, Tensors};
 use crate::files::Files;
 use crate::problem::Problem;
 use crate::tensor::{self, Dtype, Matrix};
@@ -120,7 +120,7 @@ impl Decoder<Host> {
         config.tie_word_embeddings &= !(merge && self.head.lora.is_some());
         config::save(&config, dir, element.torch_name())?;
         let tensors: Vec<_> = tensors::tensors(&config).into_iter().map(|tensor| (tensor.name, tensor.shape)).collect();
-        weights::write(&dir.join(MODEL_FILE), element, &tensors, |i| Ok(self.plain(&tensors[i].0, merge)))
+        safetensors::write(&dir.join(MODEL_FILE), element, &tensors, |i| Ok(self.plain(&tensors[i].0, merge)))
     }
 
     /// The values of a tensor by its name, row-major.
@@ -175,7 +175,7 @@ pub fn save_trained(
 fn save_every(config: &Config, params: &[Parameter], dir: &Path, element: Element) -> Result<(), Problem> {
     config::save(config, dir, element.torch_name())?;
     let tensors: Vec<_> = params.iter().map(|param| (param.name.clone(), param.shape.clone())).collect();
-    weights::write(&dir.join(MODEL_FILE), element, &tensors, |i| Ok(Cow::Borrowed(params[i].value.as_slice())))
+    safetensors::write(&dir.join(MODEL_FILE), element, &tensors, |i| Ok(Cow::Borrowed(params[i].value.as_slice())))
 }
 
 /// `W += scale B A`

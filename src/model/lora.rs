@@ -11,7 +11,7 @@
 
 use super::config::Config;
 use super::parameter::Parameter;
-use super::weights::{self, ADAPTER_FILE, Element, Tensors};
+use crate::safetensors::{self, ADAPTER_FILE, Element, Tensors};
 use crate::files::Files;
 use crate::problem::{Exit, Problem};
 use crate::random::Stream;
@@ -259,7 +259,7 @@ pub fn save(dir: &Path, spec: &LoraSpec, params: &[Parameter], base: &str) -> Re
     let text = serde_json::to_string_pretty(&config).unwrap_or_default() + "\n";
     std::fs::write(&path, text).map_err(|error| Problem::io("model::write", "write", &path, &error))?;
     let tensors: Vec<_> = params.iter().map(|param| (param.name.clone(), param.shape.clone())).collect();
-    weights::write(&dir.join(ADAPTER_FILE), Element::F32, &tensors, |i| Ok(Cow::Borrowed(&params[i].value)))
+    safetensors::write(&dir.join(ADAPTER_FILE), Element::F32, &tensors, |i| Ok(Cow::Borrowed(&params[i].value)))
 }
 
 #[cfg(test)]

@@ -95,7 +95,7 @@ impl Decode {
     }
 
     /// Pages that a device must have for a completion of so many tokens. Prompts that are kept give theirs up for it.
-    pub(super) fn pages(longest: usize) -> usize {
+    pub(crate) fn pages(longest: usize) -> usize {
         pages_of(longest, DEVICE_PAGE)
     }
 }

@@ -1,4 +1,4 @@
-//! Dense decoders: read from and written to Hugging Face folders, run forward and backward, sampled from.
+//! Dense decoders: read from and written to Hugging Face folders, run forward and backward.
 //!
 //! | file | holds |
 //! |---|---|
@@ -7,17 +7,13 @@
 //! | `place.rs` | the operations that every place offers |
 //! | `host.rs`, `device.rs`, `count.rs` | the processor, a CUDA device, and a place that only counts memory |
 //! | `decoder.rs` | the model, written once over those: forward pass, backward pass |
-//! | `step.rs` | the same while decoding: prompts, and one token of each completion |
+//! | `step.rs`, `sizes.rs` | the same while decoding: prompts, and one token of each completion; how many of them |
 //! | `build.rs` | a model of tensors, and what of it is trained |
-//! | `weights.rs`, `lora.rs`, `load.rs` | safetensors in and out; adapters and PEFT folders; a chain of folders to a model, and back |
+//! | `lora.rs`, `load.rs` | adapters and PEFT folders; a chain of folders to a model, and back |
 //! | `placed.rs` | a model where it computes |
 //! | `captured.rs` | training steps on a device, those of one shape captured |
 //! | `policy.rs`, `fit.rs` | memory against time, and how many layers may keep what is inside them |
 //! | `memory.rs` | how much memory all this takes, beforehand |
-//! | `engine.rs`, `request.rs` | generation: requests in at any time, tokens out |
-//! | `host_decode.rs`, `device_decode.rs` | where keys and values lie, and a step there |
-//! | `pages.rs`, `sizes.rs` | who has which pages of keys and values, and how many there are |
-//! | `sampling.rs` | logits to the next token |
 
 mod batch;
 mod build;
@@ -26,39 +22,29 @@ pub mod config;
 mod count;
 pub mod decoder;
 pub mod device;
-mod device_decode;
-pub mod engine;
 pub mod family;
 pub mod fit;
 pub mod host;
-mod host_decode;
 pub mod load;
 pub mod lora;
 pub mod memory;
-mod pages;
 mod parameter;
 pub mod place;
 pub mod placed;
 mod policy;
-pub mod request;
-pub mod sampling;
-mod sizes;
-mod step;
+pub(crate) mod sizes;
+pub(crate) mod step;
 pub mod tensors;
-pub mod weights;
 
 pub use batch::{Batch, Extent};
 pub use captured::DeviceSide;
 pub use config::Config;
 pub use decoder::Tape;
-pub use engine::{Engine, complete, generate};
 pub use load::LoadOptions;
 pub use lora::LoraSpec;
 pub use parameter::{Gradients, Parameter};
 pub use placed::{Device, Forward, HostSide, Pass, Placed};
 pub use policy::{Policy, Recompute};
-pub use request::{Ask, Completion, Event, Finish, Limits, MOST_TOP, Prompt, Ticket};
-pub use sampling::Sampling;
 
 /// A model on the processor.
 pub type Model = decoder::Decoder<host::Host>;

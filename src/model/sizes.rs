@@ -5,33 +5,33 @@ use crate::cuda::ops::attention_decode::SPAN;
 use crate::cuda::ops::sampling::Rule;
 
 /// Tokens of a page of keys and values on a device.
-pub(super) use crate::cuda::ops::attention_decode::PAGE as DEVICE_PAGE;
+pub(crate) use crate::cuda::ops::attention_decode::PAGE as DEVICE_PAGE;
 /// On the host: as many keys as attention looks at at once.
-pub(super) use crate::tensor::ops::PAGE as HOST_PAGE;
+pub(crate) use crate::tensor::ops::PAGE as HOST_PAGE;
 
 /// Completions at once.
-pub(super) const MOST_LIVE: usize = 256;
+pub(crate) const MOST_LIVE: usize = 256;
 /// Tokens of prompts that are run in one step; one longer prompt is run alone.
-pub(super) const PROMPT_TOKENS: usize = 4096;
+pub(crate) const PROMPT_TOKENS: usize = 4096;
 /// Prompts whose pages, and the logits after them, are kept for those who come with the same.
-pub(super) const KNOWN: usize = 8;
+pub(crate) const KNOWN: usize = 8;
 /// Bytes that keys and values of all live completions may take together on the host; one may always take its own.
 const CACHE_BYTES: usize = 1 << 30;
 /// Bytes of logits `[live, V]` on the host.
 const LOGIT_BYTES: usize = 128 << 20;
 
 /// Tokens of prompts, none longer than `prompt`, that are run together at most for this many completions.
-pub(super) fn prompts_together(live: usize, prompt: usize) -> usize {
+pub(crate) fn prompts_together(live: usize, prompt: usize) -> usize {
     live.saturating_mul(prompt).min(prompt.max(PROMPT_TOKENS)).max(1)
 }
 
 /// Pages for a request of at most `longest` tokens: the last one is drawn and never run.
-pub(super) fn pages_of(longest: usize, page: usize) -> usize {
+pub(crate) fn pages_of(longest: usize, page: usize) -> usize {
     (longest.max(2) - 1).div_ceil(page)
 }
 
 /// How many completions memory allows at once on the host.
-pub(super) fn most_live_on_host(config: &Config) -> usize {
+pub(crate) fn most_live_on_host(config: &Config) -> usize {
     (LOGIT_BYTES / (config.vocab_size * size_of::<f32>())).clamp(1, MOST_LIVE)
 }
 
@@ -41,13 +41,13 @@ fn page_len(config: &Config) -> usize {
 }
 
 /// Pages that there are on the host for `live` completions of at most `longest` tokens.
-pub(super) fn pages_on_host(config: &Config, live: usize, longest: usize) -> usize {
+pub(crate) fn pages_on_host(config: &Config, live: usize, longest: usize) -> usize {
     let (one, most) = (pages_of(longest, HOST_PAGE), CACHE_BYTES / (page_len(config) * size_of::<f32>()));
     live.saturating_mul(one).min(most).max(one)
 }
 
 /// Where the sections of a device's step begin, in bytes per row before them: rules, ids, positions, lengths, page table.
-pub(super) struct Sections;
+pub(crate) struct Sections;
 
 impl Sections {
     pub const IDS: usize = size_of::<Rule>();
@@ -59,7 +59,7 @@ impl Sections {
 
 /// What a step on a device is captured for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct StepShape {
+pub(crate) struct StepShape {
     pub rows: usize,
     /// The most that a row may attend to.
     pub keys: usize,

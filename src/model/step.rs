@@ -9,10 +9,10 @@ use super::family::{DOWN, GATE, K, O, Q, UP, V};
 use super::place::{Place, Product};
 
 /// Rows whose logits are made at once.
-pub(super) const LOGIT_ROWS: usize = 256;
+pub(crate) const LOGIT_ROWS: usize = 256;
 
 /// The buffers of one step, B rows each.
-pub(super) struct StepRows<P: Place> {
+pub(crate) struct StepRows<P: Place> {
     pub x: P::Values,
     pub norm: P::Values,
     pub rstd: P::Floats,
@@ -30,10 +30,10 @@ pub(super) struct StepRows<P: Place> {
 }
 
 /// Keeps the keys and values of a layer's rows, and attends.
-pub(super) type Attend<'a, P> = dyn FnMut(usize, &mut StepRows<P>) -> Result<(), <P as Place>::Error> + 'a;
+pub(crate) type Attend<'a, P> = dyn FnMut(usize, &mut StepRows<P>) -> Result<(), <P as Place>::Error> + 'a;
 
 /// Takes a layer's keys and values.
-pub(super) type Keep<'k, P> =
+pub(crate) type Keep<'k, P> =
     dyn FnMut(usize, &<P as Place>::Values, &<P as Place>::Values) -> Result<(), <P as Place>::Error> + 'k;
 
 impl<P: Place> StepRows<P> {
@@ -61,7 +61,7 @@ impl<P: Place> StepRows<P> {
 impl<P: Place> Decoder<P> {
     /// Runs one token of each row to its logits. `attend` writes the rows' keys and values and what they attend to.
     /// On a device nothing is allocated and nothing copied, so that it can be captured; `attend` takes care of that too.
-    pub(super) fn run_tokens(
+    pub(crate) fn run_tokens(
         &self,
         rows: &mut StepRows<P>,
         ids: &P::Ids,
@@ -95,7 +95,7 @@ impl<P: Place> Decoder<P> {
 
     /// Runs packed prompts, handing every layer's keys and values to `keep`. Returns the logits after each,
     /// `[prompts, V]`.
-    pub(super) fn run_prompts(
+    pub(crate) fn run_prompts(
         &self,
         prompts: &[&[u32]],
         angles: P::Angles,
@@ -117,7 +117,7 @@ impl<P: Place> Decoder<P> {
     }
 
     /// `[count, V]` of some rows of the residual stream.
-    pub(super) fn logits_of(&self, x: &P::Values, rows: &P::Ids, count: usize) -> Result<P::Values, P::Error> {
+    pub(crate) fn logits_of(&self, x: &P::Values, rows: &P::Ids, count: usize) -> Result<P::Values, P::Error> {
         let selected = self.select(x, rows, count)?;
         let (normed, _) = self.norm(&selected, &self.norm, count)?;
         let mut logits = self.place.values(count * self.config.vocab_size)?;
@@ -127,7 +127,7 @@ impl<P: Place> Decoder<P> {
 
     /// The logits of every token of one sequence, `[T, V]`, a tile of tokens at a time: for comparisons, never for
     /// training.
-    pub(super) fn sequence_logits(&self, ids: &[u32]) -> Result<Vec<f32>, P::Error> {
+    pub(crate) fn sequence_logits(&self, ids: &[u32]) -> Result<Vec<f32>, P::Error> {
         let x = self.stream(&self.inputs_of(ids)?, ids.len(), &mut |_, _, _| Ok(()))?;
         let rows: Vec<u32> = (0..ids.len() as u32).collect();
         let mut all = Vec::with_capacity(ids.len() * self.config.vocab_size);
@@ -139,7 +139,7 @@ impl<P: Place> Decoder<P> {
 
     /// The residual stream of one sequence as embedded, after each layer, and after the final norm:
     /// layers + 2 times `[T, H]`.
-    pub(super) fn sequence_states(&self, ids: &[u32]) -> Result<Vec<Vec<f32>>, P::Error> {
+    pub(crate) fn sequence_states(&self, ids: &[u32]) -> Result<Vec<Vec<f32>>, P::Error> {
         let mut states = Vec::new();
         let x = self.stream(&self.inputs_of(ids)?, ids.len(), &mut |_, x, _| {
             states.push(self.place.wide(x)?);

@@ -5,7 +5,7 @@
 
 use super::refusal::Refusal;
 use super::service::Service;
-use crate::model::Sampling;
+use crate::generation::Sampling;
 use serde_json::{Map, Value, json};
 
 /// Completions that one request may ask for.

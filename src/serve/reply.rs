@@ -1,7 +1,7 @@
 //! What is answered: completions in OpenAI's two shapes, whole and in parts.
 
 use super::ask::Form;
-use crate::model::Finish;
+use crate::generation::Finish;
 use serde_json::{Map, Value, json};
 
 /// What stands in every part of one answer.

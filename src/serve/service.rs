@@ -1,7 +1,8 @@
 //! What is served, and within which bounds.
 
 use crate::data::Tokenizer;
-use crate::model::{Config, Limits};
+use crate::generation::Limits;
+use crate::model::Config;
 use crate::problem::Problem;
 use std::time::Duration;
 

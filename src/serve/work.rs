@@ -1,8 +1,9 @@
 //! The one thread that runs the model: takes jobs, lets the engine step, hands out tokens.
 
 use super::service::Service;
-use crate::model::{Ask, Engine, Event, Ticket};
-use crate::model::{Completion, Placed};
+use crate::generation::{Ask, Engine, Event, Ticket};
+use crate::generation::Completion;
+use crate::model::Placed;
 use crate::problem::Problem;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};

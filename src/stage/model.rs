@@ -6,7 +6,7 @@ use crate::data::Tokenizer;
 use crate::files::Files;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Lineage, Params, Type};
 use crate::model::lora::{self, ADAPTER_CONFIG};
-use crate::model::weights::{ADAPTER_FILE, Element};
+use crate::safetensors::{ADAPTER_FILE, Element};
 use crate::model::{Config, LoadOptions, Model};
 use crate::problem::{Exit, Problem};
 use crate::tensor::Dtype;

@@ -13,7 +13,7 @@ use super::training::{self, Packed};
 use crate::data::{self, Eos, Format, Limits, Overlength, Pair, Sample};
 use crate::files::Files;
 use crate::manifest::spec::{ArtifactType, Key, Kind, Type, no_lineage, no_rules};
-use crate::model::weights::{self, Element};
+use crate::safetensors::{self, Element};
 use crate::model::{LoadOptions, Model, Placed};
 use crate::problem::Problem;
 use serde::Deserialize;
@@ -292,7 +292,7 @@ fn write_insides(ctx: &Context, spec: &Spec, point: &str, model: &Placed, exampl
     };
     if spec.logits {
         let tensors = shapes(&|tokens| vec![tokens, config.vocab_size]);
-        weights::write(&path("logits"), Element::F32, &tensors, |i| {
+        safetensors::write(&path("logits"), Element::F32, &tensors, |i| {
             ctx.stopped()?;
             Ok(Cow::Owned(model.logits(sequences[i])?))
         })?;
@@ -300,7 +300,7 @@ fn write_insides(ctx: &Context, spec: &Spec, point: &str, model: &Placed, exampl
     if spec.hidden_states {
         let states = config.num_hidden_layers + 2;
         let tensors = shapes(&|tokens| vec![states, tokens, config.hidden_size]);
-        weights::write(&path("hidden_states"), Element::F32, &tensors, |i| {
+        safetensors::write(&path("hidden_states"), Element::F32, &tensors, |i| {
             ctx.stopped()?;
             Ok(Cow::Owned(model.hidden_states(sequences[i])?.concat()))
         })?;

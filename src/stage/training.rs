@@ -5,7 +5,7 @@ use super::{Context, inputs};
 use crate::data::{Eos, Format, Limits, Overlength, Pair, Sample, Side};
 use crate::files::Files;
 use crate::manifest::spec::{Broken, Key, Lineage, Params, Type};
-use crate::model::weights::{self, Element};
+use crate::safetensors::{self, Element};
 use crate::model::{Batch, Config, LoadOptions, LoraSpec, Model, Placed, Policy, Recompute, load};
 use crate::problem::Problem;
 use crate::train::{self, Checkpoint, Curve, Options, Schedule, Trainer};
@@ -444,7 +444,7 @@ impl<'a> Session<'a> {
         let tensors = trainer.tensors();
         let path = dir.join(format!("step-{step:06}.safetensors"));
         let grads = trainer.gradients()?;
-        weights::write(&path, Element::F32, &tensors, |i| Ok(Cow::Borrowed(grads.values[i].as_slice())))
+        safetensors::write(&path, Element::F32, &tensors, |i| Ok(Cow::Borrowed(grads.values[i].as_slice())))
     }
 
     /// Puts weights, log, checkpoints and gradients into the output folder.

@@ -1,7 +1,7 @@
 //! Parts with numbers of their own: schedules and sampling filters of transformers, 8-bit AdamW of bitsandbytes.
 
 use super::{Golden, Report, curve, distance, folders, json, roots};
-use pipe::model::Sampling;
+use pipe::generation::Sampling;
 use pipe::model::{Gradients, Parameter};
 use pipe::train::adamw8bit::{SIGNED, UNSIGNED};
 use pipe::train::{AdamW8bit, Options, Schedule};

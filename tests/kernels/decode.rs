@@ -4,9 +4,8 @@ use crate::model::model;
 use crate::support::{Asked, PORTABLE, Watched, Watcher, gpu};
 use emulator::{Order, Schedule};
 use pipe::cuda::Gpu;
-use pipe::model::{
-    Ask, Completion, Device, Engine, Event, Finish, Limits, Model, Placed, Prompt, Sampling, Ticket, generate,
-};
+use pipe::generation::{Ask, Completion, Engine, Event, Finish, Limits, Prompt, Sampling, Ticket, generate};
+use pipe::model::{Device, Model, Placed};
 use pipe::problem::{Exit, Problem};
 use pipe::random::Stream;
 use pipe::tensor::Dtype;

@@ -3,10 +3,8 @@
 use crate::bench::{Bench, resolved};
 use crate::support::gpu;
 use pipe::files::Files;
-use pipe::model::{
-    Batch, Config, Device, Gradients, Limits, LoraSpec, Model, Placed, Policy, Prompt, Recompute, Sampling, generate,
-    lora,
-};
+use pipe::generation::{Limits, Prompt, Sampling, generate};
+use pipe::model::{Batch, Config, Device, Gradients, LoraSpec, Model, Placed, Policy, Recompute, lora};
 use pipe::plan::Axes;
 use pipe::random::Stream;
 use pipe::stage::{self, Artifact};

@@ -10,7 +10,7 @@ use crate::support::{
 use half::bf16;
 use pipe::cuda::Gpu;
 use pipe::cuda::ops::sampling::{Drawn, Logits, Rule, Seen, next};
-use pipe::model::Sampling;
+use pipe::generation::Sampling;
 use pipe::problem::Problem;
 use pipe::random::Stream;
 

@@ -1,8 +1,9 @@
 //! Generation through the cache.
 
 use super::*;
-use pipe::model::sampling::argmax;
-use pipe::model::{Completion, Device, Finish, Limits, Placed, Prompt, Sampling, generate};
+use pipe::generation::sampling::argmax;
+use pipe::generation::{Completion, Finish, Limits, Prompt, Sampling, generate};
+use pipe::model::{Device, Placed};
 use pipe::problem::Problem;
 
 fn words(ids: &[u32]) -> String {

@@ -1,7 +1,8 @@
 //! Requests that come and go, each with parameters of its own.
 
 use super::*;
-use pipe::model::{Ask, Completion, Device, Engine, Event, Finish, Limits, Placed, Sampling, Ticket};
+use pipe::generation::{Ask, Completion, Engine, Event, Finish, Limits, Sampling, Ticket};
+use pipe::model::{Device, Placed};
 use std::collections::HashMap;
 
 fn words(ids: &[u32]) -> String {

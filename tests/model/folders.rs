@@ -3,7 +3,7 @@
 use super::*;
 use pipe::files::Files;
 use pipe::model::LoadOptions;
-use pipe::model::weights::{Element, INDEX_FILE, MODEL_FILE, Tensors, write};
+use pipe::safetensors::{Element, INDEX_FILE, MODEL_FILE, Tensors, write};
 use pipe::problem::{Exit, Problem};
 use std::borrow::Cow;
 use std::path::Path;

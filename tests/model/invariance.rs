@@ -1,8 +1,9 @@
 //! What must change no bit: packing, recomputing, threads, an adapter that is off.
 
 use super::*;
-use pipe::model::sampling::argmax;
-use pipe::model::{Device, Gradients, Limits, Placed, Policy, Prompt, Recompute, Sampling, generate};
+use pipe::generation::sampling::argmax;
+use pipe::generation::{Limits, Prompt, Sampling, generate};
+use pipe::model::{Device, Gradients, Placed, Policy, Recompute};
 use proptest::prelude::*;
 
 fn run(model: &Model, packed: &Packed) -> (Vec<u32>, Vec<Vec<u32>>) {

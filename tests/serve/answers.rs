@@ -2,7 +2,8 @@
 
 use crate::{MODEL, Reply, Server, chat, mini, text, with};
 use pipe::data::{self, Format, Record};
-use pipe::model::{Device, Limits, Placed, Prompt, Sampling, generate};
+use pipe::generation::{Limits, Prompt, Sampling, generate};
+use pipe::model::{Device, Placed};
 use serde_json::{Value, json};
 
 const QUESTION: &str = "Tom has 12 pens. He finds 30 pens. How many pens does Tom have?";

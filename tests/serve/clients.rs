@@ -1,7 +1,7 @@
 //! Clients that break the rules, are slow, go away, or are too many. The server stays.
 
 use crate::{Client, Server, chat, post, text};
-use pipe::model::{Completion, Finish};
+use pipe::generation::{Completion, Finish};
 use pipe::problem::Problem;
 use pipe::serve::{Job, Piece, Service};
 use proptest::prelude::*;

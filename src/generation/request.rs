@@ -2,7 +2,7 @@
 
 use super::pages::Held;
 use super::sampling::Sampling;
-use super::sizes::MOST_LIVE;
+use crate::model::sizes::MOST_LIVE;
 
 /// A prompt and the random numbers of its completion.
 #[derive(Debug, Clone, PartialEq)]

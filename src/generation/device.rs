@@ -9,13 +9,13 @@
 //! write to a page of their own, and no row looks at another. How a row is drawn is among the inputs, so that requests
 //! of all kinds go through the same launches.
 
-use super::decoder::Decoder;
-use super::device::Cuda;
-use super::memory::{Decode, Plan, Trained, Work};
+use crate::model::decoder::Decoder;
+use crate::model::device::Cuda;
+use crate::model::memory::{Decode, Plan, Trained, Work};
 use super::request::{Beginning, Draw, Limits, Live, Ticket};
 use super::sampling::log_softmax;
-use super::sizes::{DEVICE_PAGE as PAGE, KNOWN, Sections, StepShape};
-use super::step::StepRows;
+use crate::model::sizes::{DEVICE_PAGE as PAGE, KNOWN, Sections, StepShape};
+use crate::model::step::StepRows;
 use crate::cuda::ops::attention_decode::{self, Parts, SPAN};
 use crate::cuda::ops::residual;
 use crate::cuda::ops::rope::Table;
