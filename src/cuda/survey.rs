@@ -43,7 +43,7 @@ pub struct Facts {
     pub kernels: Result<Vec<&'static str>, Problem>,
 }
 
-/// All devices that the driver shows, without taking up any. `Err` as of [`open`] if there is no driver to ask.
+/// All devices that the driver shows, without taking up any. `Err` as of [`super::open`] if there is no driver to ask.
 pub fn survey() -> Result<Shown, Problem> {
     let version = start()?;
     let count = result::device::get_count().map_err(no_start)?;

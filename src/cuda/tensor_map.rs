@@ -27,7 +27,7 @@ impl Gpu {
     }
 
     /// A map of the row-major tensor `extents` (two or three, the contiguous one last) at the beginning of `buffer`,
-    /// of which one copy takes a box of the size `tile`: its last is [`BOX_COLS`], the others are up to [`BOX_ROWS`].
+    /// of which one copy takes a box of the size `tile`: its last is `BOX_COLS`, the others are up to `BOX_ROWS`.
     /// The contiguous extent must be one that [`copies_rows_of`] takes.
     pub fn tensor_map(&self, buffer: &Buffer<bf16>, extents: &[usize], tile: &[usize]) -> Result<TensorMap, Problem> {
         self.tensor_map_from(buffer, 0, extents, tile)

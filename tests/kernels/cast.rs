@@ -1,11 +1,11 @@
 //! Between bf16 and f32: every bf16 there is, every kind of f32, and no element beyond the last.
 
-use crate::support::{PORTABLE, bytes, detector_is_silent, numbers, rounded, same_bits_on_every_schedule, values};
+use crate::support::{PORTABLE, bytes, detector_is_silent, gpu, numbers, rounded, same_bits_on_every_schedule, values};
 use ::emulator::{Schedule, alloc, free, launch, with};
 use half::bf16;
 use pipe::cuda::ops::cast::{scale, to_bf16, to_f32};
-use pipe::cuda::{Driver, Gpu};
-use pipe::problem::Problem;
+use pipe::cuda::{self, Driver, Gpu};
+use pipe::problem::{Exit, Problem};
 use std::ffi::c_void;
 
 /// The nearest bf16, its ties, what is beside them, for every exponent; then ordinary numbers.
@@ -110,4 +110,32 @@ fn no_element_beyond_the_last_is_touched() {
         free(x);
         free(y);
     }
+}
+
+#[test]
+fn a_number_that_no_kernel_can_count_to_is_an_error_and_nothing_runs() {
+    let gpu = gpu();
+    let x = gpu.upload(&[1.0f32; 8]).unwrap();
+    let scale = |n: usize| {
+        let launch = gpu.launch("cast_scale", 1usize, 256usize).buffer(&x).int(n).float(2.0);
+        // SAFETY: the arguments of `cast_scale`, and no more elements than there are, or no launch at all.
+        unsafe { launch.run() }
+    };
+    let problem = scale(cuda::LARGEST_COUNT + 1).unwrap_err();
+    assert_eq!((problem.code, problem.exit), ("cuda::too_large", Exit::Usage));
+    assert!(problem.message.contains("`cast_scale`") && problem.message.contains("2147483648"), "{problem}");
+    assert!(x.download().unwrap().iter().all(|value| *value == 1.0));
+    scale(8).unwrap();
+    assert!(x.download().unwrap().iter().all(|value| *value == 2.0));
+}
+
+#[test]
+fn rows_that_are_too_many_are_refused_before_anything_is_launched() {
+    // The widest of a model of 14 billion weights: an MLP of 13,824.
+    cuda::check_rows(155_344, 13_824).unwrap();
+    let problem = cuda::check_rows(155_345, 13_824).unwrap_err();
+    assert_eq!(problem.code, "cuda::too_large");
+    assert!(problem.notes.iter().any(|note| note.contains("at most 155344 tokens")), "{problem}");
+    cuda::check_rows(usize::MAX, 2).unwrap_err();
+    cuda::check_rows(0, 0).unwrap();
 }

@@ -42,7 +42,7 @@ impl Parts {
 
 /// o [B, H, D] = the attention of q [B, H, D], one token of each sequence, over the sequence's keys and values.
 ///
-/// The caches are [pages, PAGE, KV, D], the page table [B, max_pages], lengths [B]. A sequence of length 0 gets
+/// The caches are [pages, PAGE, KV, D], the page table [B, max_pages], lengths \[B\]. A sequence of length 0 gets
 /// zeros. No length is above what `parts` was made for, nor above `max_pages * PAGE`; the entries of the table that
 /// lengths reach are below the number of pages. The device's memory is not looked at: the caller sees to this. A
 /// sequence's result depends neither on the others nor on how much room `parts` has.

@@ -12,7 +12,7 @@ const WARPS: usize = 8;
 /// The gradient's rows are cut into at most this many slices, none with fewer rows than this.
 const SLICES: usize = 64;
 
-/// x [R, C] += b [C].
+/// x [R, C] += b \[C\].
 pub fn add(x: &mut Buffer<bf16>, b: &Buffer<f32>) -> Result<(), Problem> {
     let columns = b.len();
     if x.is_empty() {
@@ -26,7 +26,7 @@ pub fn add(x: &mut Buffer<bf16>, b: &Buffer<f32>) -> Result<(), Problem> {
     unsafe { launch.run() }
 }
 
-/// db [C] += the sum over the rows of dy [R, C]. The order of the additions depends on R only.
+/// db \[C\] += the sum over the rows of dy [R, C]. The order of the additions depends on R only.
 pub fn backward(db: &mut Buffer<f32>, dy: &Buffer<bf16>) -> Result<(), Problem> {
     let columns = db.len();
     if dy.is_empty() {

@@ -8,7 +8,7 @@ use half::bf16;
 /// Threads of a block of the backward kernel.
 const BACKWARD_THREADS: usize = 128;
 
-/// y [T, H] = the rows of `table` [V, H] that `ids` [T] name. A row whose id is not below V becomes NaN.
+/// y [T, H] = the rows of `table` [V, H] that `ids` \[T\] name. A row whose id is not below V becomes NaN.
 pub fn forward(y: &mut Buffer<bf16>, table: &Buffer<bf16>, ids: &Buffer<u32>) -> Result<(), Problem> {
     if y.is_empty() {
         return Ok(());
@@ -31,7 +31,7 @@ pub fn forward(y: &mut Buffer<bf16>, table: &Buffer<bf16>, ids: &Buffer<u32>) ->
     unsafe { launch.run() }
 }
 
-/// dw [V, H] += dy [T, H] in the rows that `ids` [T] name, in the order of the tokens. Panics on an id that is
+/// dw [V, H] += dy [T, H] in the rows that `ids` \[T\] name, in the order of the tokens. Panics on an id that is
 /// not below V.
 ///
 /// The ids come from the host, which sorts them: then each row of dw belongs to one block.

@@ -73,7 +73,7 @@ struct Head<'a> {
     hidden: usize,
 }
 
-/// logprob and lse of h [R, H] (normed rows) for `targets` [R] under W [V, H] and `lora`; entropy and the `top_k` most
+/// logprob and lse of h [R, H] (normed rows) for `targets` \[R\] under W [V, H] and `lora`; entropy and the `top_k` most
 /// likely entries (at most 32) if wanted. A target that is not below V has logprob NaN.
 pub fn forward(
     h: &Buffer<bf16>,
@@ -153,7 +153,7 @@ pub fn forward(
     Ok(result)
 }
 
-/// dh [R, H] = and what `gradients` asks for +=, from dlogprob [R] and the forward's lse [R]. The caller leaves out
+/// dh [R, H] = and what `gradients` asks for +=, from dlogprob \[R\] and the forward's lse \[R\]. The caller leaves out
 /// rows that are not learned; a row with dlogprob 0 costs like any other.
 #[expect(clippy::too_many_arguments, reason = "the gradients, then the forward's arguments and result")]
 pub fn backward(

@@ -120,7 +120,7 @@ pub enum Rows {
 }
 
 /// y [m, n] = (or += with `add`) x W^T + scale low B^T + bias, with low [m, rank] = x A^T in bf16, which the backward
-/// pass wants; with `low` absent it is thrown away. x [m, k], W [n, k], bias [n].
+/// pass wants; with `low` absent it is thrown away. x [m, k], W [n, k], bias \[n\].
 ///
 /// The adapter's product and the base's are summed in the same f32 accumulators; y is rounded once.
 #[expect(clippy::too_many_arguments, reason = "two results, the operands of a layer, sizes and what rows are")]

@@ -32,7 +32,7 @@ pub fn add(x: &mut Buffer<bf16>, y: &Buffer<bf16>) -> Result<(), Problem> {
     unsafe { launch.run() }
 }
 
-/// y [K, width] = the rows of x [N, width] that `rows` [K] name. A row whose index is not below N becomes NaN.
+/// y [K, width] = the rows of x [N, width] that `rows` \[K\] name. A row whose index is not below N becomes NaN.
 pub fn gather_rows(y: &mut Buffer<bf16>, x: &Buffer<bf16>, rows: &Buffer<u32>, width: usize) -> Result<(), Problem> {
     let there = rows_of(x, width);
     assert_eq!(y.len(), rows.len() * width);
@@ -50,7 +50,7 @@ pub fn gather_rows(y: &mut Buffer<bf16>, x: &Buffer<bf16>, rows: &Buffer<u32>, w
     unsafe { launch.run() }
 }
 
-/// The rows of dx [N, width] that `rows` [K] name = those of dy [K, width]; the others stay. The rows must be
+/// The rows of dx [N, width] that `rows` \[K\] name = those of dy [K, width]; the others stay. The rows must be
 /// distinct; one that is not below N is left out. This is the gradient of [`gather_rows`] if dx is zero before.
 pub fn scatter_rows(dx: &mut Buffer<bf16>, dy: &Buffer<bf16>, rows: &Buffer<u32>, width: usize) -> Result<(), Problem> {
     let there = rows_of(dx, width);

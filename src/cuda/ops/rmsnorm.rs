@@ -20,7 +20,7 @@ fn threads(channels: usize) -> usize {
     units.next_multiple_of(32).clamp(32, 256)
 }
 
-/// y [R, C] bf16 = and rstd [R] =, from x [R, C] bf16 and w [C].
+/// y [R, C] bf16 = and rstd \[R\] =, from x [R, C] bf16 and w \[C\].
 pub fn forward(
     y: &mut Buffer<bf16>,
     rstd: &mut Buffer<f32>,
@@ -39,7 +39,7 @@ pub fn forward(
     unsafe { launch.run() }
 }
 
-/// dx [R, C] bf16 = (+= with `add`) and dw [C] +=, from dy and x [R, C] bf16, w [C] and the forward's rstd [R].
+/// dx [R, C] bf16 = (+= with `add`) and dw \[C\] +=, from dy and x [R, C] bf16, w \[C\] and the forward's rstd \[R\].
 pub fn backward(
     dx: &mut Buffer<bf16>,
     dw: Option<&mut Buffer<f32>>,

@@ -130,7 +130,7 @@ impl Matrix {
         all
     }
 
-    /// Copies row `i` (the weights of one output) into `out` [k].
+    /// Copies row `i` (the weights of one output) into `out` \[k\].
     pub fn row(&self, i: usize, out: &mut [f32]) {
         assert!(i < self.n, "row {i} of a matrix with {} rows", self.n);
         assert_eq!(out.len(), self.k);

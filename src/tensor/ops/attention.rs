@@ -1,11 +1,11 @@
 //! Causal attention with grouped key/value heads over packed sequences.
 //!
 //! For each sequence, query head h with key/value head g = h / (H / KV), positions s <= t:
-//!   p[t, s] = softmax over s of q[t] . k[s] / sqrt(D);  o[t] = sum over s of p[t, s] v[s];
-//!   lse[t] = ln of the sum over s of e^(q[t] . k[s] / sqrt(D)).
-//! Gradients, with dp[t, s] = do[t] . v[s] and delta[t] = do[t] . o[t]:
-//!   ds = p * (dp - delta) / sqrt(D);  dq[t] = sum ds[t, s] k[s];  dk[s] = sum ds[t, s] q[t];
-//!   dv[s] = sum p[t, s] do[t].
+//!   p[t, s] = softmax over s of q\[t\] . k\[s\] / sqrt(D);  o\[t\] = sum over s of p[t, s] v\[s\];
+//!   lse\[t\] = ln of the sum over s of e^(q\[t\] . k\[s\] / sqrt(D)).
+//! Gradients, with dp[t, s] = do\[t\] . v\[s\] and delta\[t\] = do\[t\] . o\[t\]:
+//!   ds = p * (dp - delta) / sqrt(D);  dq\[t\] = sum ds[t, s] k\[s\];  dk\[s\] = sum ds[t, s] q\[t\];
+//!   dv\[s\] = sum p[t, s] do\[t\].
 //! Dao et al., "FlashAttention" (2022): keys are visited in blocks, and the backward pass makes the
 //! probabilities again from `lse`, so nothing of size T x T is held.
 //!

@@ -1,4 +1,4 @@
-//! Bias: y[r, c] += b[c]. Gradient: db[c] += sum over r of dy[r, c].
+//! Bias: y[r, c] += b\[c\]. Gradient: db\[c\] += sum over r of dy[r, c].
 
 use super::rows_per_task;
 use crate::tensor::Isa;
@@ -8,7 +8,7 @@ use rayon::prelude::*;
 /// Columns whose gradient one task sums.
 const COLUMNS: usize = 64;
 
-/// y [R, C] += b [C].
+/// y [R, C] += b \[C\].
 pub fn bias_add(y: &mut [f32], b: &[f32]) {
     if b.is_empty() {
         return;
@@ -22,7 +22,7 @@ pub fn bias_add(y: &mut [f32], b: &[f32]) {
     });
 }
 
-/// db [C] += sum over rows of dy [R, C], rows in ascending order.
+/// db \[C\] += sum over rows of dy [R, C], rows in ascending order.
 pub fn bias_backward(db: &mut [f32], dy: &[f32]) {
     if db.is_empty() {
         return;
@@ -39,12 +39,12 @@ pub fn bias_backward(db: &mut [f32], dy: &[f32]) {
 
 /// The law, in f64 and as read.
 pub mod reference {
-    /// y [R, C] + b [C].
+    /// y [R, C] + b \[C\].
     pub fn forward(y: &[f64], b: &[f64]) -> Vec<f64> {
         y.iter().enumerate().map(|(at, y)| y + b[at % b.len()]).collect()
     }
 
-    /// db [C] of dy [R, C].
+    /// db \[C\] of dy [R, C].
     pub fn backward(dy: &[f64], channels: usize) -> Vec<f64> {
         (0..channels).map(|c| dy.iter().skip(c).step_by(channels).sum()).collect()
     }

@@ -1,11 +1,11 @@
-//! Embedding: y[t] = W[ids[t]]. Gradient: dW[ids[t]] += dy[t], tokens in ascending order.
+//! Embedding: y\[t\] = W[ids\[t\]]. Gradient: dW[ids\[t\]] += dy\[t\], tokens in ascending order.
 
 use super::rows_per_task;
 use crate::tensor::Matrix;
 use crate::tensor::vector;
 use rayon::prelude::*;
 
-/// y [T, C] = the rows of `table` [V, C] that `ids` [T] name. Panics on an id that is not below V.
+/// y [T, C] = the rows of `table` [V, C] that `ids` \[T\] name. Panics on an id that is not below V.
 pub fn embedding_forward(y: &mut [f32], table: &Matrix, ids: &[u32]) {
     let channels = table.k();
     assert_eq!(y.len(), ids.len() * channels);
@@ -20,7 +20,7 @@ pub fn embedding_forward(y: &mut [f32], table: &Matrix, ids: &[u32]) {
     });
 }
 
-/// dw [V, C] += dy [T, C] in the rows that `ids` [T] name. One thread: it passes over `dy` once,
+/// dw [V, C] += dy [T, C] in the rows that `ids` \[T\] name. One thread: it passes over `dy` once,
 /// and so the order of additions is that of the tokens.
 pub fn embedding_backward(dw: &mut [f32], dy: &[f32], ids: &[u32]) {
     if ids.is_empty() {

@@ -1,10 +1,10 @@
 //! The language-model head in one operation: linear + LoRA + log-softmax + gather.
 //!
-//!   logits[r, v] = h[r] . W[v] + scale * (h[r] Aᵀ) . B[v]
-//!   lse[r] = ln of the sum over v of e^logits[r, v];  logprob[r] = logits[r, target[r]] - lse[r]
-//!   entropy[r] = lse[r] - sum over v of softmax(logits[r])[v] * logits[r, v]
-//! Gradients of sum over r of dlogprob[r] * logprob[r]:
-//!   dl[r, v] = dlogprob[r] * ([v = target[r]] - softmax(logits[r])[v])
+//!   logits[r, v] = h\[r\] . W\[v\] + scale * (h\[r\] Aᵀ) . B\[v\]
+//!   lse\[r\] = ln of the sum over v of e^logits[r, v];  logprob\[r\] = logits[r, target\[r\]] - lse\[r\]
+//!   entropy\[r\] = lse\[r\] - sum over v of softmax(logits\[r\])\[v\] * logits[r, v]
+//! Gradients of sum over r of dlogprob\[r\] * logprob\[r\]:
+//!   dl[r, v] = dlogprob\[r\] * ([v = target\[r\]] - softmax(logits\[r\])\[v\])
 //!   dh = dl W + scale * (dl B) A;  dA += (scale * dl B)ᵀ h;  dB += scale * dlᵀ (h Aᵀ);  dW += dlᵀ h
 //!
 //! Logits exist for one tile of rows and vocabulary at a time. A row's results do not depend on the
@@ -158,7 +158,7 @@ impl Row {
     }
 }
 
-/// logprob and lse of h [R, C] for `targets` [R], with W [V, C].
+/// logprob and lse of h [R, C] for `targets` \[R\], with W [V, C].
 pub fn head_logprob_forward(
     h: &[f32],
     w: &Matrix,
@@ -199,7 +199,7 @@ pub fn head_logprob_forward(
     result
 }
 
-/// dh [R, C] = and what `gradients` asks for +=, from dlogprob [R] and the forward's lse [R].
+/// dh [R, C] = and what `gradients` asks for +=, from dlogprob \[R\] and the forward's lse \[R\].
 /// The caller leaves out rows that are not learned; a row with dlogprob 0 costs like any other.
 #[expect(clippy::too_many_arguments, reason = "the gradients, then the forward's arguments and result")]
 pub fn head_logprob_backward(
@@ -322,7 +322,7 @@ pub mod reference {
         logits
     }
 
-    /// (logprob, lse, entropy), each [R].
+    /// (logprob, lse, entropy), each \[R\].
     pub fn forward(logits: &[f64], targets: &[u32]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
         let vocabulary = logits.len() / targets.len().max(1);
         let (mut logprob, mut all_lse, mut entropy) = (Vec::new(), Vec::new(), Vec::new());

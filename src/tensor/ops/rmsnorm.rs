@@ -1,8 +1,8 @@
-//! RMSNorm: y[r, c] = x[r, c] * rstd[r] * w[c], rstd[r] = 1 / sqrt(mean over c of x[r, c]^2 + eps).
+//! RMSNorm: y[r, c] = x[r, c] * rstd\[r\] * w\[c\], rstd\[r\] = 1 / sqrt(mean over c of x[r, c]^2 + eps).
 //! Zhang and Sennrich, "Root mean square layer normalization" (2019).
 //!
-//! Gradients, with g[c] = dy[c] * w[c]:
-//! dx[c] = rstd * (g[c] - x[c] * rstd^2 * mean over c of g[c] x[c]);  dw[c] = sum over r of dy x rstd.
+//! Gradients, with g\[c\] = dy\[c\] * w\[c\]:
+//! dx\[c\] = rstd * (g\[c\] - x\[c\] * rstd^2 * mean over c of g\[c\] x\[c\]);  dw\[c\] = sum over r of dy x rstd.
 
 use super::rows_per_task;
 use crate::tensor::Isa;
@@ -47,7 +47,7 @@ by_isa! {
     }
 }
 
-/// y [R, C] = and rstd [R] =, from x [R, C] and w [C].
+/// y [R, C] = and rstd \[R\] =, from x [R, C] and w \[C\].
 pub fn rmsnorm_forward(y: &mut [f32], rstd: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
     let channels = w.len();
     assert!(y.len() == x.len() && x.len() == rstd.len() * channels);
@@ -64,7 +64,7 @@ pub fn rmsnorm_forward(y: &mut [f32], rstd: &mut [f32], x: &[f32], w: &[f32], ep
     });
 }
 
-/// dx [R, C] = (+= with `add`) and dw [C] +=, from dy, x, w and the forward's rstd.
+/// dx [R, C] = (+= with `add`) and dw \[C\] +=, from dy, x, w and the forward's rstd.
 pub fn rmsnorm_backward(
     dx: &mut [f32],
     dw: Option<&mut [f32]>,
@@ -104,7 +104,7 @@ pub fn rmsnorm_backward(
 
 /// The definition, in f64.
 pub mod reference {
-    /// y [R, C] from x [R, C] and w [C].
+    /// y [R, C] from x [R, C] and w \[C\].
     pub fn forward(x: &[f64], w: &[f64], eps: f64) -> Vec<f64> {
         let mut y = Vec::with_capacity(x.len());
         for x in x.chunks_exact(w.len()) {
@@ -114,7 +114,7 @@ pub mod reference {
         y
     }
 
-    /// (dx [R, C], dw [C]).
+    /// (dx [R, C], dw \[C\]).
     pub fn backward(dy: &[f64], x: &[f64], w: &[f64], eps: f64) -> (Vec<f64>, Vec<f64>) {
         let channels = w.len();
         let (mut dx, mut dw) = (Vec::with_capacity(x.len()), vec![0.0; channels]);
