@@ -60,7 +60,7 @@ fn once(url: &str, folder: &std::path::Path) -> f64 {
         stop: Vec::new(),
         seed: 0,
     };
-    let line = Remote::new(folder).line(&endpoint).expect("no key is wanted");
+    let line = Remote::new(folder).connection(&endpoint).expect("no key is wanted");
     let begun = Instant::now();
     let made = line.complete(&asks, &sampling, &mut |_| Ok(())).expect("every request is answered");
     let took = begun.elapsed().as_secs_f64();

@@ -1,6 +1,6 @@
 //! `pipe cache verify` and `pipe cache stats`: is everything in the store what it was, and how much.
 
-use super::{Done, Global, Stop, print, say};
+use super::global::{Done, Global, Stop, print, say};
 use crate::report;
 use pipe::problem::Exit;
 use pipe::store::Store;

@@ -1,6 +1,6 @@
 //! `pipe completions SHELL`
 
-use super::{Done, description, print};
+use super::global::{Done, print};
 use clap_complete::Shell;
 
 /// Write a completion script for a shell
@@ -12,8 +12,9 @@ pub struct Arguments {
     shell: Shell,
 }
 
-pub fn run(arguments: &Arguments) -> Done {
+/// Writes the script of `line`, the whole command line.
+pub fn run(arguments: &Arguments, line: &mut clap::Command) -> Done {
     let mut script = Vec::new();
-    clap_complete::generate(arguments.shell, &mut description(), "pipe", &mut script);
+    clap_complete::generate(arguments.shell, line, "pipe", &mut script);
     print(&String::from_utf8_lossy(&script))
 }

@@ -1,7 +1,7 @@
 //! What the cells of a plan are going to do, in numbers: rows, tokens, steps, requests and their cost, bytes on disk.
 //! What nobody can know yet is said to be unknown, with the cell that has to be made first.
 
-use super::Global;
+use super::global::Global;
 use super::needs::Look;
 use crate::report::{self, number};
 use pipe::data::{self, Record, Tokenizer};

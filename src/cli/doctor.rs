@@ -1,10 +1,10 @@
 //! `pipe doctor [M]`: what is wrong or suspicious with the machine, and with a manifest's sources, memory, disk and
 //! data, before hours are spent. Looks and changes nothing; asks the network nothing.
 
+use super::global::{Done, Global, Stop, print};
 use super::needs::{Fit, Look, Machine, fit, size};
 use super::open::with_engine;
 use super::sources::Network;
-use super::{Done, Global, Stop, print};
 use crate::report;
 use pipe::cuda;
 use pipe::data::inspect::{inspect, overlap};

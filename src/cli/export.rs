@@ -1,8 +1,9 @@
 //! `pipe export M STAGE DIR`: artifacts as ordinary files, for other programs.
 
+use super::global::{Done, Global, OfManifest, print, say};
+use super::lm_eval;
 use super::open::with_engine;
 use super::sources::Network;
-use super::{Done, Global, OfManifest, lm_eval, print, say};
 use crate::report;
 use pipe::exec::{Engine, Status};
 use pipe::files::Files;

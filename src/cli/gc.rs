@@ -1,6 +1,6 @@
 //! `pipe gc`: what no record refers to any more goes; records too, if only the latest runs are wanted.
 
-use super::{Done, Global, print};
+use super::global::{Done, Global, print};
 use crate::report;
 use pipe::store::{Keep, Store};
 use serde_json::json;

@@ -1,6 +1,7 @@
 //! `pipe grade FILE...`: verdicts on responses that lie in files, with nothing else of a study needed.
 
-use super::{Done, Global, print, say, screen};
+use super::global::{Done, Global, print, say};
+use super::screen;
 use clap::ValueEnum;
 use pipe::data::{Record, read_numbered};
 use pipe::grade::{self, Graded, Kind, Verdict};

@@ -1,6 +1,7 @@
 //! `pipe graph M`: which stage needs which, as text, for Graphviz, for Mermaid, or as JSON.
 
-use super::{Done, Global, OfManifest, print, session};
+use super::global::{Done, Global, OfManifest, print};
+use super::session;
 use clap::ValueEnum;
 use pipe::manifest::spec::ArtifactType;
 use pipe::plan::{Cell, Graph, Plan};

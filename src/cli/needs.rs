@@ -1,6 +1,6 @@
 //! What the cells of a plan need of this machine, where it can be known before they run, and whether it is there.
 
-use super::Global;
+use super::global::Global;
 use crate::report;
 use pipe::cuda;
 use pipe::exec::{Engine, Status, Survey};

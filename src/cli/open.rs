@@ -1,10 +1,9 @@
 //! From the arguments to an engine: manifest, plan, store, sources.
 
+use super::global::{Global, Stop};
 use super::session::{self, Session};
 use super::sources::{Network, Schemes};
-use super::{Global, Stop};
 use pipe::exec::Engine;
-use pipe::problem::Problem;
 use pipe::store::Store;
 use std::path::Path;
 
@@ -27,11 +26,5 @@ pub fn with_engine<T>(
             Err(Stop::Problems(problems, session.manifest.files))
         }
         end => end,
-    }
-}
-
-impl From<Vec<Problem>> for Stop {
-    fn from(problems: Vec<Problem>) -> Stop {
-        Stop::Problems(problems, Vec::new())
     }
 }

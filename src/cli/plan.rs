@@ -1,10 +1,10 @@
 //! `pipe plan M [STAGE...]`: what would run, and why, whether it fits this machine, and what there is to do in numbers.
 
 use super::counts::{Counts, Which};
+use super::global::{Done, Global, OfManifest, print, say};
 use super::needs::{self, Look, Machine};
 use super::open::with_engine;
 use super::sources::Network;
-use super::{Done, Global, OfManifest, print, say};
 use crate::report;
 use pipe::exec::{Engine, Reason, Status, Survey};
 use pipe::plan::CellId;

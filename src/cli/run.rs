@@ -4,11 +4,12 @@
 //! whether it was computed now or found.
 
 use super::counts::{Counts, Which};
+use super::global::{Done, Global, OfManifest, Stop, print, say};
 use super::live::{Live, Running};
 use super::needs::{DeviceMemory, Look, Machine};
 use super::open::with_engine;
 use super::sources::Network;
-use super::{Done, Global, OfManifest, Stop, plan, print, results, say};
+use super::{plan, results};
 use crate::report;
 use pipe::exec::{Engine, Event, Observer, Options, Outcome, Report, Runner, Survey, Task};
 use pipe::manifest::{self, Text};

@@ -1,6 +1,6 @@
 //! `pipe schema`: the manifest language as JSON Schema, for editors.
 
-use super::{Done, print};
+use super::global::{Done, print};
 use pipe::plan;
 use pipe::stage;
 

@@ -1,9 +1,10 @@
 //! `pipe serve M STAGE`: a model of a manifest behind HTTP, for any client that speaks OpenAI's protocol.
 
 use super::export::chain;
+use super::global::{Done, Global, OfManifest, Stop, print, say};
+use super::live;
 use super::open::with_engine;
 use super::sources::Network;
-use super::{Done, Global, OfManifest, Stop, live, print, say};
 use crate::report;
 use pipe::data::Tokenizer;
 use pipe::exec::{Engine, Status};

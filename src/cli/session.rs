@@ -1,6 +1,6 @@
 //! From a manifest's path to its plan: what most commands begin with.
 
-use super::{Global, Stop};
+use super::global::{Global, Stop};
 use pipe::manifest::spec::{Broken as BrokenRule, Params};
 use pipe::manifest::{self, Manifest, Text};
 use pipe::plan::{self, Cell, Plan};

@@ -1,10 +1,11 @@
 //! `pipe show M STAGE`: what a stage yielded: files, parameters, numbers, the end of its log, its transcripts.
 
+use super::global::{Done, Global, OfManifest, print};
 use super::open::with_engine;
 use super::plan::word;
 use super::sources::Network;
 use super::transcripts::{self, Browse};
-use super::{Done, Global, OfManifest, print, results, screen};
+use super::{results, screen};
 use crate::report;
 use pipe::exec::{Engine, Status};
 use pipe::files::Files;

@@ -1,7 +1,7 @@
 //! `pipe validate M...`: every problem of every manifest, without touching anything but their text.
 
+use super::global::{Done, Global, Stop, print};
 use super::session;
-use super::{Done, Global, Stop, print};
 use crate::report;
 use clap::ValueEnum;
 use pipe::manifest;

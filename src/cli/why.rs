@@ -1,9 +1,9 @@
 //! `pipe why M STAGE`: why a cell is fresh or stale, with values, down to the root causes.
 
+use super::global::{Done, Global, OfManifest, print};
 use super::open::with_engine;
 use super::plan::{object, word};
 use super::sources::Network;
-use super::{Done, Global, OfManifest, print};
 use pipe::exec::{Engine, Reason, Status, Survey, causes};
 use pipe::plan::CellId;
 use serde_json::{Value, json};

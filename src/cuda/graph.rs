@@ -50,6 +50,7 @@ impl Graph {
     /// Queues all of its launches.
     pub fn launch(&self) -> Result<(), Problem> {
         self.gpu.not_capturing("a graph")?;
+        let _span = tracing::trace_span!("launch", kernel = "graph").entered();
         // SAFETY: the handle is our own, and the buffers are kept.
         unsafe { self.gpu.driver().launch_graph(self.handle) }
     }

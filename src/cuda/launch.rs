@@ -129,6 +129,7 @@ impl Launch<'_> {
         if self.grid.count() == 0 {
             return Ok(());
         }
+        let _span = tracing::trace_span!("launch", kernel = self.kernel).entered();
         let pointer = |argument: &mut Argument| -> *mut c_void {
             match argument {
                 Argument::Word(word) => std::ptr::from_mut(word).cast(),

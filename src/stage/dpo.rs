@@ -109,6 +109,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         session.keep(&trainer, 0, 0.0)?;
     }
     for step in done..steps.total {
+        let _span = tracing::debug_span!("step", step = step + 1).entered();
         let order = data::epoch_order(pairs.len(), spec.seed, step / steps.per_epoch, spec.shuffle);
         let batch = &data::batches(&order, spec.batch_size)[(step % steps.per_epoch) as usize];
         let lengths: Vec<usize> = batch.iter().map(|&i| training::pair_tokens(&pairs[i])).collect();

@@ -85,6 +85,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         session.keep(&trainer, 0, 0.0)?;
     }
     for step in done..steps.total {
+        let _span = tracing::debug_span!("step", step = step + 1).entered();
         let order = data::epoch_order(samples.len(), spec.seed, step / steps.per_epoch, spec.shuffle);
         let batches = data::batches(&order, spec.batch_size);
         let batch: Vec<&Sample> = batches[(step % steps.per_epoch) as usize].iter().map(|&i| &samples[i]).collect();
