@@ -222,7 +222,7 @@ fn plain(value: &Value, depth: usize, seen: &mut usize) -> Result<Option<Value>,
                 changed |= new_key.is_some() || new_value.is_some();
                 rebuilt.push((new_key.unwrap_or(key), new_value.unwrap_or(value)));
             }
-            Ok(changed.then(|| rebuilt.into_iter().collect()))
+            Ok(changed.then(|| Value::from_pairs(rebuilt)))
         }
         ObjectRepr::Seq | ObjectRepr::Iterable => {
             let values: Vec<Value> = object.try_iter().into_iter().flatten().take(VALUES + 1).collect();

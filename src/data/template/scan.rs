@@ -244,10 +244,13 @@ fn mark(text: &str, symbols: &[Symbol], block: bool, marks: &mut Marks) {
     let mut levels = vec![Level::default()];
     // The `in` of a loop's head is no operator.
     let mut head = block && word(0) == "for";
+    // What stands before a symbol is something that an operator can follow.
+    let mut ended = false;
+    // The `not` of `not in`.
+    let mut negated = false;
     for at in 0..symbols.len() {
         let Some(level) = levels.last_mut() else { return };
         let before = |at: usize| at.checked_sub(1);
-        let ended = before(at).is_some_and(|before| ends_operand(text, symbols, before, block));
         // A name behind a dot, a bar or `is` is no word of the language.
         let name = before(at).is_some_and(|before| {
             matches!(operator(before), "." | "|")
@@ -255,9 +258,16 @@ fn mark(text: &str, symbols: &[Symbol], block: bool, marks: &mut Marks) {
                     && (word(before) == "is" || (word(before) == "not" && before > 0 && word(before - 1) == "is")))
         });
         let is_not = word(at) == "not" && before(at).is_some_and(|before| word(before) == "is");
+        // Where a value has to stand, they are names, but for `not`.
+        let language = ENDS.contains(&word(at)) && (ended || negated || word(at) == "not");
+        let ends = match symbols[at].shape {
+            Shape::Operator => matches!(word(at), ")" | "]" | "}"),
+            Shape::Word => name || !((block && at == 0) || language),
+            _ => true,
+        };
         match symbols[at].shape {
             Shape::Word if block && at == 0 => *level = Level::default(),
-            Shape::Word if !name && !is_not && ENDS.contains(&word(at)) => {
+            Shape::Word if !name && !is_not && language => {
                 let sought = word(at) == "in" || (word(at) == "not" && ended);
                 let header = word(at) == "in" && levels.len() == 1 && std::mem::take(&mut head);
                 if let Some(level) = levels.last_mut() {
@@ -295,25 +305,14 @@ fn mark(text: &str, symbols: &[Symbol], block: bool, marks: &mut Marks) {
             },
             _ => begin(level, at),
         }
+        negated = word(at) == "not" && ended && !name && !is_not;
+        ended = ends;
     }
     if let Some(level) = levels.last() {
         close(symbols, level, symbols.len(), marks);
     }
     if block && word(0) == "set" {
         keep(symbols, word, operator, marks);
-    }
-}
-
-/// Whether an operator behind this symbol has something before it.
-fn ends_operand(text: &str, symbols: &[Symbol], at: usize, block: bool) -> bool {
-    let word = &text[symbols[at].from..symbols[at].to];
-    match symbols[at].shape {
-        Shape::Number | Shape::Text => true,
-        Shape::Operator => matches!(word, ")" | "]" | "}"),
-        Shape::Word => {
-            let attribute = at > 0 && text[symbols[at - 1].from..symbols[at - 1].to] == *".";
-            attribute || !((block && at == 0) || ENDS.contains(&word))
-        }
     }
 }
 

@@ -160,3 +160,78 @@ fn a_value_as_deep_as_a_template_can_make_it_does_no_harm() {
         }
     }
 }
+
+/// Symbols in any order: what the plain engine says of them is said here too.
+#[test]
+fn random_templates_say_what_they_say_without_bounds() {
+    // A word of the language stands with what follows it: a value of that name is nobody's.
+    const SYMBOLS: &[&str] = &[
+        "s",
+        "x",
+        "m",
+        "1",
+        "'a'",
+        "0.5",
+        "~",
+        "~",
+        "~",
+        "+",
+        "-",
+        "*",
+        "(s + s in x)",
+        "(s in s ~ x)",
+        "(s ~ 1 not in x)",
+        "not s",
+        "and s",
+        "or x",
+        "if m else 1",
+        "if x",
+        "is string and s",
+        "is not defined or x",
+        "(",
+        ")",
+        "[",
+        "]",
+        "{'k': s}",
+        ",",
+        ".k",
+        "|upper",
+        "|join('-')",
+        "|length",
+        "|default('d')",
+        "==",
+        "<",
+        ".upper()",
+        "[0]",
+        "(s, 1)",
+        "none",
+        "|tojson",
+        "loop.index",
+        "ns.a",
+    ];
+    let mut state = 1_u64;
+    let mut draw = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    let mut said = 0;
+    for _ in 0..60_000 {
+        let body: Vec<&str> = (0..1 + draw(8)).map(|_| SYMBOLS[draw(SYMBOLS.len())]).collect();
+        let body = body.join(" ");
+        let text = match draw(6) {
+            0 => format!("{{% set ns = namespace(a=1) %}}{{% set ns.a = {body} %}}{{{{ ns.a }}}}"),
+            1 => format!("{{% for y in {body} %}}{{{{ y ~ s }}}}{{% endfor %}}"),
+            2 => format!("{{% if {body} %}}yes{{% else %}}no{{% endif %}}"),
+            3 => format!("{{% macro f(a, b=s ~ 1) %}}{{{{ a ~ b }}}}{{% endmacro %}}{{{{ f({body}) }}}}"),
+            _ => format!("{{{{ {body} }}}}"),
+        };
+        let (plain, bounded) = (plain_render(&text), render(&text));
+        said += usize::from(plain.is_ok());
+        match (plain, bounded) {
+            (Ok(plain), Ok(bounded)) => assert_eq!(plain, bounded, "{text}"),
+            (Err(_), Err(_)) => {}
+            (plain, bounded) => panic!("{text}: {plain:?} became {bounded:?}\n{}", scan::scan(&text).text),
+        }
+    }
+    assert!(said > 3_000, "{said}");
+}
