@@ -11,6 +11,7 @@ pub mod measure;
 pub mod model;
 pub mod plan;
 pub mod problem;
+pub mod progress;
 pub mod random;
 pub mod remote;
 pub mod serve;

@@ -3,38 +3,24 @@
 //! A stage sees its resolved parameters, its inputs as files and an empty output folder. It cannot
 //! name the store, the plan's other cells or the terminal.
 
-use crate::files::Files;
 use crate::manifest::spec::{Key, Kind, Params, Type};
-use crate::plan::Axes;
-use crate::problem::{Exit, Problem};
+use crate::problem::Problem;
 use crate::remote::{Endpoint, Remote};
 use serde_json::Value;
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, PoisonError};
 
-mod asking;
-pub mod bundled;
-pub mod check;
-pub mod command;
-pub mod counts;
-pub mod dataset;
-mod decoding;
-pub mod dpo;
-pub mod eval;
-pub mod generate;
-mod inputs;
-mod judge;
-pub mod model;
-pub mod needs;
-pub mod plot;
-pub mod probe;
-pub mod readings;
-pub mod sft;
-pub mod table;
-mod thinking;
-mod training;
+mod context;
+mod forecast;
+mod kinds;
+mod share;
+
+pub use crate::model::Device;
+pub use crate::progress::Progress;
+pub use context::{Artifact, Context};
+pub use forecast::{counts, needs};
+pub use kinds::{check, command, dataset, dpo, eval, generate, model, plot, probe, sft, table};
+pub use share::{bundled, readings};
 
 /// What a kind does with a context.
 pub type Run = fn(&Context) -> Result<(), Problem>;
@@ -141,76 +127,4 @@ impl Progress for Seen<'_> {
     fn warn(&self, text: &str) {
         self.next.warn(text);
     }
-}
-
-pub use crate::model::Device;
-
-/// One artifact given to a stage.
-pub struct Artifact {
-    /// Stage name and axes of the cell it came from. Only labelled inputs may use them for results.
-    pub stage: String,
-    pub kind: &'static str,
-    pub axes: Axes,
-    pub files: Files,
-}
-
-/// What a stage reports while it runs. The terminal decides what is shown.
-pub trait Progress: Sync {
-    /// Work known in advance: `total` of `unit` ("steps", "records", "problems").
-    fn begin(&self, total: u64, unit: &'static str);
-    /// Done so far, out of `total`.
-    fn at(&self, done: u64);
-    /// A short line of numbers beside the bar (`loss 1.234  lr 3.0e-4`).
-    fn note(&self, text: &str);
-    /// Something the user should know after the run too (a dropped row, a slow path).
-    fn warn(&self, text: &str);
-}
-
-/// All a stage may see.
-pub struct Context<'a> {
-    /// `sft[size=7B]`, for messages only.
-    pub label: &'a str,
-    pub params: &'a Params,
-    /// By slot (dotted key). A model's slot holds its chain, base first.
-    pub inputs: &'a BTreeMap<String, Vec<Artifact>>,
-    /// By dotted key: the file or folder a `path:` or `hf:` source came to.
-    pub sources: &'a BTreeMap<String, PathBuf>,
-    /// Empty folder; its files become the artifact when `run` returns `Ok`.
-    pub out: &'a Path,
-    /// Kept when the stage is interrupted, for resuming; removed when it is published.
-    pub work: &'a Path,
-    pub device: Device,
-    /// The way to endpoints, shared by the stages of a run.
-    pub remote: &'a Remote,
-    pub progress: &'a dyn Progress,
-    /// Set on Ctrl-C; stages look at it at least once a second and return [`Context::stopped`].
-    pub stop: &'a AtomicBool,
-}
-
-impl Context<'_> {
-    /// `Err` once the user has asked to stop.
-    pub fn stopped(&self) -> Result<(), Problem> {
-        if self.stop.load(Ordering::Relaxed) {
-            return Err(
-                Problem::new("exec::interrupted", format!("`{}` was interrupted", self.label)).exit(Exit::Interrupted)
-            );
-        }
-        Ok(())
-    }
-
-    /// The parameters as the kind's own struct (`deny_unknown_fields`, so that every accepted key is read).
-    pub fn spec<T: serde::de::DeserializeOwned>(&self) -> Result<T, Problem> {
-        read_params(self.label, self.params.clone())
-    }
-
-    /// The artifacts of a slot; empty if the optional reference is absent.
-    pub fn inputs(&self, slot: &str) -> &[Artifact] {
-        self.inputs.get(slot).map_or(&[], Vec::as_slice)
-    }
-}
-
-/// Parameters as a struct that knows every one of them.
-fn read_params<T: serde::de::DeserializeOwned>(label: &str, params: Params) -> Result<T, Problem> {
-    serde_json::from_value(serde_json::Value::Object(params))
-        .map_err(|error| Problem::new("stage::params", format!("parameters of `{label}` do not fit its kind: {error}")))
 }

@@ -1,0 +1,4 @@
+//! What a stage will need and do, told before it runs.
+
+pub mod counts;
+pub mod needs;
