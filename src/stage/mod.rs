@@ -1,4 +1,5 @@
-//! The kinds of stage, one file each: `KIND` (keys, defaults, meaning) and `run`.
+//! The kinds of stage, a file or folder each below `kinds/`, with one row of all that is said of it: its keys, what it
+//! does, what it needs. A new kind is a file there, and a line in the table here.
 //!
 //! A stage sees its resolved parameters, its inputs as files and an empty output folder. It cannot
 //! name the store, the plan's other cells or the terminal.
@@ -11,58 +12,85 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, PoisonError};
 
 mod context;
-mod forecast;
+pub mod forecast;
+mod kind;
 mod kinds;
 mod share;
 
 pub use crate::model::Device;
 pub use crate::progress::Progress;
 pub use context::{Artifact, Context};
-pub use forecast::{counts, needs};
+use forecast::needs::{Data, Shape};
+pub use kind::{Forecast, StageKind};
 pub use kinds::{check, command, dataset, dpo, eval, generate, model, plot, probe, sft, table};
 pub use share::{bundled, readings};
 
-/// What a kind does with a context.
-pub type Run = fn(&Context) -> Result<(), Problem>;
-
 /// The kinds, in the order help and schema list them: the one table a new kind is added to.
-const STAGES: &[(&Kind, Run)] = &[
-    (&model::KIND, model::run),
-    (&dataset::KIND, dataset::run),
-    (&generate::KIND, generate::run),
-    (&sft::KIND, sft::run),
-    (&dpo::KIND, dpo::run),
-    (&probe::KIND, probe::run),
-    (&eval::KIND, eval::run),
-    (&table::KIND, table::run),
-    (&plot::KIND, plot::run),
-    (&check::KIND, check::run),
-    (&command::KIND, command::run),
+const TABLE: &[StageKind] = &[
+    model::STAGE,
+    dataset::STAGE,
+    generate::STAGE,
+    sft::STAGE,
+    dpo::STAGE,
+    probe::STAGE,
+    eval::STAGE,
+    table::STAGE,
+    plot::STAGE,
+    check::STAGE,
+    command::STAGE,
 ];
 
 /// Every kind a manifest may name.
 pub const KINDS: &[&Kind] = &kinds();
 
-const fn kinds() -> [&'static Kind; STAGES.len()] {
-    let mut kinds = [STAGES[0].0; STAGES.len()];
+const fn kinds() -> [&'static Kind; TABLE.len()] {
+    let mut kinds = [TABLE[0].kind; TABLE.len()];
     let mut at = 0;
-    while at < STAGES.len() {
-        kinds[at] = STAGES[at].0;
+    while at < TABLE.len() {
+        kinds[at] = TABLE[at].kind;
         at += 1;
     }
     kinds
 }
 
+/// The row of the kind called `name`; `None` if there is no such kind.
+pub fn find(name: &str) -> Option<&'static StageKind> {
+    TABLE.iter().find(|row| row.kind.name == name)
+}
+
 /// Runs a stage of the kind called `kind`, one of [`KINDS`].
 pub fn run(kind: &str, ctx: &Context) -> Result<(), Problem> {
-    match STAGES.iter().find(|(known, _)| known.name == kind) {
-        Some((_, run)) => {
-            let seen = Seen { next: ctx.progress, at: Mutex::new(None) };
-            let done = run(&Context { device: ctx.device.clone(), progress: &seen, ..*ctx });
-            let at = *seen.at.lock().unwrap_or_else(PoisonError::into_inner);
-            done.map_err(|problem| needs::explained(problem, kind, ctx, at))
+    let unknown = || Problem::new("stage::unknown_kind", format!("there is no kind of stage called `{kind}`"));
+    let row = find(kind).ok_or_else(unknown)?;
+    let seen = Seen { next: ctx.progress, at: Mutex::new(None) };
+    let done = (row.run)(&Context { device: ctx.device.clone(), progress: &seen, ..*ctx });
+    let at = *seen.at.lock().unwrap_or_else(PoisonError::into_inner);
+    done.map_err(|problem| explained(problem, row, ctx, at))
+}
+
+/// What to say where a device ran out of memory while a stage worked: where it was, what takes how much, what helps.
+fn explained(problem: Problem, row: &StageKind, ctx: &Context, at: Option<(u64, u64, &'static str)>) -> Problem {
+    if problem.code != "cuda::out_of_memory" {
+        return problem;
+    }
+    let mut problem = problem;
+    problem.message = match at {
+        // What counts is what is done: the one at work is the next.
+        Some((done, total, "steps")) => {
+            format!("{} (`{}`, at step {} of {total})", problem.message, ctx.label, done + 1)
         }
-        None => Err(Problem::new("stage::unknown_kind", format!("there is no kind of stage called `{kind}`"))),
+        Some((done, total, unit)) => format!("{} (`{}`, after {done} of {total} {unit})", problem.message, ctx.label),
+        None => format!("{} (`{}`, before its first step)", problem.message, ctx.label),
+    };
+    if let Some((shape, forecast)) = Shape::given(ctx).zip((row.forecast)(ctx.params)) {
+        let needs = forecast.computes().needs(&shape, row.records(ctx).and_then(Data::of), true);
+        let bound = if needs.takes_more { "at least" } else { "at most" };
+        problem = problem.note(format!("it was expected to take {bound}\n{}", needs.most.table()));
+        problem.help.splice(0..0, forecast.computes().advice(true));
+    }
+    match row.stays {
+        Some(stays) => problem.note(stays),
+        None => problem,
     }
 }
 

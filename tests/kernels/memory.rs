@@ -11,7 +11,8 @@ use pipe::model::{
 };
 use pipe::problem::Problem;
 use pipe::random::Stream;
-use pipe::stage::{self, Context, needs};
+use pipe::stage::forecast::needs;
+use pipe::stage::{self, Context};
 use pipe::tensor::Dtype;
 use pipe::train::{self, Options, PlacedOptimizer};
 use serde_json::{Value, json};
@@ -345,7 +346,8 @@ fn a_stage_takes_no_more_than_was_planned_from_its_keys_and_its_data() {
     let data = needs::Data::of(&bench.inputs["data"][0].files);
     let config = Config::load(&bench.inputs["model"][0].files).unwrap();
     let shape = needs::Shape { config, adapters: Vec::new() };
-    let planned = |data| needs::needs("sft", params.as_object().unwrap(), &shape, data, true).unwrap().most.device;
+    let forecast = (stage::sft::STAGE.forecast)(params.as_object().unwrap()).unwrap();
+    let planned = |data| forecast.computes().needs(&shape, data, true).most.device;
     let counted = gpu.usage().peak as u64;
     assert!(
         counted <= planned(data) && planned(data) <= planned(None),

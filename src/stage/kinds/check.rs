@@ -16,6 +16,8 @@ use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_li
 use crate::plan::Cell;
 use crate::problem::Problem;
 use crate::stage::context::Context;
+use crate::stage::kind::StageKind;
+
 use crate::stage::kinds::table::{axis_names, strings, unknown_axis};
 use crate::stage::share::readings::{self, Reading};
 use serde::Deserialize;
@@ -23,6 +25,7 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::fmt;
 
+/// Its name and keys.
 pub const KIND: Kind = Kind {
     name: "check",
     about: "a claim about scores or measurements that must hold",
@@ -51,6 +54,9 @@ pub const KIND: Kind = Kind {
     lineage: no_lineage,
     rules,
 };
+
+/// All that is said of it.
+pub const STAGE: StageKind = StageKind { misfits, ..StageKind::new(&KIND, run) };
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

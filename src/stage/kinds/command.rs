@@ -13,6 +13,8 @@
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::{Exit, Problem};
 use crate::stage::context::Context;
+use crate::stage::kind::StageKind;
+
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -34,6 +36,7 @@ const ANY: &[ArtifactType] = &[
     ArtifactType::Files,
 ];
 
+/// Its name and keys.
 pub const KIND: Kind = Kind {
     name: "command",
     about: "run a program with declared inputs and outputs",
@@ -80,6 +83,13 @@ pub const KIND: Kind = Kind {
     lineage: no_lineage,
     rules,
 };
+
+/// All that is said of it.
+pub const STAGE: StageKind = StageKind { variables, ..StageKind::new(&KIND, run) };
+
+fn variables(params: &Params) -> Vec<String> {
+    crate::stage::context::read_params::<Spec>(KIND.name, params.clone()).map_or(Vec::new(), |spec| spec.env)
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -19,6 +19,8 @@ use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_li
 use crate::problem::{Exit, Problem};
 use crate::random::Stream;
 use crate::stage::context::Context;
+use crate::stage::kind::StageKind;
+
 use crate::stage::share::bundled;
 use crate::stage::share::training;
 use read::{read, read_input};
@@ -39,6 +41,7 @@ const SEED: Type = Type::Int { min: 0, max: i64::MAX };
 const DATASET: &[ArtifactType] = &[ArtifactType::Dataset];
 const BY: Key = Key::default("by", Type::Str, "\"id\"", "The field whose value two records share.");
 
+/// Its name and keys.
 pub const KIND: Kind = Kind {
     name: "dataset",
     about: "import, map columns, filter, sample, concatenate, build preference pairs",
@@ -203,6 +206,9 @@ pub const KIND: Kind = Kind {
     lineage: no_lineage,
     rules,
 };
+
+/// All that is said of it.
+pub const STAGE: StageKind = StageKind::new(&KIND, run);
 
 const NUMBER: Type = Type::Float { min: f64::MIN, max: f64::MAX, above: false };
 

@@ -12,17 +12,21 @@
 //!
 //! At step 0 a policy that starts at its reference has the loss ln 2; anything else is a bug and stops.
 
-use crate::data::{self, Pair};
+use crate::data::{self, Limits, Pair};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type};
 use crate::model::Placed;
 use crate::problem::Problem;
 use crate::stage::context::Context;
+use crate::stage::forecast::training::TrainingForecast;
+use crate::stage::kind::{Forecast, StageKind};
+
 use crate::stage::share::inputs;
 use crate::stage::share::training::{self, Packed, Session, Spec, training_keys};
 use crate::train::require_finite;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+/// Its name and keys.
 pub const KIND: Kind = Kind {
     name: "dpo",
     about: "direct preference optimisation against the frozen start",
@@ -52,6 +56,24 @@ pub const KIND: Kind = Kind {
     rules,
 };
 
+/// All that is said of it.
+pub const STAGE: StageKind = StageKind {
+    data: Some("data"),
+    forecast,
+    stays: Some(training::STAYS),
+    adapter: training::adapter,
+    ..StageKind::new(&KIND, run)
+};
+
+/// The keys that are its own.
+const OWN: &[&str] = &["beta", "reference", "max_prompt_tokens"];
+
+fn forecast(params: &Params) -> Option<Forecast> {
+    let (spec, own): (Spec, Own) = training::specs(KIND.name, params, OWN).ok()?;
+    let (limits, micro_batch_size) = (own.limits(&spec), None);
+    Some(Forecast::Training(Box::new(TrainingForecast { spec, limits, pairs: true, micro_batch_size })))
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Own {
@@ -65,6 +87,12 @@ struct Own {
 enum Reference {
     Start,
     Base,
+}
+
+impl Own {
+    fn limits(&self, spec: &Spec) -> Limits {
+        Limits { max_prompt_tokens: self.max_prompt_tokens, ..spec.limits() }
+    }
 }
 
 fn rules(params: &Params) -> Vec<Broken> {
@@ -89,10 +117,9 @@ struct Logps {
 }
 
 pub fn run(ctx: &Context) -> Result<(), Problem> {
-    let (spec, own): (Spec, Own) = training::specs(ctx, &["beta", "reference", "max_prompt_tokens"])?;
+    let (spec, own): (Spec, Own) = training::specs(ctx.label, ctx.params, OWN)?;
     let tokenizer = inputs::tokenizer(ctx, "model")?;
-    let mut limits = spec.limits();
-    limits.max_prompt_tokens = own.max_prompt_tokens;
+    let limits = own.limits(&spec);
     let (pairs, notes) = data::pairs(&inputs::records(ctx, "data")?, &tokenizer, spec.format, &limits)?;
     inputs::warn(ctx, &notes);
 
@@ -109,9 +136,9 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         session.keep(&mut model, 0, 0.0)?;
     }
     let mut grads = model.zero_gradients()?;
+    let mut batches = spec.batches(pairs.len());
     for step in done..steps.total {
-        let order = data::epoch_order(pairs.len(), spec.seed, step / steps.per_epoch, spec.shuffle);
-        let batch = &data::batches(&order, spec.batch_size)[(step % steps.per_epoch) as usize];
+        let batch = batches.of(step);
         let lengths: Vec<usize> = batch.iter().map(|&i| training::pair_tokens(&pairs[i])).collect();
 
         grads.clear()?;

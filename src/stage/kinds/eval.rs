@@ -17,7 +17,10 @@ use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_li
 use crate::problem::Problem;
 use crate::random::Stream;
 use crate::remote::{Ask, Bill, Endpoint, Line, Replies};
-use crate::stage::context::Context;
+use crate::stage::context::{Context, read_params};
+use crate::stage::forecast::completions::CompletionForecast;
+use crate::stage::kind::{Forecast, StageKind};
+
 use crate::stage::share::asking::{self, Asking, Pending, Taken};
 use crate::stage::share::decoding::{self, Decoding, QUESTIONS, Request, Template};
 use crate::stage::share::inputs::{self, Storage};
@@ -29,6 +32,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use tally::Tally;
 
+/// Its name and keys.
 pub const KIND: Kind = Kind {
     name: "eval",
     about: "answers to the problems of a task, extracted and graded, with confidence intervals",
@@ -107,6 +111,25 @@ pub const KIND: Kind = Kind {
     lineage: no_lineage,
     rules,
 };
+
+/// All that is said of it.
+pub const STAGE: StageKind =
+    StageKind { data: Some("task"), forecast, pending, stays: Some(decoding::STAYS), ..StageKind::new(&KIND, run) };
+
+fn forecast(params: &Params) -> Option<Forecast> {
+    let spec: Spec = read_params(KIND.name, params.clone()).ok()?;
+    Some(Forecast::Completing(Box::new(CompletionForecast {
+        asked_bytes: decoding::bytes([&spec.prompt, &spec.system, &spec.prefill]),
+        asked_in_file: spec.prompt_file.is_some(),
+        n: spec.n,
+        tries: 1,
+        drops: false,
+        decoding: spec.decoding(),
+        judge: spec.judge.as_ref().map(|judge| Box::new(judge.forecast())),
+        endpoint: spec.endpoint,
+        limit: spec.limit,
+    })))
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -419,15 +442,15 @@ fn asks(spec: &Spec, questions: &[Question]) -> Vec<Ask> {
     asks
 }
 
-/// What a stage with these parameters would ask its endpoint. The replies to it that are there are added to `kept`.
-pub(in crate::stage) fn pending(
+/// What a stage with these parameters would ask its endpoint. With a sum of the replies to it that are kept.
+fn pending(
     params: &Params,
     prompt_file: Option<&Path>,
     records: &[Record],
     line: &Line,
-    kept: &mut Replies,
-) -> Result<Vec<Pending>, Problem> {
-    let spec: Spec = crate::stage::context::read_params(KIND.name, params.clone())?;
+) -> Result<(Vec<Pending>, Replies), Problem> {
+    let spec: Spec = read_params(KIND.name, params.clone())?;
+    let mut kept = Replies::default();
     let model = spec.endpoint.as_ref().map_or("", |endpoint| &endpoint.model);
     let sampling = spec.decoding().remotely();
     let records = &records[..records.len().min(spec.limit.unwrap_or(usize::MAX))];
@@ -441,7 +464,7 @@ pub(in crate::stage) fn pending(
             }
         }
     }
-    Ok(pending)
+    Ok((pending, kept))
 }
 
 struct Templates {

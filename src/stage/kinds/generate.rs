@@ -13,7 +13,10 @@ use crate::grade::extract;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
 use crate::remote::{Ask, Completion, Endpoint, Finish, Line, Replies};
-use crate::stage::context::Context;
+use crate::stage::context::{Context, read_params};
+use crate::stage::forecast::completions::CompletionForecast;
+use crate::stage::kind::{Forecast, StageKind};
+
 use crate::stage::share::asking::{self, Asking, Pending, Taken};
 use crate::stage::share::decoding::{self, Decoding, QUESTIONS, Request, Template};
 use crate::stage::share::inputs::{self, Storage};
@@ -26,6 +29,7 @@ use std::path::{Path, PathBuf};
 
 const PARSERS: &[&str] = &["text", "sections", "boxed", "think-answer", "regex", "json"];
 
+/// Its name and keys.
 pub const KIND: Kind = Kind {
     name: "generate",
     about: "a completion (or n) per record, parsed into fields",
@@ -129,6 +133,26 @@ pub const KIND: Kind = Kind {
     lineage: no_lineage,
     rules,
 };
+
+/// All that is said of it.
+pub const STAGE: StageKind =
+    StageKind { data: Some("data"), forecast, pending, stays: Some(decoding::STAYS), ..StageKind::new(&KIND, run) };
+
+fn forecast(params: &Params) -> Option<Forecast> {
+    let spec: Spec = read_params(KIND.name, params.clone()).ok()?;
+    let text = spec.parse.kind == ParseKind::Text;
+    Some(Forecast::Completing(Box::new(CompletionForecast {
+        asked_bytes: decoding::bytes([&spec.prompt, &spec.system, &spec.prefill]),
+        asked_in_file: spec.prompt_file.is_some(),
+        n: spec.n,
+        tries: if text { 1 } else { spec.max_parse_attempts.unwrap_or(1) },
+        drops: spec.on_parse_failure == OnFailure::Drop,
+        decoding: spec.decoding(),
+        endpoint: spec.endpoint,
+        limit: None,
+        judge: None,
+    })))
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -256,13 +280,27 @@ fn rules(params: &Params) -> Vec<Broken> {
             }
         },
     }
+    // `id` is the record's own, whatever else is called so.
+    let own = |name: &str| name == "id";
+    let groups = parse.pattern.as_deref().and_then(|pattern| Regex::new(pattern).ok());
+    let named = groups.iter().flat_map(Regex::capture_names).flatten().any(own);
+    let renamed = params.get("rename").and_then(Value::as_object).is_some_and(|table| table.keys().any(|key| own(key)));
+    for (key, taken) in [
+        ("parse.fields", parse.fields.keys().any(|key| own(key))),
+        ("parse.pattern", parse.kind == ParseKind::Regex && parse.fields.is_empty() && named),
+        ("rename", renamed),
+        ("completion", text("completion").is_some_and(own)),
+        ("token_ids", text("token_ids").is_some_and(own)),
+    ] {
+        if taken {
+            say(key, "`id` is the record's own, by which it is known in every later stage".into(), "take another name");
+        }
+    }
     if parse.pattern.is_some() && parse.kind != ParseKind::Regex {
         say("parse.pattern", "`pattern` belongs to kind = \"regex\"".into(), "kind = \"regex\", or take it out");
     }
     broken
 }
-
-impl Spec {}
 
 /// What became of one completion.
 struct Made {
@@ -380,15 +418,15 @@ fn conversations(asker: &Asker, records: &[Record]) -> Result<Vec<Value>, Proble
     })
 }
 
-/// What a stage with these parameters would ask its endpoint. The replies to it that are there are added to `kept`.
-pub(in crate::stage) fn pending(
+/// What a stage with these parameters would ask its endpoint. With a sum of the replies to it that are kept.
+fn pending(
     params: &Params,
     prompt_file: Option<&Path>,
     records: &[Record],
     line: &Line,
-    kept: &mut Replies,
-) -> Result<Vec<Pending>, Problem> {
-    let spec: Spec = crate::stage::context::read_params(KIND.name, params.clone())?;
+) -> Result<(Vec<Pending>, Replies), Problem> {
+    let spec: Spec = read_params(KIND.name, params.clone())?;
+    let mut kept = Replies::default();
     let model = spec.endpoint.as_ref().map_or("", |endpoint| &endpoint.model);
     let (parser, asker) = (Parser::new(&spec.parse)?, Asker::new(&spec, prompt_file)?);
     let sampling = spec.decoding().remotely();
@@ -411,7 +449,7 @@ pub(in crate::stage) fn pending(
             }
         }
     }
-    Ok(pending)
+    Ok((pending, kept))
 }
 
 /// What a reply comes to, and whether asking again would be of no use.
@@ -558,7 +596,7 @@ fn output(spec: &Spec, record: &Record, id: &str, fields: Vec<(String, String)>,
 /// The fields that a table `parse` makes of a completion: `Err` if the table is none, `Ok(Err)` if the text lacks
 /// what it asks for.
 pub fn parsed(parse: &Params, text: &str) -> Result<Result<Vec<(String, String)>, String>, Problem> {
-    let parse: Parse = crate::stage::context::read_params("parse", parse.clone())?;
+    let parse: Parse = read_params("parse", parse.clone())?;
     Ok(Parser::new(&parse)?.fields(text))
 }
 
@@ -780,5 +818,16 @@ mod tests {
             ["parse.fields"]
         );
         assert!(keys(json!({"prompt": "{{ q }}", "parse": {"kind": "think-answer"}})).is_empty());
+    }
+
+    #[test]
+    fn nothing_that_a_completion_gives_takes_the_place_of_the_records_id() {
+        let keys =
+            |params: Value| -> Vec<&'static str> { rules(params.as_object().unwrap()).iter().map(|b| b.key).collect() };
+        assert_eq!(keys(json!({"parse": {"kind": "json", "fields": {"id": "answer"}}})), ["parse.fields"]);
+        assert_eq!(keys(json!({"parse": {"kind": "regex", "pattern": "(?<id>x)"}})), ["parse.pattern"]);
+        assert!(keys(json!({"parse": {"kind": "regex", "pattern": "(?<id>x)", "fields": {"name": "id"}}})).is_empty());
+        assert_eq!(keys(json!({"parse": {}, "rename": {"id": "number"}})), ["rename"]);
+        assert_eq!(keys(json!({"parse": {}, "completion": "id", "token_ids": "id"})), ["completion", "token_ids"]);
     }
 }

@@ -6,13 +6,16 @@ use crate::files::Files;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Lineage, Params, Type};
 use crate::model::lora::{self, ADAPTER_CONFIG};
 use crate::model::weights::{ADAPTER_FILE, Element};
-use crate::model::{Config, LoadOptions, Model};
+use crate::model::{Config, LoadOptions, LoraSpec, Model};
 use crate::problem::{Exit, Problem};
-use crate::stage::context::Context;
+use crate::stage::context::{Context, read_params};
+use crate::stage::kind::StageKind;
+
 use crate::stage::share::bundled;
 use crate::stage::share::inputs;
 use crate::tensor::Dtype;
 use serde::Deserialize;
+use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
 
@@ -53,6 +56,7 @@ const SHAPE: &[Key] = &[
     Key::default("seed", Type::Int { min: 0, max: i64::MAX }, "0", "Seed of the weights."),
 ];
 
+/// Its name and keys.
 pub const KIND: Kind = Kind {
     name: "model",
     about: "base weights, tokenizer and chat template; or an adapter on another model",
@@ -81,6 +85,9 @@ pub const KIND: Kind = Kind {
     lineage: |_| Lineage::OnTop,
     rules,
 };
+
+/// All that is said of it.
+pub const STAGE: StageKind = StageKind { config, adapter: adapter_of, ..StageKind::new(&KIND, run) };
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -168,6 +175,65 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
+/// The configuration that it comes to, before it has run: from the folder its `source` came to, from what is bundled,
+/// or from its `init` table. `None` if it is an adapter or its files say nothing.
+fn config(params: &Params, source: Option<&Path>, tokenizer: Option<&Path>) -> Option<Result<Config, Problem>> {
+    let spec: Spec = read_params(KIND.name, params.clone()).ok()?;
+    match spec.source.strip_prefix("init:") {
+        None => {
+            let files = Files::from_dir(source?).ok()?;
+            files.get("config.json")?;
+            Some(Config::load(&files))
+        }
+        Some("random") => {
+            let shape = spec.init?;
+            let vocab_size = match shape.vocab_size {
+                Some(rows) => rows,
+                None => match spec.tokenizer?.strip_prefix("init:") {
+                    Some(name) => bundled::id_limit(name)?,
+                    None => Tokenizer::load(&Files::from_dir(tokenizer?).ok()?).ok()?.id_limit(),
+                },
+            };
+            Some(Config::parse(&shape.config(vocab_size).to_string()))
+        }
+        Some(name) => {
+            let text = bundled::file(name, "config.json")?;
+            Some(Config::parse(std::str::from_utf8(text).ok()?))
+        }
+    }
+}
+
+/// The adapter that an imported one is, by its folder.
+fn adapter_of(_: &Params, source: Option<&Path>) -> Option<LoraSpec> {
+    LoraSpec::read(&source?.join(ADAPTER_CONFIG)).ok()
+}
+
+impl Shape {
+    /// `config.json` of a model of this shape, with this many ids.
+    fn config(&self, vocab_size: usize) -> Value {
+        let mut config = json!({
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": vocab_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "initializer_range": self.initializer_range,
+        });
+        if let Some(head_dim) = self.head_dim {
+            config["head_dim"] = head_dim.into();
+        }
+        config
+    }
+}
+
 /// The files of a model folder that belong to the model.
 fn wanted(name: &str) -> bool {
     ["config.json", "generation_config.json", "model.safetensors.index.json"].contains(&name)
@@ -237,25 +303,7 @@ fn folder(path: &Path) -> Result<Files, Problem> {
 
 fn write_random(shape: &Shape, out: &Path) -> Result<(), Problem> {
     let tokenizer = Tokenizer::load(&folder(out)?)?;
-    let mut config = serde_json::json!({
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.num_hidden_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "intermediate_size": shape.intermediate_size,
-        "vocab_size": shape.vocab_size.unwrap_or(tokenizer.id_limit()),
-        "max_position_embeddings": shape.max_position_embeddings,
-        "rope_theta": shape.rope_theta,
-        "rms_norm_eps": shape.rms_norm_eps,
-        "tie_word_embeddings": shape.tie_word_embeddings,
-        "initializer_range": shape.initializer_range,
-    });
-    if let Some(head_dim) = shape.head_dim {
-        config["head_dim"] = head_dim.into();
-    }
+    let mut config = shape.config(shape.vocab_size.unwrap_or(tokenizer.id_limit()));
     if let Some(end) = tokenizer.eos() {
         config["eos_token_id"] = end.into();
     }
@@ -271,4 +319,32 @@ fn check(ctx: &Context) -> Result<(), Problem> {
     let size: u64 = files.iter().filter_map(|(_, path)| fs::metadata(path).ok()).map(|m| m.len()).sum();
     tracing::info!(stage = ctx.label, bytes = size, "model checked");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params(value: Value) -> Params {
+        value.as_object().unwrap().clone()
+    }
+
+    #[test]
+    fn the_shape_of_a_model_is_known_before_it_is_made() {
+        let known = config(&params(json!({"source": "init:mini-3B"})), None, None).unwrap().unwrap();
+        assert!(known.hidden_size > 0);
+        let init = json!({
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "intermediate_size": 48, "tie_word_embeddings": true, "max_position_embeddings": 64, "rope_theta": 1e6,
+            "rms_norm_eps": 1e-6, "initializer_range": 0.02, "seed": 0,
+        });
+        let random = params(json!({"source": "init:random", "tokenizer": "init:mini", "init": init}));
+        let random = config(&random, None, None).unwrap().unwrap();
+        // As many rows as the tokenizer, once it lies in a folder, has ids.
+        let folder = tempfile::tempdir().unwrap();
+        bundled::tokenizer("mini").unwrap().write(folder.path(), |_| true).unwrap();
+        let ids = Tokenizer::load(&Files::from_dir(folder.path()).unwrap()).unwrap().id_limit();
+        assert_eq!((random.hidden_size, random.vocab_size), (32, ids));
+        assert!(config(&params(json!({"source": "hf:A/B"})), None, None).is_none());
+    }
 }

@@ -7,6 +7,8 @@ use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_li
 use crate::plan::Cell;
 use crate::problem::Problem;
 use crate::stage::context::Context;
+use crate::stage::kind::StageKind;
+
 use crate::stage::kinds::table::{Names, axis_names, csv_line, strings, unknown_axis};
 use crate::stage::share::readings::{self, Reading};
 use kuva::plot::{BarPlot, LinePlot, LineStyle, ScatterPlot};
@@ -17,6 +19,7 @@ use serde::Deserialize;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+/// Its name and keys.
 pub const KIND: Kind = Kind {
     name: "plot",
     about: "measurements, scores or a training log as a picture: SVG, PNG, CSV",
@@ -61,6 +64,9 @@ pub const KIND: Kind = Kind {
     lineage: no_lineage,
     rules,
 };
+
+/// All that is said of it.
+pub const STAGE: StageKind = StageKind { misfits, ..StageKind::new(&KIND, run) };
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -9,11 +9,15 @@
 
 use crate::data::{self, Eos, Format, Limits, Overlength, Pair, Sample};
 use crate::files::Files;
-use crate::manifest::spec::{ArtifactType, Key, Kind, Type, no_lineage, no_rules};
+use crate::manifest::spec::{ArtifactType, Key, Kind, Params, Type, no_lineage, no_rules};
+use crate::model::memory::{Plan, Trained, Work};
 use crate::model::weights::{self, Element};
 use crate::model::{LoadOptions, Model, Placed};
 use crate::problem::Problem;
-use crate::stage::context::Context;
+use crate::stage::context::{Context, read_params};
+use crate::stage::forecast::needs::{Computes, Cut, Data, HALVE, Needs, Shape, Taking, shorten, untie};
+use crate::stage::kind::{Forecast, StageKind};
+
 use crate::stage::share::inputs;
 use crate::stage::share::training::{self, Packed};
 use serde::Deserialize;
@@ -21,6 +25,7 @@ use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::fs;
 
+/// Its name and keys.
 pub const KIND: Kind = Kind {
     name: "probe",
     about: "log-probabilities of given completions, at one model or at every checkpoint",
@@ -88,6 +93,45 @@ pub const KIND: Kind = Kind {
     lineage: no_lineage,
     rules: no_rules,
 };
+
+/// All that is said of it.
+pub const STAGE: StageKind = StageKind { data: Some("data"), forecast, ..StageKind::new(&KIND, run) };
+
+fn forecast(params: &Params) -> Option<Forecast> {
+    Some(Forecast::Other(Box::new(read_params::<Spec>(KIND.name, params.clone()).ok()?)))
+}
+
+impl Spec {
+    fn cut(&self) -> Cut {
+        let Spec { max_tokens, micro_batch_tokens, .. } = *self;
+        Cut { sides: 2, max_tokens, batch_size: None, micro_batch_tokens, micro_batch_size: None }
+    }
+}
+
+impl Computes for Spec {
+    fn needs(&self, shape: &Shape, data: Option<Data>, on_device: bool) -> Needs {
+        let mut config = shape.config.clone();
+        let folded = shape.adapters.len().saturating_sub(1);
+        untie(&mut config, &shape.adapters[..folded]);
+        let trained = shape.adapters.last().map_or(Trained::Nothing, Trained::Adapter);
+        let of = |extent| {
+            let work = Work::Measure { extent, logits: self.logits, hidden_states: self.hidden_states };
+            Plan { config: &config, dtype: self.dtype.dtype(), trained, on_device, work }.need()
+        };
+        let (surely, most) = self.cut().micro_batches(data);
+        Needs { surely: of(surely), most: of(most), takes_more: false, steps: None, disk: 0 }
+    }
+
+    fn advice(&self, _on_device: bool) -> Vec<String> {
+        let halve = (self.dtype == inputs::Storage::F32).then(|| HALVE.to_string());
+        self.cut().advice().into_iter().chain(halve).chain([shorten(self.max_tokens)]).collect()
+    }
+
+    fn takes(&self) -> Option<Taking> {
+        let Spec { format, eos, max_tokens, on_overlength, .. } = *self;
+        Some(Taking { format, eos, max_tokens, on_overlength, allow_unlearned: true })
+    }
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

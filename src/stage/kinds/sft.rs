@@ -11,12 +11,16 @@ use crate::data::{self, Sample};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type};
 use crate::problem::Problem;
 use crate::stage::context::Context;
+use crate::stage::forecast::training::TrainingForecast;
+use crate::stage::kind::{Forecast, StageKind};
+
 use crate::stage::share::inputs;
 use crate::stage::share::training::{self, Packed, Session, Spec, training_keys};
 use crate::train::require_finite;
 use serde::Deserialize;
 use serde_json::json;
 
+/// Its name and keys.
 pub const KIND: Kind = Kind {
     name: "sft",
     about: "supervised fine-tuning on completions: LoRA, or every weight",
@@ -39,6 +43,24 @@ pub const KIND: Kind = Kind {
     lineage: training::lineage,
     rules,
 };
+
+/// All that is said of it.
+pub const STAGE: StageKind = StageKind {
+    data: Some("data"),
+    forecast,
+    stays: Some(training::STAYS),
+    adapter: training::adapter,
+    ..StageKind::new(&KIND, run)
+};
+
+/// The keys that are its own.
+const OWN: &[&str] = &["normalization", "micro_batch_size"];
+
+fn forecast(params: &Params) -> Option<Forecast> {
+    let (spec, own): (Spec, Own) = training::specs(KIND.name, params, OWN).ok()?;
+    let (limits, micro_batch_size) = (spec.limits(), own.micro_batch_size);
+    Some(Forecast::Training(Box::new(TrainingForecast { spec, limits, pairs: false, micro_batch_size })))
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -68,7 +90,7 @@ fn rules(params: &Params) -> Vec<Broken> {
 }
 
 pub fn run(ctx: &Context) -> Result<(), Problem> {
-    let (spec, own): (Spec, Own) = training::specs(ctx, &["normalization", "micro_batch_size"])?;
+    let (spec, own): (Spec, Own) = training::specs(ctx.label, ctx.params, OWN)?;
     let tokenizer = inputs::tokenizer(ctx, "model")?;
     let (samples, notes) = data::samples(&inputs::records(ctx, "data")?, &tokenizer, spec.format, &spec.limits())?;
     inputs::warn(ctx, &notes);
@@ -85,10 +107,9 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         session.keep(&mut model, 0, 0.0)?;
     }
     let mut grads = model.zero_gradients()?;
+    let mut batches = spec.batches(samples.len());
     for step in done..steps.total {
-        let order = data::epoch_order(samples.len(), spec.seed, step / steps.per_epoch, spec.shuffle);
-        let batches = data::batches(&order, spec.batch_size);
-        let batch: Vec<&Sample> = batches[(step % steps.per_epoch) as usize].iter().map(|&i| &samples[i]).collect();
+        let batch: Vec<&Sample> = batches.of(step).iter().map(|&i| &samples[i]).collect();
         let lengths: Vec<usize> = batch.iter().map(|sample| sample.ids.len()).collect();
         let learned: usize = batch.iter().map(|sample| sample.learned_tokens()).sum();
 

@@ -15,6 +15,8 @@ use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_li
 use crate::plan::Cell;
 use crate::problem::{Exit, Problem};
 use crate::stage::context::Context;
+use crate::stage::kind::StageKind;
+
 use crate::stage::share::readings;
 use grid::Grid;
 use published::Published;
@@ -24,6 +26,7 @@ use std::collections::{BTreeMap, HashMap};
 
 pub(in crate::stage) use write::csv_line;
 
+/// Its name and keys.
 pub const KIND: Kind = Kind {
     name: "table",
     about: "scores or measurements as a table: Markdown, CSV, LaTeX, text, JSON",
@@ -89,6 +92,9 @@ pub const KIND: Kind = Kind {
     lineage: no_lineage,
     rules,
 };
+
+/// All that is said of it.
+pub const STAGE: StageKind = StageKind { misfits, ..StageKind::new(&KIND, run) };
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -97,6 +97,14 @@ pub const BATCH: Key = Key::default(
 .with("model")
 .no_result();
 
+/// What is said of a stage that ends early.
+pub const STAYS: &str = "the completions that were journalled stay: the next run goes on from them";
+
+/// Bytes of these texts together.
+pub fn bytes(texts: [&Option<String>; 3]) -> usize {
+    texts.into_iter().flatten().map(String::len).sum()
+}
+
 /// How completions are drawn, as the keys above say.
 #[derive(Default)]
 pub struct Decoding {
@@ -429,9 +437,22 @@ fn key(turn: &Turn, sampling: &Sampling) -> String {
     let mut encoder = Encoder::new("request");
     let ids: Vec<u8> = turn.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     encoder.field(&ids).field(&stream(turn).to_le_bytes());
-    let sampling = Sampling { max_tokens: turn.max_tokens, ..sampling.clone() };
-    encoder.field(format!("{sampling:?}").as_bytes());
+    encoder.field(written(sampling, turn.max_tokens).as_bytes());
     encoder.finish().hex()
+}
+
+/// How completions are drawn, as a part of the key by which a journal knows them. Written out, so that no name in the
+/// program is a part of it: a journal outlives the names. What it says may not change, or its completions are made
+/// again.
+fn written(sampling: &Sampling, max_tokens: usize) -> String {
+    // A field more is one to be written here.
+    let Sampling { max_tokens: _, temperature, top_p, top_k, repetition_penalty, seed, stop, stop_ids, id_limit } =
+        sampling;
+    format!(
+        "Sampling {{ max_tokens: {max_tokens}, temperature: {temperature:?}, top_p: {top_p:?}, top_k: {top_k}, \
+         repetition_penalty: {repetition_penalty:?}, seed: {seed}, stop: {stop:?}, stop_ids: {stop_ids:?}, \
+         id_limit: {id_limit} }}"
+    )
 }
 
 /// The journal's replies to any of these requests. A last line cut off by a kill is passed over.
@@ -550,3 +571,29 @@ pub fn text_field<'r>(record: &'r Record, names: &[&str]) -> Option<&'r str> {
 
 /// Where a question may stand, most particular first.
 pub const QUESTIONS: &[&str] = &["prompt", "question", "problem", "Question", "Problem"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_journal_of_an_older_program_still_has_its_completions() {
+        let sampling = Sampling {
+            max_tokens: 256,
+            temperature: 0.7,
+            top_p: 1.0,
+            top_k: 20,
+            repetition_penalty: 1e-7,
+            seed: 3,
+            stop: vec!["</think>\n".into(), "\"é\"".into()],
+            stop_ids: vec![1, 2],
+            id_limit: 300,
+        };
+        let request = Request { id: "r1".into(), sample: 2, ids: vec![5, 6], budget: 0 };
+        let turn = |number| Turn { request: &request, number, ids: vec![5, 6, 7], max_tokens: 100 };
+        let encoded = written(&sampling, 100);
+        assert_eq!(encoded, format!("{:?}", Sampling { max_tokens: 100, ..sampling.clone() }), "as it was first made");
+        assert_eq!(key(&turn(0), &sampling), "FROZEN0");
+        assert_eq!(key(&turn(1), &sampling), "FROZEN1");
+    }
+}

@@ -15,6 +15,7 @@ use crate::manifest::spec::{ArtifactType, Key, Type};
 use crate::problem::Problem;
 use crate::remote::{Ask, Bill, Completion, Endpoint, Finish};
 use crate::stage::context::Context;
+use crate::stage::forecast::completions::CompletionForecast;
 use crate::stage::share::asking;
 use crate::stage::share::asking::{Asking, Taken};
 use crate::stage::share::decoding::{self, Decoding, Request, Session, Template};
@@ -93,6 +94,36 @@ pub struct Spec {
     dtype: Storage,
     #[serde(default)]
     batch: usize,
+}
+
+impl Spec {
+    /// What its judgements need and ask, one of each.
+    pub fn forecast(&self) -> CompletionForecast {
+        /// Bytes of a prompt of our own, generously.
+        const PROMPT: usize = 4096;
+        CompletionForecast {
+            decoding: self.decoding(),
+            endpoint: self.endpoint.clone().filter(|_| self.ask != Whom::None),
+            // It is shown the question and an attempt, whose characters take four bytes at most.
+            asked_bytes: self.prompt.as_ref().map_or(0, String::len) + 4 * self.max_chars + PROMPT,
+            asked_in_file: self.prompt_file.is_some(),
+            n: 1,
+            tries: self.max_attempts,
+            ..CompletionForecast::default()
+        }
+    }
+
+    fn decoding(&self) -> Decoding {
+        Decoding {
+            max_tokens: self.max_tokens,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            seed: self.seed,
+            dtype: self.dtype,
+            batch: self.batch,
+            ..Decoding::default()
+        }
+    }
 }
 
 fn once() -> u64 {
@@ -349,15 +380,7 @@ impl<'a> Judge<'a> {
         rounds: &mut dyn FnMut(&mut Say) -> Result<T, Problem>,
     ) -> Result<(T, Option<Bill>), Problem> {
         let (ctx, spec) = (self.ctx, self.spec);
-        let decoding = Decoding {
-            max_tokens: spec.max_tokens,
-            top_p: 1.0,
-            repetition_penalty: 1.0,
-            seed: spec.seed,
-            dtype: spec.dtype,
-            batch: spec.batch,
-            ..Decoding::default()
-        };
+        let decoding = spec.decoding();
         if let Some(endpoint) = &spec.endpoint {
             let mut asking = Asking::new(ctx, endpoint)?;
             let done = rounds(&mut |prompts| by_endpoint(&mut asking, &decoding, spec.max_attempts, prompts))?;

@@ -91,6 +91,11 @@ struct Mind {
 }
 
 impl Thinking {
+    /// The longest thinking of a record that has no budget of its own, in tokens.
+    pub fn max_tokens(&self) -> usize {
+        self.max_tokens
+    }
+
     /// A record's budget.
     pub fn budget(&self, record: &Record) -> Result<usize, String> {
         let Some((field, value)) = self.field.as_ref().and_then(|field| Some((field, record.get(field)?))) else {

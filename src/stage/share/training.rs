@@ -1,13 +1,13 @@
 //! What `sft` and `dpo` share: the keys of schedule, optimizer and adapter, and the book-keeping of a
 //! run that may be interrupted at any instant. The loops themselves are in `sft.rs` and `dpo.rs`.
 
-use crate::data::{Eos, Format, Limits, Overlength, Pair, Sample, Side};
+use crate::data::{self, Eos, Format, Limits, Overlength, Pair, Sample, Side};
 use crate::files::Files;
 use crate::manifest::spec::{Broken, Key, Lineage, Params, Type};
 use crate::model::weights::{self, Element};
 use crate::model::{Batch, LoadOptions, LoraSpec, Model, Placed, PlacedGradients, Recompute};
 use crate::problem::Problem;
-use crate::stage::context::Context;
+use crate::stage::context::{Context, read_params};
 use crate::stage::share::inputs;
 use crate::train::{self, Checkpoint, Curve, Options, PlacedOptimizer, Schedule};
 use serde::Deserialize;
@@ -132,36 +132,35 @@ pub const LORA: &[Key] = &[
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Spec {
-    epochs: f64,
-    max_steps: Option<u64>,
+    pub epochs: f64,
+    pub max_steps: Option<u64>,
     pub batch_size: usize,
     pub micro_batch_tokens: usize,
     learning_rate: f64,
     schedule: ScheduleSpec,
     pub optimizer: OptimizerSpec,
-    lora: Option<LoraSpec>,
-    adapter: String,
+    pub lora: Option<LoraSpec>,
+    pub adapter: String,
     pub format: Format,
-    eos: Eos,
-    max_tokens: usize,
-    on_overlength: Overlength,
+    pub eos: Eos,
+    pub max_tokens: usize,
+    pub on_overlength: Overlength,
     truncate_side: Side,
     pub shuffle: bool,
     pub seed: u64,
-    dtype: inputs::Storage,
-    checkpointing: String,
-    offload: bool,
-    save_every_epochs: Option<f64>,
-    save_every_steps: Option<u64>,
+    pub dtype: inputs::Storage,
+    pub checkpointing: String,
+    pub offload: bool,
+    pub save_every_epochs: Option<f64>,
+    pub save_every_steps: Option<u64>,
     pub keep_gradients: Vec<u64>,
     pub resume_every_s: u64,
 }
 
-/// The shared keys, and those named `own` as the stage's own struct.
-pub fn specs<Own: DeserializeOwned>(ctx: &Context, own: &[&str]) -> Result<(Spec, Own), Problem> {
-    let (mine, shared): (Params, Params) =
-        ctx.params.clone().into_iter().partition(|(key, _)| own.contains(&key.as_str()));
-    Ok((crate::stage::context::read_params(ctx.label, shared)?, crate::stage::context::read_params(ctx.label, mine)?))
+/// The shared keys, and those named `own` as the stage's own struct. `label`: whose they are, for messages.
+pub fn specs<Own: DeserializeOwned>(label: &str, params: &Params, own: &[&str]) -> Result<(Spec, Own), Problem> {
+    let (mine, shared): (Params, Params) = params.clone().into_iter().partition(|(key, _)| own.contains(&key.as_str()));
+    Ok((read_params(label, shared)?, read_params(label, mine)?))
 }
 
 impl Spec {
@@ -212,6 +211,14 @@ impl Spec {
         Steps::new(examples, self.batch_size, self.epochs, self.max_steps)
     }
 
+    /// The batches of a run over this many samples.
+    pub fn batches(&self, samples: usize) -> Batches {
+        let Spec { seed, shuffle, batch_size, .. } = *self;
+        let per_epoch = self.steps(samples).per_epoch;
+        Batches { samples, seed, shuffle, batch_size, per_epoch, epoch: None, order: Vec::new() }
+    }
+
+    /// The learning rate of each step.
     pub fn schedule(&self, steps: Steps) -> Schedule {
         self.schedule.over(self.learning_rate, steps.total)
     }
@@ -230,6 +237,14 @@ pub fn lineage(params: &Params) -> Lineage {
         (true, _) => Lineage::OnTop,
     }
 }
+
+/// The adapter that a training stage adds.
+pub fn adapter(params: &Params, _: Option<&Path>) -> Option<LoraSpec> {
+    LoraSpec::deserialize(params.get("lora")?).ok()
+}
+
+/// What is said of a training stage that ends early.
+pub const STAYS: &str = "the last state that was kept stays: the next run goes on from it";
 
 /// Rules between the shared keys.
 pub fn rules(params: &Params) -> Vec<Broken> {
@@ -288,11 +303,16 @@ pub struct OptimizerSpec {
 }
 
 impl OptimizerSpec {
+    /// The optimizer that is named.
+    pub fn kind(&self) -> train::Kind {
+        if self.kind == "adamw-8bit" { train::Kind::AdamW8bit } else { train::Kind::AdamW }
+    }
+
+    /// With states for all that `model` trains.
     pub fn over(&self, model: &Placed) -> Result<PlacedOptimizer, Problem> {
-        let kind = if self.kind == "adamw-8bit" { train::Kind::AdamW8bit } else { train::Kind::AdamW };
         let options =
             Options { beta1: self.beta1, beta2: self.beta2, epsilon: self.epsilon, weight_decay: self.weight_decay };
-        PlacedOptimizer::new(kind, options, model)
+        PlacedOptimizer::new(self.kind(), options, model)
     }
 }
 
@@ -329,6 +349,31 @@ impl Steps {
         steps.extend((0..=points).map(|point| (point as f64 * every).round() as u64).filter(|s| *s <= self.total));
         steps.insert(self.total);
         steps
+    }
+}
+
+/// The batches of a run, each epoch's made once: a function of the step alone, whichever comes first.
+pub struct Batches {
+    samples: usize,
+    seed: u64,
+    shuffle: bool,
+    batch_size: usize,
+    per_epoch: u64,
+    /// The epoch whose order is there, from 0.
+    epoch: Option<u64>,
+    order: Vec<usize>,
+}
+
+impl Batches {
+    /// Which samples step `step`, from 0, is over.
+    pub fn of(&mut self, step: u64) -> &[usize] {
+        let epoch = step / self.per_epoch;
+        if self.epoch != Some(epoch) {
+            self.order = data::epoch_order(self.samples, self.seed, epoch, self.shuffle);
+            self.epoch = Some(epoch);
+        }
+        let start = (step % self.per_epoch) as usize * self.batch_size;
+        &self.order[start..self.samples.min(start + self.batch_size)]
     }
 }
 
@@ -509,4 +554,22 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), Problem> {
     fs::File::create(path)
         .and_then(|mut file| file.write_all(bytes))
         .map_err(|error| Problem::io("stage::unwritable", "write", path, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_is_over_the_same_samples_whichever_steps_came_before_it() {
+        let (samples, seed, shuffle, batch_size, per_epoch) = (7, 3, true, 3, 3);
+        let fresh = || Batches { samples, seed, shuffle, batch_size, per_epoch, epoch: None, order: Vec::new() };
+        let mut batches = fresh();
+        for step in [0, 1, 2, 3, 4, 5, 1, 8] {
+            let order = data::epoch_order(samples, seed, step / per_epoch, shuffle);
+            let expected = &data::batches(&order, batch_size)[(step % per_epoch) as usize];
+            assert_eq!(batches.of(step), expected, "step {step}");
+            assert_eq!(fresh().of(step), expected, "step {step}, resumed");
+        }
+    }
 }
