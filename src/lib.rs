@@ -12,6 +12,7 @@ pub mod measure;
 pub mod model;
 pub mod plan;
 pub mod problem;
+pub mod progress;
 pub mod random;
 pub mod remote;
 pub mod safetensors;

@@ -9,8 +9,10 @@ use pipe::files::Files;
 use pipe::measure;
 use pipe::plan::{Cell, CellId};
 use pipe::problem::Problem;
-use pipe::remote::{Connection, Endpoint, Remote, money};
-use pipe::stage::counts::{self, Calls, Completions, Likely, Requests, Taken, Training};
+use pipe::remote::{Endpoint, Connection, Remote, money};
+use pipe::stage::Forecast;
+use pipe::stage::forecast::completions::{Calls, CompletionForecast, Completions, Likely, Requests};
+use pipe::stage::forecast::training::{TakenRows, TrainingCount};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write as _;
@@ -20,7 +22,7 @@ use std::sync::Arc;
 
 /// What a cell does.
 pub enum Work {
-    Training(Training),
+    Training(TrainingCount),
     Completions(Completions),
     Calls(Box<Calls>),
     /// Beside its own work: what it asks about answers that are not there yet, at most.
@@ -64,7 +66,7 @@ struct Reader<'a> {
     look: &'a Look<'a>,
     records: Option<(CellId, Rc<Vec<Record>>)>,
     tokenizers: HashMap<PathBuf, Option<Rc<Tokenizer>>>,
-    taken: HashMap<(CellId, PathBuf, String), Result<Rc<Taken>, Problem>>,
+    taken: HashMap<(CellId, PathBuf, String), Result<Rc<TakenRows>, Problem>>,
     /// Keys of requests that cells looked at before send.
     asked: HashSet<String>,
 }
@@ -86,38 +88,41 @@ impl<'a> Counts<'a> {
         remote: &Remote,
         at: &dyn Fn(usize, usize),
     ) -> Result<Counts<'a>, Problem> {
-        let counted = |id: &CellId| {
-            let cell = look.cell(*id);
-            match cell.kind.name {
-                "generate" | "eval" => {
-                    let asks = cell.params.contains_key("endpoint") || counts::judge(&cell.params).is_some();
-                    which == Which::All || asks
-                }
-                "sft" | "dpo" => which == Which::All,
-                _ => false,
+        let counted = |id: &CellId| match look.forecast(*id) {
+            Some(Forecast::Completing(completing)) => {
+                which == Which::All || completing.endpoint.is_some() || completing.judging_endpoint().is_some()
             }
+            Some(Forecast::Training(_)) => which == Which::All,
+            Some(Forecast::Other(_)) | None => false,
         };
         let mut cells: Vec<CellId> = look.to_run().filter(counted).collect();
-        cells.sort_by_key(|id| (data_of(look, *id), *id));
+        cells.sort_by_key(|id| (look.data_of(*id), *id));
         let mut reader =
             Reader { look, records: None, tokenizers: HashMap::new(), taken: HashMap::new(), asked: HashSet::new() };
         let (mut rows, mut endpoints) = (Vec::new(), Vec::new());
         for (done, id) in cells.iter().enumerate() {
             at(done, cells.len());
-            let row = match counts::endpoint(&look.cell(*id).params) {
-                Some(endpoint) => {
+            let Some(forecast) = look.forecast(*id) else { continue };
+            let completing = match &forecast {
+                Forecast::Completing(completing) => Some(&**completing),
+                _ => None,
+            };
+            let row = match completing.and_then(|completing| Some((completing, completing.endpoint.clone()?))) {
+                Some((completing, endpoint)) => {
                     let line = asked(&mut endpoints, endpoint, remote)?;
-                    let row = reader.calls(*id, &endpoints[line])?;
+                    let row = reader.calls(*id, completing, &endpoints[line])?;
                     endpoints[line].add(&row);
                     row
                 }
-                None => reader.row(*id),
+                None => reader.row(*id, &forecast),
             };
             rows.push(row);
-            if let Some(endpoint) = counts::judge(&look.cell(*id).params) {
+            if let Some((completing, endpoint)) =
+                completing.and_then(|completing| Some((completing, completing.judging_endpoint()?.clone())))
+            {
                 let line = asked(&mut endpoints, endpoint, remote)?;
                 // Of a cell whose data are not there that is all there is to say, and its own row says it.
-                let judging = reader.judging(*id, &endpoints[line].endpoint);
+                let judging = reader.judging(*id, completing, &endpoints[line].endpoint);
                 endpoints[line].add(&judging);
                 rows.extend(Some(judging).filter(|row| row.work.is_some()));
             }
@@ -331,7 +336,7 @@ impl<'a> Counts<'a> {
             None => json!({}),
             Some(Work::Judging(_)) => return None,
             Some(Work::Fails(problem)) => json!({ "fails": problem.message }),
-            Some(Work::Training(Training { rows, dropped, truncated, steps, tokens })) => json!({
+            Some(Work::Training(TrainingCount { rows, dropped, truncated, steps, tokens })) => json!({
                 "rows": rows, "dropped": dropped, "truncated": truncated, "steps": steps, "tokens": tokens,
             }),
             Some(Work::Completions(Completions { wanted, tokens })) => {
@@ -510,61 +515,57 @@ fn asked(endpoints: &mut Vec<Asked>, endpoint: Endpoint, remote: &Remote) -> Res
     Ok(endpoints.len() - 1)
 }
 
-/// The dataset that a cell takes.
-fn data_of(look: &Look, id: CellId) -> Option<CellId> {
-    let slot = if look.cell(id).kind.name == "eval" { "task" } else { "data" };
-    look.input(id, slot).last().copied()
-}
-
 impl<'a> Reader<'a> {
     fn cell(&self, id: CellId) -> &'a Cell {
         self.look.cell(id)
     }
 
     /// A cell that computes here.
-    fn row(&mut self, id: CellId) -> Row {
-        let cell = self.cell(id);
-        let data = data_of(self.look, id);
+    fn row(&mut self, id: CellId, forecast: &Forecast) -> Row {
+        let data = self.look.data_of(id);
         let Some((records, at_most)) = data.and_then(|data| self.count(data)) else {
-            let work = counts::training_of(&cell.params, None).filter(|training| training.steps.is_some());
+            let work = match forecast {
+                Forecast::Training(training) => Some(training.count_of(None)).filter(|count| count.steps.is_some()),
+                _ => None,
+            };
             return Row { cell: id, work: work.map(Work::Training), until: data };
         };
         let until = data.filter(|_| at_most);
-        if !["sft", "dpo"].contains(&cell.kind.name) {
-            let work = counts::completions(&cell.params, records).map(Work::Completions);
-            return Row { cell: id, work, until };
-        }
+        let training = match forecast {
+            Forecast::Training(training) => training,
+            Forecast::Completing(completing) => {
+                return Row { cell: id, work: Some(Work::Completions(completing.completions(records))), until };
+            }
+            Forecast::Other(_) => return Row { cell: id, work: None, until },
+        };
         let base = self.look.input(id, "model").first().copied();
-        let rows = || counts::training_of(&cell.params, Some(records)).map(Work::Training);
+        let rows = || Some(Work::Training(training.count_of(Some(records))));
         let (Some(data), Some(base)) = (data.filter(|data| self.look.files(*data).is_some()), base) else {
             return Row { cell: id, work: rows(), until: data };
         };
         let Some((name, tokenizer)) = self.tokenizer(base) else {
             return Row { cell: id, work: rows(), until: Some(base) };
         };
-        let key = (data, name, counts::taken_as(cell.kind.name, &cell.params));
+        let key = (data, name, training.taken_as());
         let taken = match self.taken.get(&key) {
             Some(taken) => taken.clone(),
             None => {
-                let taken = self
-                    .records(data)
-                    .and_then(|records| counts::taken(cell.kind.name, &cell.params, &records, &tokenizer))
-                    .map(Rc::new);
+                let taken = self.records(data).and_then(|records| training.taken(&records, &tokenizer)).map(Rc::new);
                 self.taken.insert(key, taken.clone());
                 taken
             }
         };
         let work = match taken {
-            Ok(taken) => counts::training(&cell.params, &taken).map(Work::Training),
+            Ok(taken) => Some(Work::Training(training.count(&taken))),
             Err(problem) => Some(Work::Fails(problem)),
         };
         Row { cell: id, work, until: None }
     }
 
     /// A cell that asks an endpoint. `Err` if the journal cannot be read.
-    fn calls(&mut self, id: CellId, asked: &Asked) -> Result<Row, Problem> {
-        let cell = self.cell(id);
-        let data = data_of(self.look, id);
+    fn calls(&mut self, id: CellId, completing: &CompletionForecast, asked: &Asked) -> Result<Row, Problem> {
+        let endpoint = || asked.endpoint.clone();
+        let data = self.look.data_of(id);
         let known = data.filter(|data| self.look.files(*data).is_some());
         let work = match known {
             Some(data) => {
@@ -573,25 +574,26 @@ impl<'a> Reader<'a> {
                     Err(problem) => return Ok(Row { cell: id, work: Some(Work::Fails(problem)), until: None }),
                 };
                 let prompt_file = self.look.source(id, "prompt_file");
-                match counts::calls(cell.kind.name, &cell.params, prompt_file, &records, &asked.line, &mut self.asked) {
-                    Ok(calls) => Some(calls),
+                let Some(kind) = self.look.kind(id) else { return Ok(Row { cell: id, work: None, until: None }) };
+                match (kind.pending)(&self.cell(id).params, prompt_file, &records, &asked.line) {
+                    Ok(pending) => Some(completing.calls(pending, endpoint(), &records, &asked.line, &mut self.asked)),
                     Err(problem) if problem.code == "remote::journal" => return Err(problem),
                     Err(problem) => return Ok(Row { cell: id, work: Some(Work::Fails(problem)), until: None }),
                 }
             }
-            None => data
-                .and_then(|data| self.count(data))
-                .and_then(|(records, _)| counts::calls_at_most(&cell.params, asked.endpoint.clone(), records)),
+            None => {
+                data.and_then(|data| self.count(data)).map(|(records, _)| completing.calls_at_most(endpoint(), records))
+            }
         };
         let until = data.filter(|data| self.look.files(*data).is_none());
         Ok(Row { cell: id, work: work.map(Box::new).map(Work::Calls), until })
     }
 
     /// What a cell asks its judge.
-    fn judging(&self, id: CellId, endpoint: &Endpoint) -> Row {
-        let data = data_of(self.look, id);
+    fn judging(&self, id: CellId, completing: &CompletionForecast, endpoint: &Endpoint) -> Row {
+        let data = self.look.data_of(id);
         let counted = data.and_then(|data| self.count(data));
-        let calls = counted.and_then(|(records, _)| counts::judging(&self.cell(id).params, endpoint.clone(), records));
+        let calls = counted.and_then(|(records, _)| completing.judging(endpoint.clone(), records));
         let until = if calls.is_some() { None } else { data };
         Row { cell: id, work: calls.map(Box::new).map(Work::Judging), until }
     }
@@ -601,13 +603,12 @@ impl<'a> Reader<'a> {
         if let Some(data) = self.look.data(id) {
             return Some((data.records as u64, false));
         }
-        let cell = self.cell(id);
-        if cell.kind.name != "generate" {
+        let Forecast::Completing(completing) = self.look.forecast(id)? else { return None };
+        if !self.look.kind(id)?.makes_records() {
             return None;
         }
-        let (records, fewer) = self.count(data_of(self.look, id)?)?;
-        let (yields, drops) = counts::yields(&cell.params, records)?;
-        Some((yields, fewer || drops))
+        let (records, fewer) = self.count(self.look.data_of(id)?)?;
+        Some((completing.wanted(records), fewer || completing.drops))
     }
 
     fn records(&mut self, id: CellId) -> Result<Rc<Vec<Record>>, Problem> {

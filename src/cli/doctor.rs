@@ -8,15 +8,16 @@ use super::sources::Network;
 use crate::report;
 use pipe::cuda;
 use pipe::data::inspect::{inspect, overlap};
-use pipe::data::{self, Eos, Format, Limits, Record, Tokenizer};
+use pipe::data::{self, Limits, Overlength, Record, Tokenizer};
 use pipe::exec::{Engine, Survey};
 use pipe::hub::Settings;
 use pipe::measure;
 use pipe::plan::{Cell, CellId};
 use pipe::problem::{Exit, Problem};
+use pipe::stage::StageKind;
+use pipe::stage::forecast::needs::Taking;
 use pipe::store::Store;
 use pipe::tensor::Isa;
-use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -316,16 +317,15 @@ fn sources(engine: &Engine, survey: &Survey, findings: &mut Findings) {
 
 /// Variables that programs are promised: keys of services among them.
 fn variables(engine: &Engine, look: &Look, findings: &mut Findings) {
-    let mut wanted: BTreeMap<&str, &Cell> = BTreeMap::new();
+    let mut wanted: BTreeMap<String, &Cell> = BTreeMap::new();
     for id in look.to_run() {
         let cell = &engine.plan.cells[id];
-        let names = cell.params.get("env").and_then(Value::as_array).into_iter().flatten();
-        for name in names.filter_map(Value::as_str).filter(|_| cell.kind.name == "command") {
+        for name in look.kind(id).map_or(Vec::new(), |kind| (kind.variables)(&cell.params)) {
             wanted.entry(name).or_insert(cell);
         }
     }
     for (name, cell) in wanted {
-        match std::env::var_os(name) {
+        match std::env::var_os(&name) {
             Some(_) => findings.add("variable", State::Ok, format!("variable {name}: set, for `{cell}`")),
             None => {
                 let text = format!("variable {name}: not set, and `{cell}` passes it on");
@@ -386,8 +386,8 @@ fn disk(global: &Global, look: &Look, findings: &mut Findings) {
 fn datasets(engine: &Engine, look: &Look, findings: &mut Findings) {
     let mut all: BTreeMap<CellId, Vec<Record>> = BTreeMap::new();
     let mut waiting = 0;
-    for (id, cell) in engine.plan.cells.iter().enumerate() {
-        if !["dataset", "generate"].contains(&cell.kind.name) {
+    for id in 0..engine.plan.cells.len() {
+        if !look.kind(id).is_some_and(StageKind::makes_records) {
             continue;
         }
         let files = look.files(id);
@@ -425,25 +425,16 @@ fn lengths(engine: &Engine, look: &Look, all: &BTreeMap<CellId, Vec<Record>>, fi
     let mut said = BTreeSet::new();
     let mut tokenizers: BTreeMap<CellId, Option<Tokenizer>> = BTreeMap::new();
     for (id, cell) in engine.plan.cells.iter().enumerate() {
-        if !["sft", "dpo", "probe"].contains(&cell.kind.name) {
-            continue;
-        }
-        let (Some(data), Some(base)) = (look.input(id, "data").last(), look.input(id, "model").first()) else {
-            continue;
-        };
-        let Some(records) = all.get(data) else { continue };
-        let key = |name: &str| cell.params.get(name).cloned().unwrap_or_default();
-        let (Ok(format), Ok(eos), Some(limit)) =
-            (Format::deserialize(key("format")), Eos::deserialize(key("eos")), key("max_tokens").as_u64())
-        else {
-            continue;
-        };
-        if !said.insert((cell.stage.clone(), *data, *base, limit)) {
+        let Some(taking) = look.forecast(id).and_then(|forecast| forecast.computes().takes()) else { continue };
+        let (Some(data), Some(base)) = (look.data_of(id), look.input(id, "model").first()) else { continue };
+        let Some(records) = all.get(&data) else { continue };
+        let Taking { format, eos, max_tokens: limit, on_overlength, allow_unlearned } = taking;
+        if !said.insert((cell.stage.clone(), data, *base, limit)) {
             continue;
         }
         let tokenizer = tokenizers.entry(*base).or_insert_with(|| Tokenizer::load(&look.tokenizer_files(*base)?).ok());
         let Some(tokenizer) = tokenizer else { continue };
-        let limits = Limits { eos, allow_unlearned: cell.kind.name == "probe", ..Limits::default() };
+        let limits = Limits { eos, allow_unlearned, ..Limits::default() };
         let lengths = match records.first().is_some_and(data::is_preference) {
             true => data::pairs(records, tokenizer, format, &limits).map(|(pairs, _)| {
                 pairs.iter().map(|pair| pair.chosen.ids.len().max(pair.rejected.ids.len())).collect::<Vec<_>>()
@@ -451,7 +442,7 @@ fn lengths(engine: &Engine, look: &Look, all: &BTreeMap<CellId, Vec<Record>>, fi
             false => data::samples(records, tokenizer, format, &limits)
                 .map(|(samples, _)| samples.iter().map(|sample| sample.ids.len()).collect()),
         };
-        let data = &engine.plan.cells[*data];
+        let data = &engine.plan.cells[data];
         match lengths {
             Err(problem) => {
                 findings.add("data", State::Fail, format!("data of {data}, as `{cell}` takes it: {}", problem.message));
@@ -462,12 +453,12 @@ fn lengths(engine: &Engine, look: &Look, all: &BTreeMap<CellId, Vec<Record>>, fi
             }
             Ok(lengths) => {
                 let (longest, over) =
-                    (lengths.iter().max().copied().unwrap_or(0), lengths.iter().filter(|l| **l as u64 > limit).count());
+                    (lengths.iter().max().copied().unwrap_or(0), lengths.iter().filter(|l| **l > limit).count());
                 let text =
                     format!("data of {data}, as `{cell}` takes it: longest {longest} tokens, `max_tokens` is {limit}");
-                match (over, key("on_overlength").as_str()) {
+                match (over, on_overlength) {
                     (0, _) => findings.add("data", State::Ok, text),
-                    (over, Some("error")) => {
+                    (over, Overlength::Error) => {
                         let (first, second) =
                             (format!("max_tokens = {longest}"), "on_overlength = \"drop\" or \"truncate\"");
                         findings.advise(
@@ -478,7 +469,7 @@ fn lengths(engine: &Engine, look: &Look, all: &BTreeMap<CellId, Vec<Record>>, fi
                         );
                     }
                     (over, how) => {
-                        let how = if how == Some("drop") { "dropped" } else { "cut" };
+                        let how = if how == Overlength::Drop { "dropped" } else { "cut" };
                         findings.add("data", State::Warn, format!("{text}, and {over} are longer and will be {how}"));
                     }
                 }
@@ -490,10 +481,10 @@ fn lengths(engine: &Engine, look: &Look, all: &BTreeMap<CellId, Vec<Record>>, fi
 /// Tasks that have questions or answers in common with what some stage trains on.
 fn contamination(engine: &Engine, look: &Look, all: &BTreeMap<CellId, Vec<Record>>, findings: &mut Findings) {
     let (mut trained, mut asked) = (BTreeSet::new(), BTreeSet::new());
-    for (id, cell) in engine.plan.cells.iter().enumerate() {
-        match cell.kind.name {
-            "sft" | "dpo" => trained.extend(look.input(id, "data").last()),
-            "eval" => asked.extend(look.input(id, "task").last()),
+    for id in 0..engine.plan.cells.len() {
+        match look.kind(id) {
+            Some(kind) if kind.trains() => trained.extend(look.data_of(id)),
+            Some(kind) if kind.scores() => asked.extend(look.data_of(id)),
             _ => {}
         }
     }

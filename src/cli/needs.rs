@@ -11,7 +11,8 @@ use pipe::model::memory::{Line, Need, kernels_fit};
 use pipe::model::{Config, LoraSpec};
 use pipe::plan::{Cell, CellId};
 use pipe::problem::{Exit, Problem};
-use pipe::stage::needs::{self, Data, Needs, Shape};
+use pipe::stage::forecast::needs::{Computes, Data, Needs, Shape};
+use pipe::stage::{self, Forecast, StageKind};
 use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -115,9 +116,24 @@ impl<'a> Look<'a> {
         self.survey.statuses.iter().enumerate().filter(move |(_, status)| would(status)).map(|(id, _)| id)
     }
 
+    /// All that is said of a cell's kind.
+    pub fn kind(&self, id: CellId) -> Option<&'static StageKind> {
+        stage::find(self.cell(id).kind.name)
+    }
+
+    /// What can be known of a cell's work.
+    pub fn forecast(&self, id: CellId) -> Option<Forecast> {
+        (self.kind(id)?.forecast)(&self.cell(id).params)
+    }
+
     /// Whether a cell computes with a model on this machine.
     fn computes(&self, id: CellId) -> bool {
-        needs::computes(self.cell(id).kind.name) && !self.input(id, "model").is_empty()
+        !self.input(id, "model").is_empty() && self.forecast(id).is_some()
+    }
+
+    /// The cell of the records that a cell works through.
+    pub fn data_of(&self, id: CellId) -> Option<CellId> {
+        self.input(id, self.kind(id)?.data?).last().copied()
     }
 
     /// What those of them need that compute with a model.
@@ -136,16 +152,14 @@ impl<'a> Look<'a> {
     }
 
     fn reckoned(&self, id: CellId, on_device: bool) -> Result<Needs, CellId> {
-        let cell = self.cell(id);
         let judge = self.judge_needs(id, on_device).transpose()?;
         match judge {
             Some(judge) if self.input(id, "model").is_empty() => return Ok(judge),
             _ => {}
         }
         let shape = self.shape(id)?;
-        let slot = if cell.kind.name == "eval" { "task" } else { "data" };
-        let data = self.input(id, slot).last().and_then(|data| self.data(*data));
-        let needs = needs::needs(cell.kind.name, &cell.params, &shape, data, on_device).ok_or(id)?;
+        let data = self.data_of(id).and_then(|data| self.data(data));
+        let needs = self.forecast(id).ok_or(id)?.computes().needs(&shape, data, on_device);
         // The judge is loaded when the model that answers is gone.
         let all = |needs: &Needs| needs.most.host + needs.most.device;
         Ok(judge.filter(|judge| all(judge) > all(&needs)).unwrap_or(needs))
@@ -153,19 +167,13 @@ impl<'a> Look<'a> {
 
     /// What the judge of an evaluation needs, if it is a model of this machine.
     fn judge_needs(&self, id: CellId, on_device: bool) -> Option<Result<Needs, CellId>> {
-        /// Bytes of its own prompt, generously.
-        const PROMPT: usize = 4096;
         if self.input(id, "judge.model").is_empty() {
             return None;
         }
-        let mut params = self.cell(id).params.get("judge")?.as_object()?.clone();
-        params.insert("n".into(), 1.into());
-        // It is shown the question and an attempt, whose characters take four bytes at most.
-        let shown = params.get("max_chars").and_then(Value::as_u64).unwrap_or(0) as usize;
-        let longer = |data: Data| Data { longest: data.longest + 4 * shown + PROMPT, ..data };
-        let data = self.input(id, "task").last().and_then(|data| self.data(*data)).map(longer);
-        let shape = self.shape_in(id, "judge.model");
-        Some(shape.and_then(|shape| needs::needs("generate", &params, &shape, data, on_device).ok_or(id)))
+        let Some(Forecast::Completing(completing)) = self.forecast(id) else { return None };
+        let judge = completing.judge?;
+        let data = self.data_of(id).and_then(|data| self.data(data));
+        Some(self.shape_in(id, "judge.model").map(|shape| judge.needs(&shape, data, on_device)))
     }
 
     /// The cells of a slot.
@@ -203,12 +211,12 @@ impl<'a> Look<'a> {
         }
         let cell = self.cell(id);
         let fresh = self.files(id).and_then(|files| Config::load(&files).ok());
-        let config = fresh.or_else(|| match cell.kind.name {
-            "model" => {
-                needs::config_of_model(&cell.params, self.source(id, "source"), self.source(id, "tokenizer"))?.ok()
+        let config = fresh.or_else(|| {
+            let kind = self.kind(id)?;
+            match kind.yields_whole(&cell.params) {
+                true => Some(self.shape(id).ok()?.whole()),
+                false => (kind.config)(&cell.params, self.source(id, "source"), self.source(id, "tokenizer"))?.ok(),
             }
-            kind if needs::yields_whole(kind, &cell.params) => Some(self.shape(id).ok()?.whole()),
-            _ => None,
         });
         self.configs.borrow_mut().insert(id, config.clone());
         config
@@ -216,7 +224,7 @@ impl<'a> Look<'a> {
 
     fn adapter(&self, id: CellId) -> Option<LoraSpec> {
         let cell = self.cell(id);
-        needs::adapter_of(cell.kind.name, &cell.params, self.source(id, "source")).or_else(|| {
+        (self.kind(id)?.adapter)(&cell.params, self.source(id, "source")).or_else(|| {
             let files = self.files(id).filter(is_adapter)?;
             LoraSpec::read(files.get(pipe::model::lora::ADAPTER_CONFIG)?).ok()
         })
@@ -238,9 +246,9 @@ impl<'a> Look<'a> {
     pub fn disk(&self, on_device: bool) -> (u64, usize) {
         let (mut needed, mut unknown) = (0u64, 0);
         for id in self.to_run() {
-            let bytes = match self.cell(id).kind.name {
-                "model" => self.source(id, "source").map_or(Some(0), size),
-                "sft" | "dpo" => self.needs(id, on_device).ok().map(|needs| needs.disk),
+            let bytes = match self.kind(id) {
+                Some(kind) if kind.trains() => self.needs(id, on_device).ok().map(|needs| needs.disk),
+                Some(kind) if kind.makes_model() => self.source(id, "source").map_or(Some(0), size),
                 _ => Some(0),
             };
             match bytes {
@@ -402,7 +410,9 @@ fn misfit(cell: &Cell, needs: &Needs, machine: &Machine) -> Problem {
         .exit(Exit::Missing)
         .at_span(&cell.file, cell.span.clone(), "")
         .note(format!("what takes how much:\n{}", needs.surely.table()));
-    needs::help(cell.kind.name, &cell.params, device.is_some()).into_iter().fold(problem, Problem::help)
+    let forecast = stage::find(cell.kind.name).and_then(|kind| (kind.forecast)(&cell.params));
+    let advice = forecast.map_or(Vec::new(), |forecast| forecast.computes().advice(device.is_some()));
+    advice.into_iter().fold(problem, Problem::help)
 }
 
 /// Cells that fit each by itself, and not as many at once as may run.

@@ -148,7 +148,6 @@ fn run_stage(with: &Stages, cell: &Cell, task: &Task) -> Result<(), Problem> {
         });
         inputs.insert(slot.clone(), artifacts.collect::<Vec<_>>());
     }
-    let progress = Progress(task.progress);
     stage::run(
         cell.kind.name,
         &Context {
@@ -160,31 +159,10 @@ fn run_stage(with: &Stages, cell: &Cell, task: &Task) -> Result<(), Problem> {
             work: task.work,
             device: with.device.get().cloned().unwrap_or(Device::Cpu),
             remote: &with.remote,
-            progress: &progress,
+            progress: task.progress,
             stop: task.stop,
         },
     )
-}
-
-/// The engine's progress, as stages know it.
-struct Progress<'a>(&'a dyn pipe::exec::Progress);
-
-impl stage::Progress for Progress<'_> {
-    fn begin(&self, total: u64, unit: &'static str) {
-        self.0.begin(total, unit);
-    }
-
-    fn at(&self, done: u64) {
-        self.0.at(done);
-    }
-
-    fn note(&self, text: &str) {
-        self.0.note(text);
-    }
-
-    fn warn(&self, text: &str) {
-        self.0.warn(text);
-    }
 }
 
 /// Shows the events of a run.

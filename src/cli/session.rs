@@ -1,7 +1,6 @@
 //! From a manifest's path to its plan: what most commands begin with.
 
 use super::global::{Global, Stop};
-use pipe::manifest::spec::{Broken as BrokenRule, Params};
 use pipe::manifest::{self, Manifest, Text};
 use pipe::plan::{self, Cell, Plan};
 use pipe::problem::{Exit, Problem};
@@ -41,22 +40,15 @@ pub fn load(global: &Global, path: &Path) -> Result<Session, Broken> {
     }
 }
 
-/// What a kind says against its parameters once the axes of its inputs are known.
-type Misfits = fn(&Params, &[&Cell]) -> Vec<BrokenRule>;
-
-/// Kinds that look at the axes of what they gather.
-const GATHERING: &[(&str, Misfits)] =
-    &[("check", stage::check::misfits), ("plot", stage::plot::misfits), ("table", stage::table::misfits)];
-
 /// A table whose row names no axis would otherwise fail when all that it shows has been computed.
 fn misfits(manifest: &Manifest, plan: &Plan) -> Vec<Problem> {
     let mut problems = Vec::new();
     let mut said = HashSet::new();
     for cell in &plan.cells {
-        let Some((_, misfits)) = GATHERING.iter().find(|(kind, _)| *kind == cell.kind.name) else { continue };
+        let Some(kind) = stage::find(cell.kind.name) else { continue };
         let inputs: Vec<&Cell> =
             cell.inputs.iter().flat_map(|input| &input.cells).map(|need| &plan.cells[*need]).collect();
-        for broken in misfits(&cell.params, &inputs) {
+        for broken in (kind.misfits)(&cell.params, &inputs) {
             if said.insert((cell.stage.clone(), broken.message.clone())) {
                 let (file, span) = place(manifest, cell, broken.key);
                 let message = format!("{} (`{}` of stage `{}`)", broken.message, broken.key, cell.stage);

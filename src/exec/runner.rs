@@ -5,6 +5,7 @@ use crate::files::Files;
 use crate::manifest::spec::Params;
 use crate::plan::{Axes, Cell};
 use crate::problem::Problem;
+pub use crate::progress::Progress;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -59,14 +60,3 @@ pub struct TaskInput {
     pub files: Files,
 }
 
-/// What a stage reports while it runs.
-pub trait Progress: Sync {
-    /// Work known in advance: `total` of `unit`.
-    fn begin(&self, total: u64, unit: &'static str);
-    /// Done so far, out of `total`.
-    fn at(&self, done: u64);
-    /// A short line of numbers beside the bar.
-    fn note(&self, text: &str);
-    /// Something to know after the run too; kept in the record.
-    fn warn(&self, text: &str);
-}

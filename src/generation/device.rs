@@ -246,7 +246,7 @@ impl<'m> DeviceDecoder<'m> {
         let decode = Decode::new(config, true, live, longest, prompt);
         let count = room(gpu, model, decode)?.min(limits.pages).min(live.saturating_mul(Decode::pages(longest)));
         let len = (count + 1) * PAGE * config.key_size();
-        let pool = || model.layers.iter().map(|_| gpu.alloc(len)).collect::<Result<Vec<_>, _>>();
+        let pool = || (0..config.num_hidden_layers).map(|_| gpu.alloc(len)).collect::<Result<Vec<_>, _>>();
         let graphs = limits.graphs.then(HashMap::new);
         Ok(DeviceDecoder { model, spare: count as u32, keys: pool()?, values: pool()?, table, work, graphs, kept })
     }

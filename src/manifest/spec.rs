@@ -1,7 +1,7 @@
 //! How a kind of stage declares itself: its keys, their types, ranges and defaults, as data.
 //!
 //! One table drives validation, suggestions, defaults, the JSON Schema and the documentation. The
-//! tables themselves live in `src/stage/<kind>.rs`, beside the code that reads the values.
+//! tables themselves live in `src/stage/kinds/<kind>.rs`, beside the code that reads the values.
 
 use serde_json::{Map, Value};
 

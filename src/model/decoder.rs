@@ -34,7 +34,7 @@ pub struct Decoder<P: Place> {
     pub(crate) place: P,
     /// `[V, H]`; also the head when that is tied.
     pub(super) embed: Held<P::Matrix>,
-    pub(crate) layers: Vec<Layer<P>>,
+    pub(super) layers: Vec<Layer<P>>,
     pub(super) norm: Held<P::Floats>,
     pub(super) head: Linear<P>,
     pub(super) params: Vec<Parameter<P::Floats>>,

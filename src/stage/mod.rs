@@ -1,82 +1,96 @@
-//! The kinds of stage, one file each: `KIND` (keys, defaults, meaning) and `run`.
+//! The kinds of stage, a file or folder each below `kinds/`, with one row of all that is said of it: its keys, what it
+//! does, what it needs. A new kind is a file there, and a line in the table here.
 //!
 //! A stage sees its resolved parameters, its inputs as files and an empty output folder. It cannot
 //! name the store, the plan's other cells or the terminal.
 
-use crate::files::Files;
 use crate::manifest::spec::{Key, Kind, Params, Type};
-use crate::plan::Axes;
-use crate::problem::{Exit, Problem};
+use crate::problem::Problem;
 use crate::remote::{Endpoint, Remote};
 use serde_json::Value;
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, PoisonError};
 
-mod asking;
-pub mod bundled;
-pub mod check;
-pub mod command;
-pub mod counts;
-pub mod dataset;
-mod decoding;
-pub mod dpo;
-pub mod eval;
-pub mod generate;
-mod inputs;
-mod judge;
-pub mod model;
-pub mod needs;
-pub mod plot;
-pub mod probe;
-pub mod readings;
-pub mod sft;
-pub mod table;
-mod thinking;
-mod training;
+mod context;
+pub mod forecast;
+mod kind;
+mod kinds;
+mod share;
 
-/// What a kind does with a context.
-pub type Run = fn(&Context) -> Result<(), Problem>;
+pub use crate::model::Device;
+pub use crate::progress::Progress;
+pub use context::{Artifact, Context};
+use forecast::needs::{Data, Shape};
+pub use kind::{Forecast, StageKind};
+pub use kinds::{check, command, dataset, dpo, eval, generate, model, plot, probe, sft, table};
+pub use share::{bundled, readings};
 
 /// The kinds, in the order help and schema list them: the one table a new kind is added to.
-const STAGES: &[(&Kind, Run)] = &[
-    (&model::KIND, model::run),
-    (&dataset::KIND, dataset::run),
-    (&generate::KIND, generate::run),
-    (&sft::KIND, sft::run),
-    (&dpo::KIND, dpo::run),
-    (&probe::KIND, probe::run),
-    (&eval::KIND, eval::run),
-    (&table::KIND, table::run),
-    (&plot::KIND, plot::run),
-    (&check::KIND, check::run),
-    (&command::KIND, command::run),
+const TABLE: &[StageKind] = &[
+    model::STAGE,
+    dataset::STAGE,
+    generate::STAGE,
+    sft::STAGE,
+    dpo::STAGE,
+    probe::STAGE,
+    eval::STAGE,
+    table::STAGE,
+    plot::STAGE,
+    check::STAGE,
+    command::STAGE,
 ];
 
 /// Every kind a manifest may name.
 pub const KINDS: &[&Kind] = &kinds();
 
-const fn kinds() -> [&'static Kind; STAGES.len()] {
-    let mut kinds = [STAGES[0].0; STAGES.len()];
+const fn kinds() -> [&'static Kind; TABLE.len()] {
+    let mut kinds = [TABLE[0].kind; TABLE.len()];
     let mut at = 0;
-    while at < STAGES.len() {
-        kinds[at] = STAGES[at].0;
+    while at < TABLE.len() {
+        kinds[at] = TABLE[at].kind;
         at += 1;
     }
     kinds
 }
 
+/// The row of the kind called `name`; `None` if there is no such kind.
+pub fn find(name: &str) -> Option<&'static StageKind> {
+    TABLE.iter().find(|row| row.kind.name == name)
+}
+
 /// Runs a stage of the kind called `kind`, one of [`KINDS`].
 pub fn run(kind: &str, ctx: &Context) -> Result<(), Problem> {
-    match STAGES.iter().find(|(known, _)| known.name == kind) {
-        Some((_, run)) => {
-            let seen = Seen { next: ctx.progress, at: Mutex::new(None) };
-            let done = run(&Context { device: ctx.device.clone(), progress: &seen, ..*ctx });
-            let at = *seen.at.lock().unwrap_or_else(PoisonError::into_inner);
-            done.map_err(|problem| needs::explained(problem, kind, ctx, at))
+    let unknown = || Problem::new("stage::unknown_kind", format!("there is no kind of stage called `{kind}`"));
+    let row = find(kind).ok_or_else(unknown)?;
+    let seen = Seen { next: ctx.progress, at: Mutex::new(None) };
+    let done = (row.run)(&Context { device: ctx.device.clone(), progress: &seen, ..*ctx });
+    let at = *seen.at.lock().unwrap_or_else(PoisonError::into_inner);
+    done.map_err(|problem| explained(problem, row, ctx, at))
+}
+
+/// What to say where a device ran out of memory while a stage worked: where it was, what takes how much, what helps.
+fn explained(problem: Problem, row: &StageKind, ctx: &Context, at: Option<(u64, u64, &'static str)>) -> Problem {
+    if problem.code != "cuda::out_of_memory" {
+        return problem;
+    }
+    let mut problem = problem;
+    problem.message = match at {
+        // What counts is what is done: the one at work is the next.
+        Some((done, total, "steps")) => {
+            format!("{} (`{}`, at step {} of {total})", problem.message, ctx.label, done + 1)
         }
-        None => Err(Problem::new("stage::unknown_kind", format!("there is no kind of stage called `{kind}`"))),
+        Some((done, total, unit)) => format!("{} (`{}`, after {done} of {total} {unit})", problem.message, ctx.label),
+        None => format!("{} (`{}`, before its first step)", problem.message, ctx.label),
+    };
+    if let Some((shape, forecast)) = Shape::given(ctx).zip((row.forecast)(ctx.params)) {
+        let needs = forecast.computes().needs(&shape, row.records(ctx).and_then(Data::of), true);
+        let bound = if needs.takes_more { "at least" } else { "at most" };
+        problem = problem.note(format!("it was expected to take {bound}\n{}", needs.most.table()));
+        problem.help.splice(0..0, forecast.computes().advice(true));
+    }
+    match row.stays {
+        Some(stays) => problem.note(stays),
+        None => problem,
     }
 }
 
@@ -141,76 +155,4 @@ impl Progress for Seen<'_> {
     fn warn(&self, text: &str) {
         self.next.warn(text);
     }
-}
-
-pub use crate::model::Device;
-
-/// One artifact given to a stage.
-pub struct Artifact {
-    /// Stage name and axes of the cell it came from. Only labelled inputs may use them for results.
-    pub stage: String,
-    pub kind: &'static str,
-    pub axes: Axes,
-    pub files: Files,
-}
-
-/// What a stage reports while it runs. The terminal decides what is shown.
-pub trait Progress: Sync {
-    /// Work known in advance: `total` of `unit` ("steps", "records", "problems").
-    fn begin(&self, total: u64, unit: &'static str);
-    /// Done so far, out of `total`.
-    fn at(&self, done: u64);
-    /// A short line of numbers beside the bar (`loss 1.234  lr 3.0e-4`).
-    fn note(&self, text: &str);
-    /// Something the user should know after the run too (a dropped row, a slow path).
-    fn warn(&self, text: &str);
-}
-
-/// All a stage may see.
-pub struct Context<'a> {
-    /// `sft[size=7B]`, for messages only.
-    pub label: &'a str,
-    pub params: &'a Params,
-    /// By slot (dotted key). A model's slot holds its chain, base first.
-    pub inputs: &'a BTreeMap<String, Vec<Artifact>>,
-    /// By dotted key: the file or folder a `path:` or `hf:` source came to.
-    pub sources: &'a BTreeMap<String, PathBuf>,
-    /// Empty folder; its files become the artifact when `run` returns `Ok`.
-    pub out: &'a Path,
-    /// Kept when the stage is interrupted, for resuming; removed when it is published.
-    pub work: &'a Path,
-    pub device: Device,
-    /// The way to endpoints, shared by the stages of a run.
-    pub remote: &'a Remote,
-    pub progress: &'a dyn Progress,
-    /// Set on Ctrl-C; stages look at it at least once a second and return [`Context::stopped`].
-    pub stop: &'a AtomicBool,
-}
-
-impl Context<'_> {
-    /// `Err` once the user has asked to stop.
-    pub fn stopped(&self) -> Result<(), Problem> {
-        if self.stop.load(Ordering::Relaxed) {
-            return Err(
-                Problem::new("exec::interrupted", format!("`{}` was interrupted", self.label)).exit(Exit::Interrupted)
-            );
-        }
-        Ok(())
-    }
-
-    /// The parameters as the kind's own struct (`deny_unknown_fields`, so that every accepted key is read).
-    pub fn spec<T: serde::de::DeserializeOwned>(&self) -> Result<T, Problem> {
-        read_params(self.label, self.params.clone())
-    }
-
-    /// The artifacts of a slot; empty if the optional reference is absent.
-    pub fn inputs(&self, slot: &str) -> &[Artifact] {
-        self.inputs.get(slot).map_or(&[], Vec::as_slice)
-    }
-}
-
-/// Parameters as a struct that knows every one of them.
-fn read_params<T: serde::de::DeserializeOwned>(label: &str, params: Params) -> Result<T, Problem> {
-    serde_json::from_value(serde_json::Value::Object(params))
-        .map_err(|error| Problem::new("stage::params", format!("parameters of `{label}` do not fit its kind: {error}")))
 }

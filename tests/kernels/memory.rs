@@ -10,7 +10,8 @@ use pipe::generation::{Limits, Prompt, Sampling, generate};
 use pipe::model::{Batch, Config, Device, Extent, LoraSpec, Model, Placed, Policy, Recompute, fit, lora};
 use pipe::problem::Problem;
 use pipe::random::Stream;
-use pipe::stage::{self, Context, needs};
+use pipe::stage::forecast::needs;
+use pipe::stage::{self, Context};
 use pipe::tensor::Dtype;
 use pipe::train::{self, Options, Trainer};
 use serde_json::{Value, json};
@@ -341,7 +342,8 @@ fn a_stage_takes_no_more_than_was_planned_from_its_keys_and_its_data() {
     let data = needs::Data::of(&bench.inputs["data"][0].files);
     let config = Config::load(&bench.inputs["model"][0].files).unwrap();
     let shape = needs::Shape { config, adapters: Vec::new() };
-    let planned = |data| needs::needs("sft", params.as_object().unwrap(), &shape, data, true).unwrap().most.device;
+    let forecast = (stage::sft::STAGE.forecast)(params.as_object().unwrap()).unwrap();
+    let planned = |data| forecast.computes().needs(&shape, data, true).most.device;
     let counted = gpu.usage().peak as u64;
     assert!(
         counted <= planned(data) && planned(data) <= planned(None),
