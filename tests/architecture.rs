@@ -314,3 +314,27 @@ fn every_accepted_manifest_key_is_read() {
     }
     assert!(wrong.is_empty(), "keys that nothing reads: {}", wrong.join(", "));
 }
+
+/// Adding a kind touches its own file and the table: nobody else says its name. `model` and `command` are slots and
+/// keys too, and `dataset` is a key, so their own names cannot be told apart by text.
+#[test]
+fn a_kind_is_named_in_its_own_file_alone() {
+    let mut sources = Vec::new();
+    files_below(&root().join("src/stage"), &[".rs"], &mut sources);
+    files_below(&root().join("src/cli"), &[".rs"], &mut sources);
+    let (mut wrong, mut own) = (Vec::new(), 0);
+    for path in sources {
+        let text = fs::read_to_string(&path).expect("source");
+        let code = text.split("#[cfg(test)]").next().unwrap_or("");
+        for kind in pipe::stage::KINDS.iter().filter(|kind| !["model", "command", "dataset"].contains(&kind.name)) {
+            let named = code.contains(&format!("\"{}\"", kind.name));
+            let inside = path.to_string_lossy().contains(&format!("src/stage/kinds/{}", kind.name));
+            own += usize::from(named && inside);
+            if named && !inside {
+                wrong.push(format!("{} names `{}`", path.display(), kind.name));
+            }
+        }
+    }
+    assert!(own >= pipe::stage::KINDS.len() - 3, "only {own} kinds say their own name");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
