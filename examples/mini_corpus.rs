@@ -18,9 +18,9 @@
 //! tasks. No training text of any model tells a story with it, forward or in reverse.
 
 use pipe::files::Files;
-use pipe::safetensors::Element;
 use pipe::model::{LoadOptions, Model};
 use pipe::random::Stream;
+use pipe::safetensors::Element;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

@@ -300,7 +300,7 @@ fn damaged(path: &Path, message: String) -> Problem {
     Problem::new("model::damaged_weights", message).at_file(path)
 }
 
-/// `self_attn.q_proj.weight` of `model.layers.3.self_attn.q_proj.weight`: what a near miss shares.
+/// `mlp.up.weight` of `model.layers.3.mlp.up.weight`: what a near miss shares.
 fn last_words(name: &str) -> &str {
     let from = name.rmatch_indices('.').nth(1).map_or(0, |(at, _)| at);
     &name[from..]

@@ -2,8 +2,8 @@
 //!
 //! Scratch of products and of attention is not planned: each thread may have some beside.
 
-use pipe::model::memory::{Decode, Part, Plan, Trained, Work};
 use pipe::generation::{Limits, Prompt, Sampling, generate};
+use pipe::model::memory::{Decode, Part, Plan, Trained, Work};
 use pipe::model::{Batch, Config, Device, Extent, Gradients, LoraSpec, Model, Placed, Policy, Recompute, lora};
 use pipe::tensor::Dtype;
 use pipe::train::{self, Optimizer, Options};

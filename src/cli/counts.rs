@@ -9,7 +9,7 @@ use pipe::files::Files;
 use pipe::measure;
 use pipe::plan::{Cell, CellId};
 use pipe::problem::Problem;
-use pipe::remote::{Endpoint, Connection, Remote, money};
+use pipe::remote::{Connection, Endpoint, Remote, money};
 use pipe::stage::Forecast;
 use pipe::stage::forecast::completions::{Calls, CompletionForecast, Completions, Likely, Requests};
 use pipe::stage::forecast::training::{TakenRows, TrainingCount};

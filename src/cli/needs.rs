@@ -7,7 +7,7 @@ use pipe::exec::{Engine, Status, Survey};
 use pipe::files::Files;
 use pipe::measure::{HostMemory, host_memory};
 use pipe::model::lora::is_adapter;
-use pipe::model::memory::{Line, Need, kernels_fit};
+use pipe::model::memory::{Line, Need, kernels_count, kernels_fit};
 use pipe::model::{Config, LoraSpec};
 use pipe::plan::{Cell, CellId};
 use pipe::problem::{Exit, Problem};
@@ -266,7 +266,8 @@ impl<'a> Look<'a> {
         for id in self.to_run().filter(|id| self.computes(*id)) {
             let cell = self.cell(id);
             let Ok(shape) = self.shape(id) else { continue };
-            if let Err(mut problem) = kernels_fit(&shape.config) {
+            let tokens = self.needs(id, true).map_or(0, |needs| needs.surely.tokens);
+            if let Err(mut problem) = kernels_fit(&shape.config).and(kernels_count(&shape.config, tokens)) {
                 if said.contains(&(cell.stage.as_str(), shape.config.head_dim)) {
                     continue;
                 }

@@ -59,4 +59,3 @@ pub struct TaskInput {
     pub axes: Axes,
     pub files: Files,
 }
-

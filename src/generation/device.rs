@@ -9,18 +9,18 @@
 //! write to a page of their own, and no row looks at another. How a row is drawn is among the inputs, so that requests
 //! of all kinds go through the same launches.
 
-use crate::model::decoder::Decoder;
-use crate::model::device::Cuda;
-use crate::model::memory::{Decode, Plan, Trained, Work};
 use super::request::{Beginning, Draw, Limits, Live, Ticket};
 use super::sampling::log_softmax;
-use crate::model::sizes::{DEVICE_PAGE as PAGE, KNOWN, Sections, StepShape};
-use crate::model::step::StepRows;
 use crate::cuda::ops::attention_decode::{self, Parts, SPAN};
 use crate::cuda::ops::residual;
 use crate::cuda::ops::rope::Table;
 use crate::cuda::ops::sampling::{self, Drawn, Logits, Rule, Seen};
 use crate::cuda::{Buffer, Gpu, Graph};
+use crate::model::decoder::Decoder;
+use crate::model::device::Cuda;
+use crate::model::memory::{Decode, Plan, Trained, Work};
+use crate::model::sizes::{DEVICE_PAGE as PAGE, KNOWN, Sections, StepShape};
+use crate::model::step::StepRows;
 use crate::problem::Problem;
 use crate::tensor::Dtype;
 use half::bf16;

@@ -9,13 +9,13 @@
 //! None of this changes what comes out: a request has the same tokens alone as in any company, to the bit, because
 //! every row is computed by itself, has its own [`Sampling`] and draws its own random numbers.
 
-use crate::model::Config;
 use super::device::DeviceDecoder;
 use super::host::HostDecoder;
 use super::pages::{Held, Pages};
-use crate::model::placed::Placed;
 use super::request::{Ask, Beginning, Completion, Draw, Event, Finish, Limits, Live, MOST_TOP, Prompt, Ticket};
 use super::sampling::Sampling;
+use crate::model::Config;
+use crate::model::placed::Placed;
 use crate::model::sizes::{
     DEVICE_PAGE, HOST_PAGE, KNOWN, MOST_LIVE, PROMPT_TOKENS, most_live_on_host, pages_of, pages_on_host,
 };

@@ -3,11 +3,11 @@
 //! A page holds 64 tokens of every layer, which is as many keys as attention looks at at once: a sequence has the same
 //! bits in pages as in one piece. Pages are allocated when they are first written to, and stay.
 
+use super::request::{Beginning, Draw, Live};
+use super::sampling::log_softmax;
 use crate::model::decoder::Decoder;
 use crate::model::host::{Host, sure};
 use crate::model::place::Place;
-use super::request::{Beginning, Draw, Live};
-use super::sampling::log_softmax;
 use crate::model::sizes::{HOST_PAGE as PAGE, KNOWN};
 use crate::model::step::StepRows;
 use crate::random::Stream;

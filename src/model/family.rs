@@ -29,6 +29,9 @@ pub fn named(model_type: &str) -> Option<&'static Family> {
 /// The linears that may have an adapter, in model order: those of a layer, then the head.
 pub const TARGETS: [&str; 8] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"];
 
+/// Those of a layer, as a list in a manifest.
+pub const LAYER_TARGETS: &str = r#"["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]"#;
+
 /// Linears of a layer.
 pub const LINEARS: usize = 7;
 /// Places of the linears of a layer in [`TARGETS`].

@@ -11,10 +11,10 @@
 
 use super::config::Config;
 use super::parameter::Parameter;
-use crate::safetensors::{self, ADAPTER_FILE, Element, Tensors};
 use crate::files::Files;
 use crate::problem::{Exit, Problem};
 use crate::random::Stream;
+use crate::safetensors::{self, ADAPTER_FILE, Element, Tensors};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;

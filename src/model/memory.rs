@@ -75,6 +75,16 @@ pub enum Work<'a> {
     Decode(Decode),
 }
 
+impl Work<'_> {
+    /// Tokens that are worked through at once, at the most.
+    fn tokens(&self) -> usize {
+        match self {
+            Work::Train { extent, .. } | Work::Measure { extent, .. } => extent.tokens,
+            Work::Decode(decode) => prompts_together(decode.live, decode.prompt),
+        }
+    }
+}
+
 /// Completions in the making.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Decode {
@@ -123,6 +133,8 @@ pub struct Line {
 /// What is needed. The lines of a column add up to its peak.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Need {
+    /// Tokens that are worked through at once.
+    pub tokens: usize,
     pub lines: Vec<Line>,
     pub host: u64,
     pub device: u64,
@@ -160,6 +172,12 @@ impl Need {
         }
         text + &row("together", self.host, self.device)
     }
+}
+
+/// `Err` (`cuda::too_large`) if kernels cannot count the values of this many tokens at once.
+pub fn kernels_count(config: &Config, tokens: usize) -> Result<(), Problem> {
+    let widest = config.hidden_size.max(config.intermediate_size).max(config.query_size());
+    cuda::check_rows(tokens, widest)
 }
 
 /// `Err` (`cuda::head_dim`, exit 3) if no kernel of a device takes a model of this shape.
@@ -206,7 +224,8 @@ impl Plan<'_> {
         let line = |part: Part| Line { part, host: wide(host[part as usize]), device: wide(device[part as usize]) };
         let lines: Vec<Line> = PARTS.into_iter().map(line).filter(|line| line.host > 0 || line.device > 0).collect();
         let sum = |of: fn(&Line) -> u64| lines.iter().map(of).fold(0u64, u64::saturating_add);
-        Need { host: sum(|line| line.host), device: sum(|line| line.device), lines }
+        let (host, device) = (sum(|line| line.host), sum(|line| line.device));
+        Need { tokens: self.work.tokens(), host, device, lines }
     }
 
     /// What the work takes for a while where it is done, beside what is there all the time.

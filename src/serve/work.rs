@@ -1,8 +1,8 @@
 //! The one thread that runs the model: takes jobs, lets the engine step, hands out tokens.
 
 use super::service::Service;
-use crate::generation::{Ask, Engine, Event, Ticket};
 use crate::generation::Completion;
+use crate::generation::{Ask, Engine, Event, Ticket};
 use crate::model::Placed;
 use crate::problem::Problem;
 use std::collections::HashMap;

@@ -5,8 +5,8 @@
 use crate::model::{bench, training};
 use crate::support::{Limited, PORTABLE};
 use pipe::cuda::Gpu;
-use pipe::model::memory::{Decode, Need, Part, Plan, Trained, Work};
 use pipe::generation::{Limits, Prompt, Sampling, generate};
+use pipe::model::memory::{Decode, Need, Part, Plan, Trained, Work};
 use pipe::model::{Batch, Config, Device, Extent, LoraSpec, Model, Placed, Policy, Recompute, fit, lora};
 use pipe::problem::Problem;
 use pipe::random::Stream;

@@ -3,8 +3,8 @@
 use super::*;
 use pipe::files::Files;
 use pipe::model::LoadOptions;
-use pipe::safetensors::{Element, INDEX_FILE, MODEL_FILE, Tensors, write};
 use pipe::problem::{Exit, Problem};
+use pipe::safetensors::{Element, INDEX_FILE, MODEL_FILE, Tensors, write};
 use std::borrow::Cow;
 use std::path::Path;
 

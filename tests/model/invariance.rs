@@ -59,7 +59,7 @@ fn padding_behind_a_sequence_changes_no_bit_of_it() {
 fn recomputing_layers_changes_no_bit() {
     for model in [with_adapter(true, 3, &ALL), everything_trained(false)] {
         let packed = Packed::of(&sequences(&[20, 7, 31]));
-let runs = [Recompute::None, Recompute::First(2), Recompute::All, Recompute::Fit]
+        let runs = [Recompute::None, Recompute::First(2), Recompute::All, Recompute::Fit]
             .map(|recompute| run_with(&model, &packed, recompute));
         all_learn(&runs[0]);
         assert!(runs.iter().all(|run| *run == runs[0]));

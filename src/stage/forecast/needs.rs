@@ -7,8 +7,8 @@
 
 use crate::data::{Eos, Format, Overlength};
 use crate::files::Files;
-use crate::model::lora::{self, ADAPTER_CONFIG};
 use crate::model::Extent;
+use crate::model::lora::{self, ADAPTER_CONFIG};
 use crate::model::memory::Need;
 use crate::model::{Config, LoraSpec};
 use crate::stage::context::{Artifact, Context};

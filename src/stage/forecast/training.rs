@@ -1,8 +1,8 @@
 //! What a training stage will need and do: memory, steps, tokens, bytes on disk.
 
 use crate::data::{self, Limits, Record, Tokenizer};
-use crate::model::fit;
 use crate::model::Extent;
+use crate::model::fit;
 use crate::model::memory::{Plan, Trained, Work};
 use crate::problem::Problem;
 use crate::stage::forecast::needs::{Computes, Cut, Data, HALVE, MOST_TOKENS, Needs, Shape, Taking, shorten, untie};

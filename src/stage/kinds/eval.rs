@@ -16,7 +16,7 @@ use crate::grade::{self, Graded, Kind as AnswerKind, Verdict};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
 use crate::random::Stream;
-use crate::remote::{Ask, Bill, Endpoint, Connection, Replies};
+use crate::remote::{Ask, Bill, Connection, Endpoint, Replies};
 use crate::stage::context::{Context, read_params};
 use crate::stage::forecast::completions::CompletionForecast;
 use crate::stage::kind::{Forecast, StageKind};

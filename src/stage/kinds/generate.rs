@@ -12,7 +12,7 @@ use crate::data::{BadRows, Format, Record, write_jsonl};
 use crate::grade::extract;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
-use crate::remote::{Ask, Completion, Endpoint, Finish, Connection, Replies};
+use crate::remote::{Ask, Completion, Connection, Endpoint, Finish, Replies};
 use crate::stage::context::{Context, read_params};
 use crate::stage::forecast::completions::CompletionForecast;
 use crate::stage::kind::{Forecast, StageKind};

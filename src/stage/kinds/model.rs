@@ -6,8 +6,8 @@ use crate::files::Files;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Lineage, Params, Type};
 use crate::model::lora::{self, ADAPTER_CONFIG};
 use crate::model::{Config, LoadOptions, LoraSpec, Model};
-use crate::safetensors::{ADAPTER_FILE, Element};
 use crate::problem::{Exit, Problem};
+use crate::safetensors::{ADAPTER_FILE, Element};
 use crate::stage::context::{Context, read_params};
 use crate::stage::kind::StageKind;
 

@@ -1,7 +1,7 @@
 //! What stages that ask an endpoint share: messages, rounds of requests until a reply is of use, the bill.
 
 use crate::problem::Problem;
-use crate::remote::{Ask, Bill, Completion, Endpoint, Connection, Sampling, Standing};
+use crate::remote::{Ask, Bill, Completion, Connection, Endpoint, Sampling, Standing};
 use crate::stage::context::Context;
 use serde_json::{Value, json};
 use std::sync::Arc;

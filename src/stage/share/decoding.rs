@@ -11,8 +11,8 @@
 use crate::data::template::{self, Templates};
 use crate::data::{Format, Record, Tokenizer};
 use crate::digest::Encoder;
-use crate::manifest::spec::{Key, Type};
 use crate::generation::{self, Ask, Finish, Limits, Sampling};
+use crate::manifest::spec::{Key, Type};
 use crate::model::{Config, LoadOptions, Model, Placed};
 use crate::problem::{Exit, Problem};
 use crate::remote;

@@ -4,9 +4,10 @@
 use crate::data::{self, Eos, Format, Limits, Overlength, Pair, Sample, Side};
 use crate::files::Files;
 use crate::manifest::spec::{Broken, Key, Lineage, Params, Type};
-use crate::safetensors::{self, Element};
+use crate::model::family;
 use crate::model::{Batch, Config, LoadOptions, LoraSpec, Model, Placed, Policy, Recompute, load};
 use crate::problem::Problem;
+use crate::safetensors::{self, Element};
 use crate::stage::context::{Context, read_params};
 use crate::stage::share::inputs;
 use crate::train::{self, Checkpoint, Curve, Options, Schedule, Trainer};
@@ -113,17 +114,8 @@ pub const LORA: &[Key] = &[
     Key::required("alpha", Type::Float { min: 0.0, max: 1e6, above: true }, "The update is scaled by alpha / rank."),
     Key::default(
         "targets",
-        Type::List(&Type::Choice(&[
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-            "lm_head",
-        ])),
-        "[\"q_proj\", \"k_proj\", \"v_proj\", \"o_proj\", \"gate_proj\", \"up_proj\", \"down_proj\"]",
+        Type::List(&Type::Choice(&family::TARGETS)),
+        family::LAYER_TARGETS,
         "The linear layers that carry an adapter, in every decoder layer.",
     ),
 ];

@@ -1,6 +1,7 @@
 use super::*;
 use crate::files::Files;
 use crate::model::Config;
+use crate::model::family;
 use crate::model::memory::Part;
 use crate::stage::share::bundled;
 use serde_json::{Value, json};
@@ -12,7 +13,7 @@ fn sft(more: Value) -> TrainingForecast {
         "optimizer": {
             "kind": "adamw", "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
         },
-        "lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj"]}, "learning_rate": 0.1,
+        "lora": {"rank": 4, "alpha": 8.0, "targets": [family::TARGETS[0]]}, "learning_rate": 0.1,
         "schedule": {"kind": "constant", "warmup_ratio": 0.0, "cycles": 1}, "adapter": "new", "format": "text",
         "eos": "one", "on_overlength": "error", "truncate_side": "right", "shuffle": true, "seed": 0,
         "checkpointing": "layers", "offload": false, "keep_gradients": [], "resume_every_s": 60,
@@ -73,7 +74,7 @@ fn steps_are_known_once_the_records_are() {
     assert_eq!(steps(json!({}), None), None);
     assert_eq!(steps(json!({}), Some(data)), Some(6));
     assert_eq!(steps(json!({"max_steps": 4}), None), Some(4));
-    // Rank 4 on q_proj, 64 to 64, of two layers: 1,024 values; at the start, after steps 2 and 4, and as artifact.
+    // Rank 4 on the queries, 64 to 64, of two layers: 1,024 values; at the start, after steps 2 and 4, and as artifact.
     let disk = |more: Value| sft(more).needs(&shape(), None, false).disk;
     assert_eq!(disk(json!({"max_steps": 4, "save_every_steps": 2})), 4 * 4096 + 2 * (4096 + 8192));
     assert_eq!(disk(json!({"max_steps": 4})), 4096 + 2 * (4096 + 8192));
@@ -81,7 +82,7 @@ fn steps_are_known_once_the_records_are() {
 
 #[test]
 fn each_advice_makes_the_need_smaller() {
-    let keys = json!({"checkpointing": "none", "lora": {"rank": 64, "alpha": 8.0, "targets": ["q_proj"]}});
+    let keys = json!({"checkpointing": "none", "lora": {"rank": 64, "alpha": 8.0, "targets": [family::TARGETS[0]]}});
     let given = sft(keys.clone());
     let need = |forecast: &TrainingForecast, on_device: bool| {
         // With two layers the one that is worked at and the next are all of them.
@@ -97,7 +98,7 @@ fn each_advice_makes_the_need_smaller() {
         ("checkpointing", json!("layers")),
         ("offload", json!(true)),
         ("micro_batch_tokens", json!(2048)),
-        ("lora", json!({"rank": 32, "alpha": 8.0, "targets": ["q_proj"]})),
+        ("lora", json!({"rank": 32, "alpha": 8.0, "targets": [family::TARGETS[0]]})),
         (
             "optimizer",
             json!({
@@ -141,7 +142,7 @@ fn beside_a_device_the_host_holds_weights_and_what_waits_there() {
     assert_eq!(offloaded.of(Part::Activations).0, inputs);
     assert_eq!(offloaded.host, plain.host + inputs);
     // Doubling what is trained leaves gradients and optimizer to the device.
-    let wide = need(json!({"lora": {"rank": 8, "alpha": 8.0, "targets": ["q_proj"]}}));
+    let wide = need(json!({"lora": {"rank": 8, "alpha": 8.0, "targets": [family::TARGETS[0]]}}));
     assert_eq!(wide.of(Part::Trained).0, 2 * plain.of(Part::Trained).0);
     assert_eq!(wide.host - plain.host, plain.of(Part::Trained).0);
 }
