@@ -16,76 +16,113 @@ use std::time::Instant;
 pub enum Event<'a> {
     /// Everything was looked at; the first stage may start.
     Begun {
+        /// Of the run, and of its folder below `runs/`.
         id: &'a str,
+        /// Cells whose artifact is there.
         fresh: usize,
+        /// Cells that are going to run.
         stale: usize,
+        /// Cells that wait for others.
         waits: usize,
     },
     /// `resumes`: an earlier try left something to go on from.
     Started {
+        /// Which.
         cell: CellId,
+        /// Why it has to run.
         reasons: &'a [Reason],
+        /// Whether there is something to go on from.
         resumes: bool,
     },
     /// Work of a running cell, known in advance.
     Work {
+        /// Which.
         cell: CellId,
+        /// How much there is to do.
         total: u64,
+        /// Of what: `steps`, `problems`.
         unit: &'static str,
     },
+    /// How far a running cell is.
     At {
+        /// Which.
         cell: CellId,
+        /// Of the total.
         done: u64,
     },
+    /// Numbers to show beside the bar of a running cell.
     Note {
+        /// Which.
         cell: CellId,
+        /// A short line.
         text: &'a str,
     },
+    /// Something to know after the run too.
     Warned {
+        /// Which.
         cell: CellId,
+        /// A sentence.
         text: &'a str,
     },
     /// Another process works on the same fingerprint; its result will be used.
     WaitsForLock {
+        /// Which.
         cell: CellId,
+        /// Who works on it.
         holder: &'a Holder,
     },
     /// The artifact of `cell` is not what was stored; it is made again.
     Damaged {
+        /// Whose.
         cell: CellId,
+        /// The files.
         damage: &'a [Damage],
     },
     /// The artifact was there.
     Fresh {
+        /// Which.
         cell: CellId,
     },
     /// `differs`: an earlier run of the same fingerprint gave other bytes, and those are served.
     Ran {
+        /// Which.
         cell: CellId,
+        /// How long the stage took, in seconds.
         wall_s: f64,
+        /// Size of the artifact.
         bytes: u64,
+        /// Whether an earlier result has other bytes.
         differs: bool,
     },
+    /// The stage ended with an error, or could not begin.
     Failed {
+        /// Which.
         cell: CellId,
+        /// Why.
         problem: &'a Problem,
     },
     /// An input failed.
     Skipped {
+        /// Which.
         cell: CellId,
+        /// The one that failed.
         because: CellId,
     },
     /// Stopped on request; its work folder is kept.
     Interrupted {
+        /// Which.
         cell: CellId,
     },
+    /// Nothing runs any more.
     Ended {
+        /// How long all took, in seconds.
         wall_s: f64,
     },
 }
 
 /// Whoever wants to know. Called from many threads, and waited for: be quick.
 pub trait Observer: Sync {
+    /// Something happened just now.
     fn event(&self, event: &Event);
 }
 

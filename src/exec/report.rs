@@ -31,18 +31,25 @@ impl Default for Options {
 /// How a cell ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
+    /// The artifact was there.
     Fresh(Artifact),
     /// `differs`: an earlier result has other bytes; it is the one in `artifact`.
     Ran {
+        /// The one that is served.
         artifact: Artifact,
+        /// How long the stage took, in seconds.
         wall_s: f64,
+        /// Whether an earlier result has other bytes.
         differs: bool,
     },
+    /// With this problem.
     Failed(Problem),
     /// An input failed: this one.
     Skipped {
+        /// The one that failed.
         because: CellId,
     },
+    /// Stopped on request while it ran.
     Interrupted,
     /// The run ended before its turn: an interruption, a failure elsewhere, or `dry_run`.
     NotStarted,
@@ -58,10 +65,12 @@ pub struct Report {
     pub before: Survey,
     /// By cell; `None` for cells that were not asked for.
     pub outcomes: Vec<Option<Outcome>>,
+    /// How long all took, in seconds.
     pub wall_s: f64,
 }
 
 impl Report {
+    /// What a cell came to; `None` if it came to nothing.
     pub fn artifact(&self, cell: CellId) -> Option<&Artifact> {
         match self.outcomes[cell].as_ref()? {
             Outcome::Fresh(artifact) | Outcome::Ran { artifact, .. } => Some(artifact),

@@ -37,6 +37,7 @@ impl<F: Fn(&Cell, &Task) -> Result<(), Problem> + Sync> Runner for F {
 pub struct Task<'a> {
     /// `sft[size=7B]`, for messages only.
     pub label: &'a str,
+    /// The resolved keys.
     pub params: &'a Params,
     /// By slot (dotted key), in the order of the plan's input.
     pub inputs: BTreeMap<String, Vec<TaskInput>>,
@@ -47,6 +48,7 @@ pub struct Task<'a> {
     /// Kept when the stage fails or is interrupted, given again to the next try of the same
     /// fingerprint, removed when the artifact is published.
     pub work: &'a Path,
+    /// Where the stage tells how far it is.
     pub progress: &'a dyn Progress,
     /// Set when the user asks to stop.
     pub stop: &'a AtomicBool,
@@ -54,8 +56,12 @@ pub struct Task<'a> {
 
 /// An artifact given to a stage; its files were verified.
 pub struct TaskInput {
+    /// The name of the stage that made it.
     pub stage: String,
+    /// The name of that stage's kind.
     pub kind: &'static str,
+    /// At which point.
     pub axes: Axes,
+    /// By name.
     pub files: Files,
 }

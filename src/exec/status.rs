@@ -15,14 +15,32 @@ use std::sync::{Mutex, PoisonError};
 #[derive(Debug, Clone, PartialEq)]
 pub enum Status {
     /// This fingerprint is known, and its files are there.
-    Fresh { fingerprint: Fingerprint, artifact: Artifact },
+    Fresh {
+        /// What it would compute.
+        fingerprint: Fingerprint,
+        /// What it came to.
+        artifact: Artifact,
+    },
     /// Its inputs are there; it would run, for these reasons.
-    Stale { fingerprint: Fingerprint, reasons: Vec<Reason> },
+    Stale {
+        /// What it would compute.
+        fingerprint: Fingerprint,
+        /// Why it would run.
+        reasons: Vec<Reason>,
+    },
     /// These inputs are not there yet, so that nobody can know whether it will have to run.
     /// `reasons`: parts of its own that differ already.
-    Waits { on: Vec<CellId>, reasons: Vec<Reason> },
+    Waits {
+        /// Inputs that are not there yet.
+        on: Vec<CellId>,
+        /// Why it would run whatever they come to.
+        reasons: Vec<Reason>,
+    },
     /// Its sources could not be resolved.
-    Missing { problems: Vec<Problem> },
+    Missing {
+        /// What is wrong with each source.
+        problems: Vec<Problem>,
+    },
 }
 
 /// Why a cell is stale.
@@ -30,7 +48,10 @@ pub enum Status {
 pub enum Reason {
     /// No cell of this name was ever finished here. `nearest`: the finished cell of the same kind
     /// that differs least, and in what.
-    NeverRun { nearest: Option<(String, Vec<Change>)> },
+    NeverRun {
+        /// Its label, and in what it differs.
+        nearest: Option<(String, Vec<Change>)>,
+    },
     /// Differs from what the cell was last.
     Changed(Change),
     /// It was finished, but files of its artifact are damaged or gone.

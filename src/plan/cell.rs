@@ -14,9 +14,13 @@ pub type CellId = usize;
 /// The value of an axis at a cell.
 #[derive(Debug, Clone, PartialEq)]
 pub enum AxisValue {
+    /// `"r1k"`.
     Str(String),
+    /// `7`.
     Int(i64),
+    /// `3e-4`.
     Float(f64),
+    /// `true`.
     Bool(bool),
 }
 
@@ -26,8 +30,11 @@ pub struct Axes(pub Vec<(String, AxisValue)>);
 
 /// One stage at one point of its axes.
 pub struct Cell {
+    /// The stage's name.
     pub stage: String,
+    /// The point.
     pub axes: Axes,
+    /// What the stage does.
     pub kind: &'static Kind,
     /// What the manifest says the stage is for; not part of what it computes.
     pub description: Option<Arc<str>>,
@@ -36,6 +43,7 @@ pub struct Cell {
     pub params: Arc<Params>,
     /// In the order of the kind's keys. Cells come earlier in the plan than those that need them.
     pub inputs: Vec<Input>,
+    /// References to the outside, in the order of the kind's keys.
     pub sources: Vec<Source>,
     /// The manifest file that declares the stage.
     pub file: PathBuf,
@@ -108,6 +116,7 @@ impl fmt::Display for AxisValue {
 }
 
 impl Axes {
+    /// The value of an axis; `None` if the cell does not have it.
     pub fn get(&self, name: &str) -> Option<&AxisValue> {
         self.0.iter().find(|(axis, _)| axis == name).map(|(_, value)| value)
     }

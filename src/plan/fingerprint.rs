@@ -26,6 +26,7 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Fingerprint {
+    /// Name to value, see above.
     pub parts: BTreeMap<String, String>,
 }
 
@@ -41,6 +42,7 @@ pub struct Arithmetic<'a> {
 /// One part that differs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Change {
+    /// Its name.
     pub part: String,
     /// `None`: the part is new.
     pub before: Option<String>,

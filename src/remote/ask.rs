@@ -8,12 +8,19 @@ use serde_json::{Value, json};
 /// How completions are drawn. What is absent is not sent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
+    /// The longest answer.
     pub max_tokens: u64,
+    /// 0: the likeliest token each time.
     pub temperature: f64,
+    /// Tokens are drawn from the likeliest that together have this probability.
     pub top_p: f64,
+    /// Tokens are drawn from this many.
     pub top_k: Option<u64>,
+    /// Above 1 what was said before becomes less likely.
     pub repetition_penalty: Option<f64>,
+    /// Texts that end an answer.
     pub stop: Vec<String>,
+    /// From which each request's own is made.
     pub seed: u64,
 }
 

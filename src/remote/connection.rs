@@ -30,6 +30,7 @@ impl Remote {
         self
     }
 
+    /// Waits as it says, so that tests need not.
     pub fn pace(mut self, pace: Pace) -> Remote {
         self.pace = pace;
         self

@@ -9,11 +9,14 @@ pub struct Replies {
     pub count: u64,
     /// The most tokens their prompts can have had, as it was reckoned before they were sent.
     pub prompt_bound: u64,
+    /// What their prompts did have.
     pub prompt_tokens: u64,
+    /// What their answers had.
     pub completion_tokens: u64,
 }
 
 impl Replies {
+    /// Adds one, if it says what it took.
     pub fn add(&mut self, prompt_bound: u64, completion: &Completion) {
         if let Some(usage) = completion.usage {
             self.count += 1;

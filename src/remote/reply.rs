@@ -10,6 +10,7 @@ pub struct Completion {
     pub thinking: Option<String>,
     /// The rest.
     pub answer: String,
+    /// How it ended.
     pub finish: Finish,
     /// `None`: the server does not say.
     pub usage: Option<Usage>,
@@ -17,8 +18,10 @@ pub struct Completion {
     pub model: Option<String>,
 }
 
+/// How a completion ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Finish {
+    /// Of its own accord.
     Stop,
     /// Ended by `max_tokens`.
     Length,
@@ -28,10 +31,14 @@ pub enum Finish {
     Other(String),
 }
 
+/// Tokens, as the server counts them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Usage {
+    /// Of the prompt.
     pub prompt_tokens: u64,
+    /// Of the answer, thinking included.
     pub completion_tokens: u64,
+    /// Of the answer, those of thinking.
     pub reasoning_tokens: u64,
 }
 
@@ -45,6 +52,7 @@ impl Completion {
         }
     }
 
+    /// The end in one word, as records have it.
     pub fn finish(&self) -> &str {
         match &self.finish {
             Finish::Stop => "stop",
@@ -68,6 +76,7 @@ impl Completion {
 /// What a body came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Read {
+    /// A completion that can be used.
     Completion(Completion),
     /// Another try may give one.
     Useless(String),

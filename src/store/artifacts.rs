@@ -41,6 +41,7 @@ pub enum Lookup {
 pub struct Damage {
     /// Name in the artifact.
     pub name: String,
+    /// The file in the store.
     pub blob: PathBuf,
     /// `expected 35,192,832 bytes, found 4,096`.
     pub what: String,
@@ -93,6 +94,7 @@ impl Store {
         Ok(Store { stat: StatCache::new(dir.join("stat")), dir: dir.to_path_buf(), disk, index: OnceLock::new() })
     }
 
+    /// The cache folder.
     pub fn dir(&self) -> &Path {
         &self.dir
     }

@@ -21,7 +21,9 @@ pub struct Claim<'a> {
     lock: Option<Lock>,
 }
 
+/// What became of asking for a claim.
 pub enum Claimed<'a> {
+    /// Granted.
     Mine(Claim<'a>),
     /// Another stage run has it, in this process or another.
     Held(Holder),
@@ -35,7 +37,12 @@ pub enum Published {
     /// There was one, with the same bytes.
     Same(Artifact),
     /// There was one, with other bytes. The first is served; the second is kept beside it.
-    Differs { first: Artifact, second: Artifact },
+    Differs {
+        /// The one that is served.
+        first: Artifact,
+        /// The one that was made now.
+        second: Artifact,
+    },
 }
 
 impl Published {

@@ -15,8 +15,11 @@ use std::time::{Duration, SystemTime};
 /// What `pipe cache verify` found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Checked {
+    /// Records that were read.
     pub records: usize,
+    /// Files whose bytes were read.
     pub blobs: usize,
+    /// Their size.
     pub bytes: u64,
     /// Sentences, one for each file that is not what it should be. They lie in `quarantine/` now.
     pub damaged: Vec<String>,
@@ -27,7 +30,9 @@ pub struct Checked {
 /// What `pipe cache stats` says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stats {
+    /// Finished stages.
     pub records: usize,
+    /// Files.
     pub blobs: usize,
     /// Of all blobs.
     pub bytes: u64,
@@ -35,9 +40,11 @@ pub struct Stats {
     pub bytes_unshared: u64,
     /// Kind to (records, bytes unshared).
     pub kinds: BTreeMap<String, (usize, u64)>,
+    /// Folders of runs.
     pub runs: usize,
     /// Unfinished fingerprints with something to resume from.
     pub unfinished: usize,
+    /// Files set aside because they were damaged.
     pub quarantined: usize,
 }
 
@@ -55,11 +62,17 @@ pub struct Keep {
 /// What `pipe gc` removed, or would remove.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Collected {
+    /// Records that went.
     pub records: usize,
+    /// Files that went.
     pub blobs: usize,
+    /// Folders of runs that went.
     pub runs: usize,
+    /// Work folders that went.
     pub work: usize,
+    /// Damaged files that went.
     pub quarantined: usize,
+    /// What all of them took.
     pub bytes: u64,
 }
 
@@ -165,6 +178,7 @@ impl Store {
         checked
     }
 
+    /// Counts what is there; reads records and no artifacts.
     pub fn stats(&self) -> Stats {
         let mut stats = Stats::default();
         for file in children(&self.dir.join("blobs")).iter().flat_map(|shard| children(shard)) {

@@ -19,6 +19,7 @@ use std::time::SystemTime;
 pub struct Holder {
     /// 0 if it has not said yet.
     pub pid: u32,
+    /// The name of its machine.
     pub host: String,
     /// UTC, RFC 3339.
     pub since: String,

@@ -15,7 +15,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub struct Entry {
     /// Relative, `/`-separated.
     pub name: String,
+    /// In bytes.
     pub size: u64,
+    /// Of its bytes.
     pub digest: Digest,
 }
 
@@ -29,6 +31,7 @@ pub struct Artifact {
 }
 
 impl Artifact {
+    /// Of these files, in any order.
     pub fn new(mut entries: Vec<Entry>) -> Artifact {
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         let mut encoder = Encoder::new("pipe artifact 1");
@@ -52,7 +55,9 @@ impl Artifact {
 pub struct Used {
     /// Label of the cell that made it.
     pub cell: String,
+    /// What it would compute.
     pub fingerprint: Digest,
+    /// The digest of what it came to.
     pub artifact: Digest,
 }
 
@@ -62,8 +67,11 @@ pub struct Used {
 pub struct Measured {
     /// UTC, RFC 3339.
     pub started: String,
+    /// UTC, RFC 3339.
     pub ended: String,
+    /// How long the stage took, in seconds.
     pub wall_s: f64,
+    /// Processor time of the whole process meanwhile, in seconds.
     pub process_cpu_s: f64,
     /// `VmHWM`; absent where the system does not tell.
     pub process_peak_memory_bytes: Option<u64>,
@@ -72,9 +80,11 @@ pub struct Measured {
 /// A finished stage. Everything but `artifact` is provenance: it explains, and decides nothing.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
+    /// What was computed, as a digest of `parts`.
     pub fingerprint: Digest,
     /// `sft[size=7B]` when it was made.
     pub cell: String,
+    /// The name of the stage's kind.
     pub kind: String,
     /// The fingerprint's named parts with their values.
     pub parts: BTreeMap<String, String>,
@@ -84,12 +94,15 @@ pub struct Record {
     pub inputs: BTreeMap<String, Vec<Used>>,
     /// By key: what a `path:` or `hf:` came to.
     pub sources: BTreeMap<String, String>,
+    /// What came of it.
     pub artifact: Artifact,
     /// `pipe 0.1.0`.
     pub tool: String,
     /// Host, system, processor.
     pub machine: BTreeMap<String, String>,
+    /// The run that made it.
     pub run: String,
+    /// When, and what it took.
     pub measured: Measured,
     /// What the stage wanted known after the run.
     pub warnings: Vec<String>,
