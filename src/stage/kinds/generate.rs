@@ -18,9 +18,12 @@ use crate::stage::forecast::completions::CompletionForecast;
 use crate::stage::kind::{Forecast, StageKind};
 
 use crate::stage::share::asking::{self, Asking, Pending, Taken};
-use crate::stage::share::decoding::{self, Decoding, QUESTIONS, Request, Template};
+use crate::stage::share::completing;
+use crate::stage::share::decoding::{self, Decoding};
 use crate::stage::share::inputs::{self, Storage};
+use crate::stage::share::template::{self, QUESTIONS, Template};
 use crate::stage::share::thinking::{self, Thinking};
+use crate::stage::share::turns::Request;
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -328,7 +331,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
     let total = all.len();
     for (i, one) in all.into_iter().enumerate() {
         let record = &records[i / spec.n];
-        let id = decoding::record_id(record, i / spec.n);
+        let id = template::record_id(record, i / spec.n);
         let id = if spec.n == 1 { id } else { format!("{id}#{}", i % spec.n) };
         match one.parsed {
             Ok(fields) => {
@@ -370,10 +373,10 @@ fn by_model(
     })?;
     let mut requests = Vec::with_capacity(records.len() * spec.n);
     for (index, (record, (ids, budget))) in records.iter().zip(prompts).enumerate() {
-        let id = decoding::record_id(record, index);
+        let id = template::record_id(record, index);
         requests.extend((0..spec.n).map(|sample| Request { id: id.clone(), sample, ids: ids.clone(), budget }));
     }
-    let replies = decoding.complete(ctx, &tokenizer, &requests, "completions")?;
+    let replies = completing::complete(ctx, &decoding, &tokenizer, &requests, "completions")?;
     let made = replies.into_iter().map(|reply| {
         let text = format!("{}{}", decoding.opening(), reply.text);
         let parsed = if reply.cut { parser.cut(&text, reply.tokens() as u64) } else { parser.fields(&text) };
@@ -518,7 +521,7 @@ impl Asker {
             Some(template) => Value::String(template.render(record)?),
             None => match record.get("messages") {
                 Some(messages) => messages.clone(),
-                None => decoding::text_field(record, QUESTIONS)
+                None => template::text_field(record, QUESTIONS)
                     .map(|text| Value::String(text.into()))
                     .ok_or("neither `input_ids`, `messages` nor `prompt`, `question` or `problem`, and the stage has no `prompt`")?,
             },
@@ -532,7 +535,7 @@ impl Asker {
 fn every<T>(records: &[Record], one: impl Fn(&Record) -> Result<T, String>) -> Result<Vec<T>, Problem> {
     let (mut all, mut bad, mut seen) = (Vec::new(), BadRows::default(), HashSet::new());
     for (index, record) in records.iter().enumerate() {
-        let id = decoding::record_id(record, index);
+        let id = template::record_id(record, index);
         if !seen.insert(id.clone()) {
             bad.push("generate::duplicate_id", &format!("line {}", index + 1), &format!("the id `{id}` occurs twice"));
             continue;
