@@ -207,11 +207,7 @@ impl<'a> Judge<'a> {
     pub fn new(ctx: &'a Context<'a>, spec: &'a Spec, as_s1: bool) -> Result<Judge<'a>, Problem> {
         let template = match (&spec.prompt, ctx.sources.get("judge.prompt_file")) {
             (Some(text), _) => Template::new("judge.prompt", text)?,
-            (None, Some(path)) => {
-                let text = std::fs::read_to_string(path)
-                    .map_err(|error| Problem::io("eval::judge_prompt", "read", path, &error))?;
-                Template::new("judge.prompt_file", &text)?
-            }
+            (None, Some(path)) => Template::read("judge.prompt_file", path, "eval::judge_prompt")?,
             (None, None) if spec.prompt_file.is_some() => {
                 return Err(Problem::new("eval::judge_prompt", "`judge.prompt_file` was not resolved to a file"));
             }
