@@ -21,7 +21,6 @@ use crate::remote::{Ask, Bill, Connection, Endpoint, Replies};
 use crate::stage::context::Context;
 use crate::stage::forecast::completions::CompletionForecast;
 use crate::stage::kind::{Forecast, StageKind};
-
 use crate::stage::share::asking::{self, Asking, Pending, Taken};
 use crate::stage::share::completing;
 use crate::stage::share::decoding;
@@ -186,8 +185,9 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
+/// Writes `scores.json`, `transcripts.jsonl` and `outcomes.jsonl`; with a judge also `judgements.jsonl`.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
-    let spec = Spec::read(ctx.label, &ctx.params)?;
+    let spec = Spec::read(ctx.label, ctx.params)?;
     let mut records = inputs::records(ctx, "task")?;
     records.truncate(spec.limit.unwrap_or(usize::MAX));
     if records.is_empty() {

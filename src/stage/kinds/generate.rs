@@ -16,7 +16,6 @@ use crate::remote::{Ask, Completion, Connection, Endpoint, Finish, Replies};
 use crate::stage::context::Context;
 use crate::stage::forecast::completions::CompletionForecast;
 use crate::stage::kind::{Forecast, StageKind};
-
 use crate::stage::share::asking::{self, Asking, Pending, Taken};
 use crate::stage::share::completing;
 use crate::stage::share::decoding::{self, Decoding};
@@ -226,8 +225,9 @@ struct Made {
     parsed: Result<Vec<(String, String)>, String>,
 }
 
+/// Writes `data.jsonl` and `failed.jsonl`.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
-    let spec = Spec::read(ctx.label, &ctx.params)?;
+    let spec = Spec::read(ctx.label, ctx.params)?;
     let records = inputs::records(ctx, "data")?;
     if records.is_empty() {
         return Err(Problem::new("generate::empty", "the dataset has no records"));
