@@ -10,6 +10,9 @@
 //!
 //! The writer orders names, pads the header so that data starts at a multiple of 64, and streams: one
 //! tensor is in memory at a time. (The `safetensors` crate writes its metadata in hash order.)
+//!
+//! One file, for it is one format: what the reader refuses is what the writer must not write, and the tests hold the one
+//! against the other.
 
 use crate::files::Files;
 use crate::problem::{Exit, Problem};

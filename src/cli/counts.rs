@@ -1,6 +1,8 @@
 //! What the cells of a plan are going to do, in numbers: rows, tokens, steps, requests and their cost, bytes on disk.
 //! What nobody can know yet is said to be unknown, with the cell that has to be made first.
 
+mod words;
+
 use super::global::Global;
 use super::needs::Look;
 use crate::report::{self, number};
@@ -19,6 +21,7 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
+use words::{call_words, likely_words, replies, requests_object};
 
 /// What a cell does.
 pub enum Work {
@@ -392,76 +395,6 @@ struct Total {
     calls: u64,
     cost: Option<f64>,
     unknown: usize,
-}
-
-fn requests_object(endpoint: &Endpoint, once: &Requests, most: &Requests, likely: Option<&Likely>) -> Value {
-    let of = |requests: &Requests| {
-        json!({
-            "calls": requests.count, "prompt_tokens": requests.prompt_tokens,
-            "completion_tokens": requests.completion_tokens, "cost": requests.cost(endpoint),
-        })
-    };
-    let likely = likely.map(|likely| {
-        let cost = endpoint.is_priced().then(|| endpoint.cost(likely.prompt_tokens, likely.completion_tokens));
-        json!({
-            "prompt_tokens": likely.prompt_tokens, "completion_tokens": likely.completion_tokens, "cost": cost,
-            "by_replies": likely.replies, "of_this_stage": likely.own,
-        })
-    });
-    json!({ "at_most": of(once), "if_none_parses": of(most), "likely": likely })
-}
-
-fn call_words(calls: &Calls, until: Option<String>) -> String {
-    let Calls { endpoint, wanted, kept, prompts_known, once, most, likely } = calls;
-    let there = if *kept > 0 {
-        format!(" ({} of {} replies are there)", number(*kept), number(*wanted))
-    } else {
-        String::new()
-    };
-    if once.count == 0 && *prompts_known {
-        return format!("no call of `{}`{there}", endpoint.model);
-    }
-    let up_to = if until.is_some() { "up to " } else { "" };
-    let mut text = format!("{up_to}{} of `{}`{there}", report::count(once.count as usize, "call"), endpoint.model);
-    let completions = number(once.completion_tokens);
-    match prompts_known {
-        true => {
-            let _ = write!(
-                text,
-                "; at most {} tokens of prompts and {completions} of completions",
-                number(once.prompt_tokens)
-            );
-        }
-        false => {
-            let _ = write!(text, "; at most {completions} tokens of completions");
-        }
-    }
-    if let Some(cost) = once.cost(endpoint) {
-        let _ = write!(text, ", cost {}", money(cost));
-    }
-    if !prompts_known {
-        let _ = write!(text, "; prompts {}", until.as_deref().unwrap_or("are not known"));
-    }
-    if most.count > once.count {
-        let _ = write!(text, "; at most {} calls, if no reply parses", number(most.count));
-    }
-    text + &likely_words(likely.as_ref(), endpoint)
-}
-
-fn replies(count: u64) -> String {
-    format!("{} {}", number(count), if count == 1 { "reply" } else { "replies" })
-}
-
-fn likely_words(likely: Option<&Likely>, endpoint: &Endpoint) -> String {
-    let Some(Likely { prompt_tokens, completion_tokens, replies, own }) = likely else { return String::new() };
-    let cost = if endpoint.is_priced() {
-        format!(", cost {}", money(endpoint.cost(*prompt_tokens, *completion_tokens)))
-    } else {
-        String::new()
-    };
-    let by = self::replies(*replies);
-    let whose = if *own { " of its own" } else { "" };
-    format!("; likely {} and {} tokens{cost}, going by {by}{whose}", number(*prompt_tokens), number(*completion_tokens))
 }
 
 impl Asked {

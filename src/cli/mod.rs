@@ -1,6 +1,7 @@
 //! The command line: what may be typed, and one file per command. Results go to stdout, everything
 //! else to stderr; exit codes are [`pipe::problem::Exit`]'s.
 
+mod against;
 mod cache;
 mod completions;
 mod counts;

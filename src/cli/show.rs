@@ -6,7 +6,7 @@ use super::open::with_engine;
 use super::plan::word;
 use super::sources::Network;
 use super::transcripts::{self, Browse};
-use super::{results, screen};
+use super::{against, results, screen};
 use crate::report;
 use pipe::exec::{Engine, Status};
 use pipe::files::Files;
@@ -43,7 +43,7 @@ pub fn run(global: &Global, arguments: &Arguments) -> Done {
         let found = made(engine, arguments, &arguments.stage)?;
         if let Some(other) = &arguments.browse.against {
             let (other_found, first) = (made(engine, arguments, other)?, transcripts::one(&found, &arguments.stage)?);
-            return transcripts::compare(
+            return against::compare(
                 global,
                 engine,
                 [first, transcripts::one(&other_found, other)?],

@@ -17,6 +17,9 @@
 //! `rejected_input_ids`) are used exactly as they stand, in every format.
 //!
 //! Every row that cannot be used is named, with its line in the dataset and its id.
+//!
+//! One file, for it is one walk: every format, mask and limit is a branch on the way of a row to its segments, and
+//! speaks of the same row and the same complaint.
 
 use super::record::{BadRows, Record};
 use super::records::kind_of;

@@ -1,4 +1,7 @@
 //! Tokens to typed answers: what kind of thing was said decides how it is compared.
+//!
+//! One file, for the kinds of answer call each other: a list holds equations, an equation an interval, an interval
+//! values, and which of them a text is depends on the order in which they are tried.
 
 use crate::grade::normalise::Token::{self, Command, Letters, Num, Sign, Unknown, Word};
 use crate::grade::parse::{Node, expression, matches};

@@ -4,6 +4,8 @@
 //! separators, words, LaTeX commands; styling and spacing commands vanish. Both passes are linear,
 //! neither recurses, and nothing is an error: what is not understood becomes [`Token::Unknown`],
 //! which no later step can read, so that the verdict is "undecided" and not a guess.
+//!
+//! One file, for the second pass reads what the first has made of the text, and nobody else sees what lies between.
 
 /// A piece of an answer. Brackets keep their shape, because `(3,4]` and `[3,4]` differ.
 #[derive(Debug, Clone, PartialEq)]

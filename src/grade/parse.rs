@@ -4,6 +4,8 @@
 //! take one digit as LaTeX does (the sign `√12` takes both), `3\frac12` is a mixed number, a
 //! division binds like a product from the left, and a function takes the product that follows it
 //! up to the next sum or function (`\sin 2x`, `\cos x\sin y`).
+//!
+//! One file, for it is one grammar: its rules call each other in a circle, and none is of use without the rest.
 
 use crate::grade::normalise::Token::{self, Command, Letters, Num, Sign, Word};
 

@@ -3,6 +3,9 @@
 //! The same walk serves three moments: a piece as it stands in a file or profile ([`Mode::Piece`]: nothing
 //! is missing yet), the whole after overlays ([`Mode::Whole`]: missing keys, defaults), and a string after
 //! its `{axis}` has been replaced ([`Mode::Filled`]).
+//!
+//! One file, for it is one walk: each type of value is a method that shares the place, the findings and the words for
+//! what is wrong.
 
 use super::endpoint::ENDPOINT;
 use super::reference::{Arity, RefUse, beside};

@@ -2,6 +2,9 @@
 //!
 //! Each piece is checked where it stands, chosen or not, so that a profile cannot rot unseen; what
 //! is missing is known only after everything is laid over.
+//!
+//! One file, for it is one order: pieces are checked, laid over and checked whole, with the same layers and the same list
+//! of problems for stages, tasks and endpoints.
 
 use super::check::{Check, Endpoints, Found, Layer, Mode};
 use super::endpoint;

@@ -1,4 +1,7 @@
 //! Who is let in, which path does what, and one request from its body to its last token.
+//!
+//! One file, for it is the course of one request: what is counted, logged and given back at its end is the same whichever
+//! way it ends.
 
 use super::ask::{Form, Wanted, Wish, unknown_model};
 use super::http::{Body, Connection, Gone, Head, Purse, Reply};

@@ -33,12 +33,15 @@ pub struct StageKind {
     pub stays: Option<&'static str>,
     /// The shape of a base model it will come to, before it has run: by its parameters and the folders of its
     /// `source` and `tokenizer`. `None` if that says nothing.
-    pub config: fn(&Params, Option<&Path>, Option<&Path>) -> Option<Result<Config, Problem>>,
+    pub config: ConfigOf,
     /// The adapter it adds to the chain of its model, by its parameters and the folder of its `source`.
     pub adapter: fn(&Params, Option<&Path>) -> Option<LoraSpec>,
     /// Variables of the environment that it passes on.
     pub variables: fn(&Params) -> Vec<String>,
 }
+
+/// See [`StageKind::config`]. Parameters, folders of `source` and `tokenizer`.
+pub type ConfigOf = fn(&Params, Option<&Path>, Option<&Path>) -> Option<Result<Config, Problem>>;
 
 /// See [`StageKind::pending`]. Parameters, file of the prompt, records, the way to the endpoint.
 pub type PendingOf = fn(&Params, Option<&Path>, &[Record], &Connection) -> Result<(Vec<Pending>, Replies), Problem>;

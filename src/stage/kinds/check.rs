@@ -9,7 +9,6 @@ use crate::plan::Cell;
 use crate::problem::Problem;
 use crate::stage::context::Context;
 use crate::stage::kind::StageKind;
-
 use crate::stage::kinds::table::{axis_names, strings, unknown_axis};
 use crate::stage::share::readings;
 use claim::Claim;

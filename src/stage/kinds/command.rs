@@ -156,6 +156,7 @@ fn plain(name: &str) -> bool {
         && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
+/// Runs the command and keeps what it leaves.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let folder = std::path::absolute(ctx.work.join("run"))

@@ -23,7 +23,6 @@ use crate::problem::Problem;
 use crate::random::Stream;
 use crate::stage::context::Context;
 use crate::stage::kind::StageKind;
-
 use crate::stage::share::bundled;
 use crate::stage::share::training;
 use filter::filter;
@@ -280,6 +279,7 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
+/// Writes `data.jsonl`.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let mut rows = read(ctx, &spec)?;

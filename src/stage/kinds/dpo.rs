@@ -19,7 +19,6 @@ use crate::problem::Problem;
 use crate::stage::context::Context;
 use crate::stage::forecast::training::TrainingForecast;
 use crate::stage::kind::{Forecast, StageKind};
-
 use crate::stage::share::inputs;
 use crate::stage::share::training::{self, Packed, Session, Spec, training_keys};
 use crate::train::require_finite;
@@ -116,6 +115,7 @@ struct Logps {
     rejected: f64,
 }
 
+/// Trains on preferences, and writes the weights, their measurements and `reference.jsonl`.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let (spec, own): (Spec, Own) = training::specs(ctx.label, ctx.params, OWN)?;
     let tokenizer = inputs::tokenizer(ctx, "model")?;

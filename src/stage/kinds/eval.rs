@@ -18,10 +18,9 @@ use crate::grade::{self, Graded, Verdict};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
 use crate::remote::{Ask, Bill, Connection, Endpoint, Replies};
-use crate::stage::context::{Context, read_params};
+use crate::stage::context::Context;
 use crate::stage::forecast::completions::CompletionForecast;
 use crate::stage::kind::{Forecast, StageKind};
-
 use crate::stage::share::asking::{self, Asking, Pending, Taken};
 use crate::stage::share::completing;
 use crate::stage::share::decoding;
@@ -121,14 +120,14 @@ pub const STAGE: StageKind =
     StageKind { data: Some("task"), forecast, pending, stays: Some(decoding::STAYS), ..StageKind::new(&KIND, run) };
 
 fn forecast(params: &Params) -> Option<Forecast> {
-    let spec: Spec = read_params(KIND.name, params.clone()).ok()?;
+    let spec = Spec::read(KIND.name, params).ok()?;
     Some(Forecast::Completing(Box::new(CompletionForecast {
-        asked_bytes: decoding::bytes([&spec.prompt, &spec.system, &spec.prefill]),
+        asked_bytes: decoding::bytes([&spec.prompt, &spec.system, &spec.decoding.prefill]),
         asked_in_file: spec.prompt_file.is_some(),
         n: spec.n,
         tries: 1,
         drops: false,
-        decoding: spec.decoding(),
+        decoding: spec.decoding,
         judge: spec.judge.as_ref().map(|judge| Box::new(judge.forecast())),
         endpoint: spec.endpoint,
         limit: spec.limit,
@@ -186,8 +185,9 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
+/// Writes `scores.json`, `transcripts.jsonl` and `outcomes.jsonl`; with a judge also `judgements.jsonl`.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
-    let spec: Spec = ctx.spec()?;
+    let spec = Spec::read(ctx.label, ctx.params)?;
     let mut records = inputs::records(ctx, "task")?;
     records.truncate(spec.limit.unwrap_or(usize::MAX));
     if records.is_empty() {
@@ -284,14 +284,14 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
 
 /// Answers by a model of this machine, `n` to each question.
 fn by_model(ctx: &Context, spec: &Spec, tokenizer: &Tokenizer, questions: &[Question]) -> Result<Vec<Sample>, Problem> {
-    let decoding = spec.decoding();
+    let decoding = &spec.decoding;
     let mut requests = Vec::with_capacity(questions.len() * spec.n);
     for question in questions {
         let Prompt::Tokens { ids, budget } = &question.asked else { continue };
         let request = |sample| Request { id: question.id.clone(), sample, ids: ids.clone(), budget: *budget };
         requests.extend((0..spec.n).map(request));
     }
-    let replies = completing::complete(ctx, &decoding, tokenizer, &requests, "answers")?;
+    let replies = completing::complete(ctx, decoding, tokenizer, &requests, "answers")?;
     let sample = |reply: Reply| Sample {
         response: format!("{}{}", decoding.opening(), reply.text),
         finish: reply.finish().into(),
@@ -312,7 +312,7 @@ fn by_endpoint(
 ) -> Result<(Vec<Sample>, Option<Bill>), Problem> {
     let asks = asks(spec, questions);
     let mut asking = Asking::new(ctx, endpoint)?;
-    let samples = asking.ask(asks, &spec.decoding().remotely(), 1, "answers", &|_, reply, _| {
+    let samples = asking.ask(asks, &spec.decoding.remotely(), 1, "answers", &|_, reply, _| {
         Taken::Final(match reply {
             Ok(completion) => Sample {
                 response: completion.text(),
@@ -365,10 +365,10 @@ fn pending(
     records: &[Record],
     line: &Connection,
 ) -> Result<(Vec<Pending>, Replies), Problem> {
-    let spec: Spec = read_params(KIND.name, params.clone())?;
+    let spec = Spec::read(KIND.name, params)?;
     let mut kept = Replies::default();
     let model = spec.endpoint.as_ref().map_or("", |endpoint| &endpoint.model);
-    let sampling = spec.decoding().remotely();
+    let sampling = spec.decoding.remotely();
     let records = &records[..records.len().min(spec.limit.unwrap_or(usize::MAX))];
     let mut pending = Vec::new();
     for ask in asks(&spec, &spec.questions(prompt_file, records, None)?) {

@@ -9,20 +9,19 @@
 mod json;
 mod parse;
 
-use crate::data::{BadRows, Format, Record, write_jsonl};
+use crate::data::{BadRows, Record, write_jsonl};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
 use crate::remote::{Ask, Completion, Connection, Endpoint, Finish, Replies};
-use crate::stage::context::{Context, read_params};
+use crate::stage::context::Context;
 use crate::stage::forecast::completions::CompletionForecast;
 use crate::stage::kind::{Forecast, StageKind};
-
 use crate::stage::share::asking::{self, Asking, Pending, Taken};
 use crate::stage::share::completing;
 use crate::stage::share::decoding::{self, Decoding};
-use crate::stage::share::inputs::{self, Storage};
+use crate::stage::share::inputs;
 use crate::stage::share::template::{self, QUESTIONS, Template};
-use crate::stage::share::thinking::{self, Thinking};
+use crate::stage::share::thinking;
 use crate::stage::share::turns::Request;
 use parse::{Parse, ParseKind, Parser};
 use regex::Regex;
@@ -69,21 +68,9 @@ pub const KIND: Kind = Kind {
         decoding::REPETITION_PENALTY,
         decoding::SEED,
         decoding::STOP,
-        Key::default(
-            "stop_token_ids",
-            Type::List(&Type::Int { min: 0, max: u32::MAX as i64 }),
-            "[]",
-            "A completion also ends with the first of these tokens.",
-        )
-        .with("model"),
-        Key::default("ignore_eos", Type::Bool, "false", "Go on behind the tokenizer's own end tokens.").with("model"),
-        Key::default(
-            "unmapped_ids",
-            Type::Bool,
-            "false",
-            "Also draw ids that stand for no text: the embedding has more rows than the tokenizer has ids (transformers draws them).",
-        )
-        .with("model"),
+        decoding::STOP_TOKEN_IDS,
+        decoding::IGNORE_EOS,
+        decoding::UNMAPPED_IDS,
         decoding::DTYPE,
         decoding::BATCH,
         Key::default(
@@ -145,15 +132,15 @@ pub const STAGE: StageKind =
     StageKind { data: Some("data"), forecast, pending, stays: Some(decoding::STAYS), ..StageKind::new(&KIND, run) };
 
 fn forecast(params: &Params) -> Option<Forecast> {
-    let spec: Spec = read_params(KIND.name, params.clone()).ok()?;
+    let spec = Spec::read(KIND.name, params).ok()?;
     let text = spec.parse.kind == ParseKind::Text;
     Some(Forecast::Completing(Box::new(CompletionForecast {
-        asked_bytes: decoding::bytes([&spec.prompt, &spec.system, &spec.prefill]),
+        asked_bytes: decoding::bytes([&spec.prompt, &spec.system, &spec.decoding.prefill]),
         asked_in_file: spec.prompt_file.is_some(),
         n: spec.n,
         tries: if text { 1 } else { spec.max_parse_attempts.unwrap_or(1) },
         drops: spec.on_parse_failure == OnFailure::Drop,
-        decoding: spec.decoding(),
+        decoding: spec.decoding,
         endpoint: spec.endpoint,
         limit: None,
         judge: None,
@@ -163,33 +150,15 @@ fn forecast(params: &Params) -> Option<Forecast> {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Spec {
+    /// The keys that `decoding` reads.
+    #[serde(skip)]
+    decoding: Decoding,
     endpoint: Option<Endpoint>,
     prompt: Option<String>,
     /// As written; the file itself comes through the context.
     prompt_file: Option<String>,
     system: Option<String>,
-    #[serde(default)]
-    format: Format,
-    prefill: Option<String>,
     n: usize,
-    max_tokens: usize,
-    thinking: Option<Thinking>,
-    temperature: f64,
-    top_p: f64,
-    top_k: usize,
-    repetition_penalty: f64,
-    seed: u64,
-    stop: Vec<String>,
-    #[serde(default)]
-    stop_token_ids: Vec<u32>,
-    #[serde(default)]
-    ignore_eos: bool,
-    #[serde(default)]
-    unmapped_ids: bool,
-    #[serde(default)]
-    dtype: Storage,
-    #[serde(default)]
-    batch: usize,
     parse: Parse,
     on_parse_failure: OnFailure,
     max_parse_attempts: Option<u64>,
@@ -256,8 +225,9 @@ struct Made {
     parsed: Result<Vec<(String, String)>, String>,
 }
 
+/// Writes `data.jsonl` and `failed.jsonl`.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
-    let spec: Spec = ctx.spec()?;
+    let spec = Spec::read(ctx.label, ctx.params)?;
     let records = inputs::records(ctx, "data")?;
     if records.is_empty() {
         return Err(Problem::new("generate::empty", "the dataset has no records"));
@@ -301,9 +271,9 @@ fn by_model(
     records: &[Record],
 ) -> Result<Vec<Made>, Problem> {
     let tokenizer = inputs::tokenizer(ctx, "model")?;
-    let decoding = spec.decoding();
+    let decoding = &spec.decoding;
     let prompts = every(records, |record| {
-        let budget = spec.thinking.as_ref().map_or(Ok(0), |thinking| thinking.budget(record))?;
+        let budget = spec.decoding.thinking.as_ref().map_or(Ok(0), |thinking| thinking.budget(record))?;
         if asker.takes_ids(record) {
             let ids = decoding.continued(&tokenizer, record).map_err(|problem| problem.message)?;
             return Ok((ids, budget));
@@ -317,7 +287,7 @@ fn by_model(
         let id = template::record_id(record, index);
         requests.extend((0..spec.n).map(|sample| Request { id: id.clone(), sample, ids: ids.clone(), budget }));
     }
-    let replies = completing::complete(ctx, &decoding, &tokenizer, &requests, "completions")?;
+    let replies = completing::complete(ctx, decoding, &tokenizer, &requests, "completions")?;
     let made = replies.into_iter().map(|reply| {
         let text = format!("{}{}", decoding.opening(), reply.text);
         let parsed = if reply.cut { parser.cut(&text, reply.tokens() as u64) } else { parser.fields(&text) };
@@ -340,7 +310,7 @@ fn by_endpoint(
     let asks = (0..records.len() * spec.n).map(ask).collect();
     let mut asking = Asking::new(ctx, endpoint)?;
     let attempts = spec.max_parse_attempts.unwrap_or(1);
-    let made = asking.ask(asks, &spec.decoding().remotely(), attempts, "completions", &|_, completion, attempt| {
+    let made = asking.ask(asks, &spec.decoding.remotely(), attempts, "completions", &|_, completion, attempt| {
         let (one, final_word) = judged(parser, completion);
         let several = |why: String| if attempt > 1 { format!("{why} (the last of {attempt} attempts)") } else { why };
         let again = one.parsed.is_err() && !final_word;
@@ -369,11 +339,11 @@ fn pending(
     records: &[Record],
     line: &Connection,
 ) -> Result<(Vec<Pending>, Replies), Problem> {
-    let spec: Spec = read_params(KIND.name, params.clone())?;
+    let spec = Spec::read(KIND.name, params)?;
     let mut kept = Replies::default();
     let model = spec.endpoint.as_ref().map_or("", |endpoint| &endpoint.model);
     let (parser, asker) = (Parser::new(&spec.parse)?, Asker::new(&spec, prompt_file)?);
-    let sampling = spec.decoding().remotely();
+    let sampling = spec.decoding.remotely();
     let attempts = if parser.fields.is_empty() { 1 } else { spec.max_parse_attempts.unwrap_or(1) };
     let mut pending = Vec::new();
     for messages in conversations(&asker, records)? {
@@ -417,24 +387,10 @@ fn judged(parser: &Parser, completion: &Result<Completion, String>) -> (Made, bo
 }
 
 impl Spec {
-    fn decoding(&self) -> Decoding {
-        Decoding {
-            format: self.format,
-            prefill: self.prefill.clone(),
-            thinking: self.thinking.clone(),
-            stop: self.stop.clone(),
-            max_tokens: self.max_tokens,
-            temperature: self.temperature,
-            top_p: self.top_p,
-            top_k: self.top_k,
-            repetition_penalty: self.repetition_penalty,
-            seed: self.seed,
-            dtype: self.dtype,
-            batch: self.batch,
-            stop_token_ids: self.stop_token_ids.clone(),
-            ignore_eos: self.ignore_eos,
-            unmapped_ids: self.unmapped_ids,
-        }
+    /// `label`: whose parameters they are, for messages.
+    fn read(label: &str, params: &Params) -> Result<Spec, Problem> {
+        let (decoding, own) = decoding::specs(label, params)?;
+        Ok(Spec { decoding, ..own })
     }
 }
 

@@ -10,7 +10,6 @@ use crate::problem::{Exit, Problem};
 use crate::safetensors::{ADAPTER_FILE, Element};
 use crate::stage::context::{Context, read_params};
 use crate::stage::kind::StageKind;
-
 use crate::stage::share::bundled;
 use crate::stage::share::inputs;
 use crate::tensor::Dtype;
@@ -245,6 +244,7 @@ fn tokenizer_file(name: &str) -> bool {
     ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"].contains(&name)
 }
 
+/// Writes the files of a model, or of an adapter on one.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     if !ctx.inputs("model").is_empty() {

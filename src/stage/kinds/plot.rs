@@ -8,7 +8,6 @@ use crate::plan::Cell;
 use crate::problem::Problem;
 use crate::stage::context::Context;
 use crate::stage::kind::StageKind;
-
 use crate::stage::kinds::table::{Names, axis_names, csv_line, strings, unknown_axis};
 use crate::stage::share::readings::{self, Reading};
 use kuva::plot::{BarPlot, LinePlot, LineStyle, ScatterPlot};

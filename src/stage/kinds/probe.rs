@@ -17,7 +17,6 @@ use crate::safetensors::{self, Element};
 use crate::stage::context::{Context, read_params};
 use crate::stage::forecast::needs::{Computes, Cut, Data, HALVE, Needs, Shape, Taking, shorten, untie};
 use crate::stage::kind::{Forecast, StageKind};
-
 use crate::stage::share::inputs;
 use crate::stage::share::training::{self, Packed};
 use serde::Deserialize;
@@ -171,6 +170,7 @@ impl Example {
 /// What the sides of a preference are called, in files and columns.
 const SIDES: [&str; 2] = ["chosen", "rejected"];
 
+/// Writes `measurements.jsonl` and `logprobs.jsonl`.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let examples = examples(ctx, &spec)?;

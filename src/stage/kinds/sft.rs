@@ -13,7 +13,6 @@ use crate::problem::Problem;
 use crate::stage::context::Context;
 use crate::stage::forecast::training::TrainingForecast;
 use crate::stage::kind::{Forecast, StageKind};
-
 use crate::stage::share::inputs;
 use crate::stage::share::training::{self, Packed, Session, Spec, training_keys};
 use crate::train::require_finite;
@@ -89,6 +88,7 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
+/// Trains on samples, and writes the weights and their measurements.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let (spec, own): (Spec, Own) = training::specs(ctx.label, ctx.params, OWN)?;
     let tokenizer = inputs::tokenizer(ctx, "model")?;

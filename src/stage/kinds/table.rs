@@ -17,7 +17,6 @@ use crate::plan::Cell;
 use crate::problem::{Exit, Problem};
 use crate::stage::context::Context;
 use crate::stage::kind::StageKind;
-
 use crate::stage::share::readings;
 use grid::Grid;
 use published::Published;

@@ -24,7 +24,9 @@ pub fn dataset(name: &str) -> Option<&'static [u8]> {
 
 /// Files to be written: from memory or from a folder.
 pub enum Bundle {
+    /// Name and bytes of each.
     Embedded(Vec<(&'static str, &'static [u8])>),
+    /// Where they lie.
     Folder(Files),
 }
 

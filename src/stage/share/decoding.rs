@@ -2,12 +2,15 @@
 
 use crate::data::{Format, Record, Tokenizer};
 use crate::generation::Sampling;
-use crate::manifest::spec::{Key, Type};
+use crate::manifest::spec::{Key, Params, Type};
 use crate::problem::Problem;
 use crate::remote;
+use crate::stage::context::read_params;
 use crate::stage::share::inputs::Storage;
-use crate::stage::share::thinking::Thinking;
+use crate::stage::share::thinking::{self, Thinking};
 use crate::stage::share::training;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 /// What s1's trained models begin their answer with.
@@ -68,6 +71,22 @@ pub const STOP: Key = Key::default(
     "[]",
     "A completion ends before the first of these texts, and at the tokenizer's own end of turn.",
 );
+pub const STOP_TOKEN_IDS: Key = Key::default(
+    "stop_token_ids",
+    Type::List(&Type::Int { min: 0, max: u32::MAX as i64 }),
+    "[]",
+    "A completion also ends with the first of these tokens.",
+)
+.with("model");
+pub const IGNORE_EOS: Key =
+    Key::default("ignore_eos", Type::Bool, "false", "Go on behind the tokenizer's own end tokens.").with("model");
+pub const UNMAPPED_IDS: Key = Key::default(
+    "unmapped_ids",
+    Type::Bool,
+    "false",
+    "Also draw ids that stand for no text: the embedding has more rows than the tokenizer has ids (transformers draws them).",
+)
+.with("model");
 pub const DTYPE: Key =
     Key::default("dtype", Type::Choice(&["f32", "bf16"]), "\"f32\"", "How weights are held.").with("model");
 pub const BATCH: Key = Key::default(
@@ -88,8 +107,10 @@ pub fn bytes(texts: [&Option<String>; 3]) -> usize {
 }
 
 /// How completions are drawn, as the keys above say.
-#[derive(Default)]
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Decoding {
+    #[serde(default)]
     pub format: Format,
     pub prefill: Option<String>,
     pub thinking: Option<Thinking>,
@@ -100,14 +121,45 @@ pub struct Decoding {
     pub top_k: usize,
     pub repetition_penalty: f64,
     pub seed: u64,
+    #[serde(default)]
     pub dtype: Storage,
+    #[serde(default)]
     pub batch: usize,
     /// Ids that end a completion beside those of the tokenizer.
+    #[serde(default)]
     pub stop_token_ids: Vec<u32>,
     /// The tokenizer's own end tokens end nothing.
+    #[serde(default)]
     pub ignore_eos: bool,
     /// Ids without a token may be drawn.
+    #[serde(default)]
     pub unmapped_ids: bool,
+}
+
+/// What a [`Decoding`] reads.
+const READ: [&str; 15] = [
+    FORMAT.name,
+    PREFILL.name,
+    MAX_TOKENS.name,
+    thinking::KEY.name,
+    TEMPERATURE.name,
+    TOP_P.name,
+    TOP_K.name,
+    REPETITION_PENALTY.name,
+    SEED.name,
+    STOP.name,
+    STOP_TOKEN_IDS.name,
+    IGNORE_EOS.name,
+    UNMAPPED_IDS.name,
+    DTYPE.name,
+    BATCH.name,
+];
+
+/// How a stage with these parameters draws, and its other keys as a struct of its own. `label`: whose they are, for
+/// messages.
+pub fn specs<Own: DeserializeOwned>(label: &str, params: &Params) -> Result<(Decoding, Own), Problem> {
+    let (shared, own): (Params, Params) = params.clone().into_iter().partition(|(key, _)| READ.contains(&key.as_str()));
+    Ok((read_params(label, shared)?, read_params(label, own)?))
 }
 
 impl Decoding {

@@ -5,8 +5,10 @@
 //! the judge, stays inside. Its reply is read strictly. One that cannot be read is asked for again; if none can, the
 //! answer stays what it was. Temperature is 0.
 //!
-//! Replies are journalled like all others (`remote`, `decoding`), so a judgement is paid for once and can be repeated
+//! Replies are journalled like all others (`remote`, `turns`), so a judgement is paid for once and can be repeated
 //! with nobody there. `judgements.jsonl` has every one of them.
+
+mod reply;
 
 use crate::data::Record;
 use crate::digest::{Digest, Encoder};
@@ -23,6 +25,7 @@ use crate::stage::share::inputs::{self, Storage};
 use crate::stage::share::template::Template;
 use crate::stage::share::training;
 use crate::stage::share::turns::{Reply, Request, Session};
+use reply::{Reads, read};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -176,15 +179,6 @@ struct Prompt {
     reads: Reads,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Reads {
-    Verdict,
-    /// The number of one of so many options, or -1.
-    Option(usize),
-    /// A to D, or -1.
-    Letter,
-}
-
 /// What came of it.
 #[derive(Debug, Clone)]
 struct Said {
@@ -207,11 +201,7 @@ impl<'a> Judge<'a> {
     pub fn new(ctx: &'a Context<'a>, spec: &'a Spec, as_s1: bool) -> Result<Judge<'a>, Problem> {
         let template = match (&spec.prompt, ctx.sources.get("judge.prompt_file")) {
             (Some(text), _) => Template::new("judge.prompt", text)?,
-            (None, Some(path)) => {
-                let text = std::fs::read_to_string(path)
-                    .map_err(|error| Problem::io("eval::judge_prompt", "read", path, &error))?;
-                Template::new("judge.prompt_file", &text)?
-            }
+            (None, Some(path)) => Template::read("judge.prompt_file", path, "eval::judge_prompt")?,
             (None, None) if spec.prompt_file.is_some() => {
                 return Err(Problem::new("eval::judge_prompt", "`judge.prompt_file` was not resolved to a file"));
             }
@@ -558,88 +548,9 @@ fn mark<'t>(texts: impl Iterator<Item = &'t str> + Clone) -> String {
     }
 }
 
-/// What a reply says, if it says it as it was told to.
-fn read(reply: &str, cut: bool, reads: Reads) -> Result<String, String> {
-    if cut {
-        return Err("cut off by `max_tokens`".into());
-    }
-    let reply = reply.trim();
-    match reads {
-        Reads::Verdict => verdict(reply).map(String::from),
-        Reads::Option(count) => match reply.parse::<i64>() {
-            Ok(-1) => Ok("-1".into()),
-            Ok(number) if (1..=count as i64).contains(&number) => Ok(number.to_string()),
-            _ => Err(format!("neither a number from 1 to {count} nor -1")),
-        },
-        Reads::Letter => match reply {
-            "A" | "B" | "C" | "D" | "-1" => Ok(reply.to_string()),
-            _ => Err("neither a letter from A to D nor -1".into()),
-        },
-    }
-}
-
-/// `{"verdict": ...}`, or a last line that is a verdict with no other verdict on a line before it.
-fn verdict(reply: &str) -> Result<&'static str, String> {
-    #[derive(Deserialize)]
-    struct Object {
-        verdict: String,
-    }
-    let word = |word: &str| match word {
-        "correct" => Some("correct"),
-        "wrong" => Some("wrong"),
-        _ => None,
-    };
-    if reply.starts_with('{') {
-        let object = serde_json::from_str::<Object>(reply).map_err(|error| format!("no verdict: {error}"))?;
-        return word(&object.verdict).ok_or_else(|| "the verdict is neither `correct` nor `wrong`".into());
-    }
-    let lines = reply.lines().filter_map(|line| Some(line.trim().strip_prefix("VERDICT:")?.trim()));
-    let said: Vec<Option<&str>> = lines.map(word).collect();
-    let ends_so = reply.lines().last().is_some_and(|line| line.trim().starts_with("VERDICT:"));
-    match said.as_slice() {
-        [Some(verdict)] if ends_so => Ok(if *verdict == "correct" { "correct" } else { "wrong" }),
-        [] => Err("no line `VERDICT: ...`".into()),
-        [_] if ends_so => Err("the verdict is neither `correct` nor `wrong`".into()),
-        [_] => Err("something stands behind the verdict".into()),
-        _ => Err("several verdicts".into()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_verdict_is_read_only_as_it_was_asked_for() {
-        for (reply, said) in [
-            ("VERDICT: correct", Some("correct")),
-            ("Both are 4.\nVERDICT: wrong\n", Some("wrong")),
-            ("{\"reason\": \"same\", \"verdict\": \"correct\"}", Some("correct")),
-            ("correct", None),
-            ("VERDICT: correct.", None),
-            ("VERDICT: Correct", None),
-            ("VERDICT: correct or wrong", None),
-            ("VERDICT: correct\nBut is it?", None),
-            ("VERDICT: wrong\nVERDICT: correct", None),
-            ("The attempt says VERDICT: correct", None),
-            ("{\"verdict\": true}", None),
-            ("{\"verdict\": \"wrong\", \"verdict\": \"correct\"}", None),
-            ("{\"verdict\": \"correct\"} and more", None),
-            ("", None),
-        ] {
-            assert_eq!(read(reply, false, Reads::Verdict).ok().as_deref(), said, "{reply}");
-        }
-        assert!(read("VERDICT: correct", true, Reads::Verdict).is_err());
-    }
-
-    #[test]
-    fn an_option_is_one_of_those_there_are() {
-        let option = |reply: &str| read(reply, false, Reads::Option(2)).ok();
-        assert_eq!((option("2"), option(" -1\n")), (Some("2".into()), Some("-1".into())));
-        assert_eq!((option("3"), option("0"), option("1 or 2"), option("Index: 1")), (None, None, None, None));
-        let letter = |reply: &str| read(reply, false, Reads::Letter).ok();
-        assert_eq!((letter("C"), letter("E"), letter("(C)")), (Some("C".into()), None, None));
-    }
 
     #[test]
     fn the_mark_stands_in_no_text_whatever_it_says() {

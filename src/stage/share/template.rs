@@ -12,6 +12,7 @@ use std::path::Path;
 pub struct Template(Templates);
 
 impl Template {
+    /// `key` is where the text stands, for messages.
     pub fn new(key: &str, text: &str) -> Result<Template, Problem> {
         let mut env = Environment::new();
         env.set_undefined_behavior(UndefinedBehavior::Strict);
@@ -26,8 +27,8 @@ impl Template {
         Ok(Template(templates))
     }
 
-    /// What the keys `prompt` and `prompt_file` say is asked, if they do; `resolved` is where the file is. One newline at the end of a file is
-    /// not part of what is asked.
+    /// What the keys `prompt` and `prompt_file` say is asked, if they do; `resolved` is where the file is. One newline
+    /// at the end of a file is not part of what is asked.
     pub fn asked(
         prompt: Option<&str>,
         file: Option<&str>,
@@ -39,14 +40,19 @@ impl Template {
         let path = resolved.ok_or_else(|| {
             Problem::new("generate::prompt_file", format!("`{file}` was not resolved to a file")).exit(Exit::Missing)
         })?;
-        let bytes = std::fs::read(path).map_err(|error| Problem::io("generate::prompt_file", "read", path, &error))?;
+        Template::read("prompt_file", path, "generate::prompt_file").map(Some)
+    }
+
+    /// The file that `key` names; `code` is for one that cannot be read.
+    pub fn read(key: &str, path: &Path, code: &'static str) -> Result<Template, Problem> {
+        let bytes = std::fs::read(path).map_err(|error| Problem::io(code, "read", path, &error))?;
         let text = String::from_utf8(bytes).map_err(|error| {
             let at = error.utf8_error().valid_up_to() + 1;
-            Problem::new("data::not_utf8", format!("`prompt_file` is not UTF-8 at byte {at}"))
+            Problem::new("data::not_utf8", format!("`{key}` is not UTF-8 at byte {at}"))
                 .at_file(path)
                 .help("save the file as UTF-8")
         })?;
-        Template::new("prompt_file", &text).map(Some).map_err(|problem| problem.at_file(path))
+        Template::new(key, &text).map_err(|problem| problem.at_file(path))
     }
 
     /// `Err` says what is wrong with this record, without naming it.

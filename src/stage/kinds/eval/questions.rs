@@ -85,7 +85,7 @@ impl Spec {
         records: &[Record],
         tokenizer: Option<&Tokenizer>,
     ) -> Result<Vec<Question>, Problem> {
-        let decoding = self.decoding();
+        let decoding = &self.decoding;
         let templates = Templates {
             prompt: Template::asked(self.prompt.as_deref(), self.prompt_file.as_deref(), prompt_file)?,
             system: self.system.as_deref().map(|text| Template::new("system", text)).transpose()?,
@@ -102,7 +102,7 @@ impl Spec {
                 let Asked { text, gold, kind, order, .. } = asked;
                 let asked = match tokenizer {
                     Some(tokenizer) => {
-                        let budget = self.thinking.as_ref().map_or(Ok(0), |thinking| thinking.budget(record));
+                        let budget = self.decoding.thinking.as_ref().map_or(Ok(0), |thinking| thinking.budget(record));
                         let budget = budget.map_err(|what| ("eval::field", what))?;
                         let ids = decoding.prompt(tokenizer, asked.user, asked.system);
                         Prompt::Tokens { ids: ids.map_err(|problem| ("eval::prompt", problem.message))?, budget }
@@ -136,7 +136,7 @@ impl Spec {
         let (gold, kind, order, options) = match choices {
             Some((choices, right)) => {
                 let order: Vec<usize> = if self.shuffle_choices {
-                    Stream::named(self.seed, &["choices", id]).permutation(choices.len())
+                    Stream::named(self.decoding.seed, &["choices", id]).permutation(choices.len())
                 } else {
                     (0..choices.len()).collect()
                 };

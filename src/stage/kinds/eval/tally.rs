@@ -78,7 +78,7 @@ impl Tally {
             Judged { beside, ..Judged::default() }
         });
         let missing = spec.endpoint.is_some().then_some(0);
-        let thoughts = spec.thinking.is_some().then(Thoughts::default);
+        let thoughts = spec.decoding.thinking.is_some().then(Thoughts::default);
         Tally { n: spec.n, missing, thoughts, judge, ..Tally::default() }
     }
 
