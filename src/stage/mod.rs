@@ -33,6 +33,7 @@ const TABLE: &[StageKind] = &[
     sft::STAGE,
     dpo::STAGE,
     probe::STAGE,
+    kernel::STAGE,
     eval::STAGE,
     table::STAGE,
     plot::STAGE,
