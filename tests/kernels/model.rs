@@ -283,6 +283,19 @@ fn preference_steps_start_at_ln_2_and_follow_those_of_the_processor() {
 }
 
 #[test]
+fn products_of_gradients_are_near_those_of_the_processor() {
+    let records: Vec<Value> = (0..3)
+        .map(|i| json!({"id": i.to_string(), "prompt": format!("{i} + 1"), "answer": format!("{}", i + 1)}))
+        .collect();
+    let params = resolved(&stage::kernel::KIND, json!({"max_tokens": 100, "dtype": "bf16", "parameters": "all"}));
+    let [law, ours] = both(stage::kernel::run, &params, &records, "measurements.jsonl");
+    for name in ["kernel", "kernel_self", "cosine"] {
+        let (law, ours) = (law[0][name].as_f64().unwrap(), ours[0][name].as_f64().unwrap());
+        assert!(law > 0.0 && (law - ours).abs() <= 0.05 * law, "{name}: {ours}, not {law}");
+    }
+}
+
+#[test]
 fn a_probe_measures_what_the_processor_measures() {
     let records = [json!({"id": "a", "prompt": "2 + 2", "chosen": "4", "rejected": "five"})];
     let params = resolved(&stage::probe::KIND, json!({"max_tokens": 100, "dtype": "bf16"}));

@@ -256,11 +256,15 @@ fn the_gradients_of_all_examples_are_counted_before_it_runs() {
         config: pipe::model::Config::load(files(0)).unwrap(),
         adapters: vec![pipe::model::LoraSpec::read(adapter).unwrap()],
     };
-    let needs = |given: Value, records: usize, on_device: bool| -> Needs {
+    let of = |given: Value, data: Option<Data>, on_device: bool| -> Needs {
         let given: Params = params(given).as_object().unwrap().clone();
-        let data = Data { records, tokens: 300 * records, longest: 300 };
-        (STAGE.forecast)(&given).unwrap().computes().needs(&shape, Some(data), on_device)
+        (STAGE.forecast)(&given).unwrap().computes().needs(&shape, data, on_device)
     };
+    let needs = |given: Value, records: usize, on_device: bool| {
+        of(given, Some(Data { records, tokens: 300 * records, longest: 300 }), on_device)
+    };
+    assert!(of(json!({}), None, false).takes_more, "records that are not made yet are told to be more");
+    assert!(!needs(json!({}), 2, false).takes_more);
     for everything in [false, true] {
         let given = json!({ "parameters": if everything { "all" } else { "adapter" } });
         let values = by_hand(&bench, &sums(1), everything).0.trained_values() as u64;

@@ -132,7 +132,8 @@ impl Computes for Spec {
             with_gradients(plan.need(), kept, on_device)
         };
         let most = of(records.saturating_mul(SIDES.len() as u64));
-        Needs { surely: of(sure), most, takes_more: false, steps: None, disk: 0 }
+        // Before the records are made it is that of one of them, and more for each.
+        Needs { surely: of(sure), most, takes_more: data.is_none(), steps: None, disk: 0 }
     }
 
     fn advice(&self, _on_device: bool) -> Vec<String> {
@@ -192,6 +193,7 @@ impl Matrix {
     }
 }
 
+/// See the head of this file. `Err` if the model or the records are not what they have to be, or a gradient is not finite.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let mut model = model(ctx, &spec)?;
