@@ -37,8 +37,11 @@ pub use super::count::{PARTS, Part};
 /// What is trained or, of a model that is only used, what is active.
 #[derive(Debug, Clone, Copy)]
 pub enum Trained<'a> {
+    /// Nothing: full weights, used as they are.
     Nothing,
+    /// An adapter of this shape on frozen weights.
     Adapter(&'a LoraSpec),
+    /// Every weight.
     Everything,
 }
 
@@ -55,7 +58,9 @@ impl<'a, P: Place> From<&'a Decoder<P>> for Trained<'a> {
 /// What is done with the model.
 #[derive(Clone, Copy)]
 pub enum Work<'a> {
+    /// Steps of training.
     Train {
+        /// The largest micro-batch.
         extent: Extent,
         /// This many trained layers, from the last on, keep their insides, the others their input only.
         kept: usize,
@@ -68,10 +73,14 @@ pub enum Work<'a> {
     },
     /// Log-probs, and of one sequence at a time all logits or all hidden states.
     Measure {
+        /// The largest batch.
         extent: Extent,
+        /// Whether all logits of a sequence are asked for.
         logits: bool,
+        /// Whether all hidden states of a sequence are asked for.
         hidden_states: bool,
     },
+    /// Completions are made.
     Decode(Decode),
 }
 
@@ -90,8 +99,9 @@ impl Work<'_> {
 pub struct Decode {
     /// At once.
     pub live: usize,
-    /// Tokens of the longest, with its prompt, and of its prompt.
+    /// Tokens of the longest, with its prompt.
     pub longest: usize,
+    /// Tokens of its prompt.
     pub prompt: usize,
     /// On a device there are pages for this many at their longest. It takes what it finds, up to `live`.
     pub ends: usize,
@@ -113,20 +123,26 @@ impl Decode {
 /// A model and what is to be done with it.
 #[derive(Clone, Copy)]
 pub struct Plan<'a> {
+    /// The model's shape.
     pub config: &'a Config,
     /// Storage of the frozen matrices on the host.
     pub dtype: Dtype,
+    /// What of it is trained or active.
     pub trained: Trained<'a>,
     /// Whether a CUDA device computes.
     pub on_device: bool,
+    /// What is done with it.
     pub work: Work<'a>,
 }
 
 /// Bytes of one part, each at the moment when its place holds most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Line {
+    /// Which part.
     pub part: Part,
+    /// Bytes of the host's memory.
     pub host: u64,
+    /// Bytes of the device's memory; 0 without a device.
     pub device: u64,
 }
 
@@ -135,8 +151,11 @@ pub struct Line {
 pub struct Need {
     /// Tokens that are worked through at once.
     pub tokens: usize,
+    /// One for each part that takes something.
     pub lines: Vec<Line>,
+    /// Bytes of the host's memory at its peak.
     pub host: u64,
+    /// Bytes of the device's memory at its peak; 0 without a device.
     pub device: u64,
 }
 
