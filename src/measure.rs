@@ -125,6 +125,21 @@ pub fn machine() -> BTreeMap<String, String> {
     .collect()
 }
 
+/// `812 MiB`, `3.4 GiB`.
+pub fn bytes(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return match value < 10.0 && unit != "B" {
+                true => format!("{value:.1} {unit}"),
+                false => format!("{value:.0} {unit}"),
+            };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

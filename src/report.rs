@@ -217,7 +217,7 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-pub use pipe::model::memory::bytes;
+pub use pipe::measure::bytes;
 
 /// `1 stage`, `12 stages`, `1,204 cells`.
 pub fn count(number: usize, what: &str) -> String {

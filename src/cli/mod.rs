@@ -6,6 +6,7 @@ mod completions;
 mod counts;
 mod doctor;
 mod export;
+mod found;
 mod gc;
 mod global;
 mod grade;

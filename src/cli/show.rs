@@ -1,5 +1,6 @@
 //! `pipe show M STAGE`: what a stage yielded: files, parameters, numbers, the end of its log, its transcripts.
 
+use super::found::Found;
 use super::global::{Done, Global, OfManifest, print};
 use super::open::with_engine;
 use super::plan::word;
@@ -11,7 +12,6 @@ use pipe::exec::{Engine, Status};
 use pipe::files::Files;
 use pipe::plan::CellId;
 use pipe::problem::{Exit, Problem};
-use pipe::store::Record;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -37,13 +37,6 @@ pub struct Arguments {
 
 /// Lines shown of logs and transcripts.
 const LINES: usize = 3;
-
-/// A cell and the record of what it yielded, now or when it was last made.
-pub struct Found {
-    pub label: String,
-    state: &'static str,
-    pub record: Option<Record>,
-}
 
 pub fn run(global: &Global, arguments: &Arguments) -> Done {
     with_engine(global, &arguments.of.manifest, Network::Never, |engine, _| {

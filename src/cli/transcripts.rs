@@ -4,9 +4,9 @@
 //! `data.jsonl` and `failed.jsonl`, a dataset `data.jsonl`. Files are read line by line: they may be larger than
 //! memory. What a model wrote reaches the terminal through `screen` alone.
 
+use super::found::Found;
 use super::global::{Done, Global, print, say};
 use super::screen::{self, pad, printable, short};
-use super::show::Found;
 use crate::report;
 use clap::ValueEnum;
 use pipe::exec::Engine;

@@ -109,7 +109,7 @@ impl<P: Builds> Decoder<P> {
                 }
             }
         }
-        copies.extend(params.iter().map(|param| self.place.factor(param.len())));
+        copies.extend(params.iter().map(|param| self.place.factor(param.values())));
         (self.params, self.copies, self.trained) = (params, copies, Trained::Adapter(spec));
         Ok(())
     }

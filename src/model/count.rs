@@ -244,6 +244,15 @@ impl Count {
 
 type Done<T = ()> = Result<T, Infallible>;
 
+/// Operations that take no memory beside what they are given.
+macro_rules! nothing {
+    ($($name:ident($($argument:ident: $of:ty),*);)*) => {
+        $(fn $name(&self, $($argument: $of),*) -> Done {
+            Ok(())
+        })*
+    };
+}
+
 impl Place for Count {
     type Error = Infallible;
     type Values = Counted;
@@ -261,16 +270,22 @@ impl Place for Count {
         Ok(self.room(len))
     }
 
-    fn zeros(&self, len: usize) -> Done<Counted> {
-        Ok(self.room(len))
-    }
-
     fn floats(&self, len: usize) -> Done<Counted> {
         Ok(self.f32s(len))
     }
 
-    fn zero_floats(&self, len: usize) -> Done<Counted> {
-        Ok(self.f32s(len))
+    nothing! {
+        embed(_y: &mut Counted, _table: &Counted, _ids: &Counted);
+        embed_backward(_dw: &mut Counted, _dy: &Counted, _ids: &[u32]);
+        rmsnorm(_y: &mut Counted, _rstd: &mut Counted, _x: &Counted, _weight: &Counted, _eps: f32);
+        rope(_x: &mut Counted, _heads: usize, _angles: &[Counted; 2], _at: &Counted, _inverse: bool);
+        attention(_y: &mut Counted, _lse: &mut Counted, _qkv: [&Counted; 3], _inputs: &Inputs<Count>, _heads: Heads);
+        swiglu(_y: &mut Counted, _gate: &Counted, _up: &Counted);
+        swiglu_backward(_dgate: &mut Counted, _dup: &mut Counted, _dy: &Counted, _gate: &Counted, _up: &Counted);
+        add(_x: &mut Counted, _y: &Counted);
+        gather(_y: &mut Counted, _x: &Counted, _rows: &Counted, _width: usize);
+        scatter(_x: &mut Counted, _y: &Counted, _rows: &Counted, _width: usize);
+        slopes(_inputs: &mut Inputs<Count>, _dlogprobs: &[f32]);
     }
 
     fn enters(&self, moment: Moment) {
@@ -301,10 +316,6 @@ impl Place for Count {
         Ok(Vec::new())
     }
 
-    fn slopes(&self, _inputs: &mut Inputs<Count>, _dlogprobs: &[f32]) -> Done {
-        Ok(())
-    }
-
     fn leave(&self, values: Counted) -> Done<Counted> {
         Ok(values)
     }
@@ -323,18 +334,6 @@ impl Place for Count {
 
     fn arrived(&self, arriving: Counted) -> Counted {
         arriving
-    }
-
-    fn embed(&self, _y: &mut Counted, _table: &Counted, _ids: &Counted) -> Done {
-        Ok(())
-    }
-
-    fn embed_backward(&self, _dw: &mut Counted, _dy: &Counted, _ids: &[u32]) -> Done {
-        Ok(())
-    }
-
-    fn rmsnorm(&self, _y: &mut Counted, _rstd: &mut Counted, _x: &Counted, _weight: &Counted, _eps: f32) -> Done {
-        Ok(())
     }
 
     fn rmsnorm_backward(
@@ -416,21 +415,6 @@ impl Place for Count {
         Ok(())
     }
 
-    fn rope(&self, _x: &mut Counted, _heads: usize, _angles: &[Counted; 2], _at: &Counted, _inverse: bool) -> Done {
-        Ok(())
-    }
-
-    fn attention(
-        &self,
-        _y: &mut Counted,
-        _lse: &mut Counted,
-        _qkv: [&Counted; 3],
-        _inputs: &Inputs<Count>,
-        _heads: Heads,
-    ) -> Done {
-        Ok(())
-    }
-
     fn attention_backward(
         &self,
         _dqkv: [&mut Counted; 3],
@@ -444,33 +428,6 @@ impl Place for Count {
         if self.device {
             self.f32s(lse.len);
         }
-        Ok(())
-    }
-
-    fn swiglu(&self, _y: &mut Counted, _gate: &Counted, _up: &Counted) -> Done {
-        Ok(())
-    }
-
-    fn swiglu_backward(
-        &self,
-        _dgate: &mut Counted,
-        _dup: &mut Counted,
-        _dy: &Counted,
-        _gate: &Counted,
-        _up: &Counted,
-    ) -> Done {
-        Ok(())
-    }
-
-    fn add(&self, _x: &mut Counted, _y: &Counted) -> Done {
-        Ok(())
-    }
-
-    fn gather(&self, _y: &mut Counted, _x: &Counted, _rows: &Counted, _width: usize) -> Done {
-        Ok(())
-    }
-
-    fn scatter(&self, _x: &mut Counted, _y: &Counted, _rows: &Counted, _width: usize) -> Done {
         Ok(())
     }
 

@@ -514,7 +514,7 @@ impl<P: Place> Decoder<P> {
 
     /// Zeros for every trained tensor.
     pub fn zero_gradients(&self) -> Result<Gradients<P::Floats>, P::Error> {
-        let lengths = self.params.iter().map(|param| param.shape.iter().product());
+        let lengths = self.params.iter().map(|param| param.values());
         let values = lengths.map(|len| self.place.zero_floats(len)).collect::<Result<_, _>>()?;
         Ok(Gradients { values })
     }
@@ -557,7 +557,7 @@ impl<P: Place> Decoder<P> {
 
     /// Number of trained values.
     pub fn trained_values(&self) -> usize {
-        self.params.iter().map(|param| param.shape.iter().product::<usize>()).sum()
+        self.params.iter().map(|param| param.values()).sum()
     }
 
     /// With the active adapter off: the model beneath it, as DPO's reference.

@@ -1,4 +1,4 @@
-//! How many layers may keep their insides: `checkpointing = "fit"`. What a layer keeps changes no bit, so the answer
+//! How many layers may keep their activations: `checkpointing = "fit"`. What a layer keeps changes no bit, so the answer
 //! may depend on the memory that happens to be free.
 
 use super::batch::Extent;
@@ -84,7 +84,7 @@ mod tests {
     use crate::model::{Config, LoraSpec, Model};
 
     #[test]
-    fn a_kept_layer_costs_its_insides_and_offloaded_inputs_cost_little() {
+    fn a_kept_layer_costs_its_activations_and_offloaded_inputs_cost_little() {
         let config = r#"{"model_type": "qwen2", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64,
             "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": true}"#;
         let mut model = Model::random(Config::parse(config).unwrap(), 1, Dtype::F32);
@@ -92,10 +92,10 @@ mod tests {
         model.add_lora(&LoraSpec { rank: 8, alpha: 8.0, targets }, 2).unwrap();
         // Sizes whose blocks are as large as what is in them.
         let extent = Extent { tokens: 2048, rows: 70, sequences: 8, longest: 256 };
-        let insides = 2048 * (2 * (3 * 32 + 2 * 32 + 2 * 16 + 3 * 64 + 8) + 4 * (2 + 4));
+        let inside = 2048 * (2 * (3 * 32 + 2 * 32 + 2 * 16 + 3 * 64 + 8) + 4 * (2 + 4));
         let here = Policy::default();
         let cost = |policy, on_device, kept| working(&model, policy, on_device, extent, kept);
-        assert_eq!(cost(here, true, 3) - cost(here, true, 2), insides);
+        assert_eq!(cost(here, true, 3) - cost(here, true, 2), inside);
         assert_eq!(device_bytes(&model, here, extent, 2), cost(here, true, 2) / 8 * 9);
         let leaving = Policy { offload: true, ..here };
         // Of five below the last one stays: its turn is next.

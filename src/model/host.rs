@@ -74,15 +74,7 @@ impl Place for Host {
         Ok(vec![0.0; len])
     }
 
-    fn zeros(&self, len: usize) -> Done<Vec<f32>> {
-        Ok(vec![0.0; len])
-    }
-
     fn floats(&self, len: usize) -> Done<Vec<f32>> {
-        Ok(vec![0.0; len])
-    }
-
-    fn zero_floats(&self, len: usize) -> Done<Vec<f32>> {
         Ok(vec![0.0; len])
     }
 

@@ -29,6 +29,7 @@ use super::sizes::{
 use super::step::{LOGIT_ROWS, StepRows};
 use super::tensors;
 use crate::cuda;
+use crate::measure::bytes;
 use crate::problem::Problem;
 use crate::tensor::Dtype;
 
@@ -62,7 +63,7 @@ pub enum Work<'a> {
     Train {
         /// The largest micro-batch.
         extent: Extent,
-        /// This many trained layers, from the last on, keep their insides, the others their input only.
+        /// This many trained layers, from the last on, keep their activations, the others their input only.
         kept: usize,
         /// Whether inputs of layers leave a device for the host.
         offload: bool,
@@ -204,21 +205,6 @@ pub fn kernels_fit(config: &Config) -> Result<(), Problem> {
     config.heads().on_device().check()
 }
 
-/// `812 MiB`, `3.4 GiB`.
-pub fn bytes(bytes: u64) -> String {
-    let mut value = bytes as f64;
-    for unit in ["B", "KiB", "MiB", "GiB"] {
-        if value < 1024.0 {
-            return match value < 10.0 && unit != "B" {
-                true => format!("{value:.1} {unit}"),
-                false => format!("{value:.0} {unit}"),
-            };
-        }
-        value /= 1024.0;
-    }
-    format!("{value:.1} TiB")
-}
-
 /// Bytes taken, at the moment that takes most.
 #[derive(Clone, Copy)]
 struct Taken {
@@ -345,7 +331,7 @@ impl Plan<'_> {
     /// tensors in pieces, each with a sum, tables of their addresses, and what a byte of an 8-bit state means.
     fn optimizer(&self, model: &Decoder<Count>, state_sizes: &dyn Fn(usize) -> Vec<usize>) {
         let place = &model.place;
-        let lengths: Vec<usize> = model.params().iter().map(|param| param.len()).collect();
+        let lengths: Vec<usize> = model.params().iter().map(|param| param.values()).collect();
         for bytes in lengths.iter().flat_map(|len| state_sizes(*len)) {
             place.takes(Part::Optimizer, place.block(bytes as u128));
         }

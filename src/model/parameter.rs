@@ -18,13 +18,8 @@ impl<V> Parameter<V> {
     }
 
     /// The number of its values.
-    pub fn len(&self) -> usize {
+    pub fn values(&self) -> usize {
         self.shape.iter().product()
-    }
-
-    /// Whether it has none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 }
 
@@ -38,7 +33,7 @@ pub struct Gradients<V = Vec<f32>> {
 impl Gradients {
     /// Zeros for tensors like these.
     pub fn zeros<V>(params: &[Parameter<V>]) -> Gradients {
-        Gradients { values: params.iter().map(|param| vec![0.0; param.len()]).collect() }
+        Gradients { values: params.iter().map(|param| vec![0.0; param.values()]).collect() }
     }
 
     /// Back to zero, keeping the memory.

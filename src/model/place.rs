@@ -3,7 +3,7 @@
 //!
 //! Symbols: T tokens, R rows, H hidden, V vocabulary, r rank. Operations write what they are given first: `=` unless they
 //! say that they add (`+=`). Room is asked for with [`Place::values`] and [`Place::floats`]; what is in it then is not
-//! defined, but on the host zeros.
+//! defined on a device, and zero elsewhere.
 
 use super::batch::Batch;
 use super::config::{Config, Heads};
@@ -37,11 +37,15 @@ pub trait Place: Sized {
     /// Room for `len` activations.
     fn values(&self, len: usize) -> Result<Self::Values, Self::Error>;
     /// `len` activations that are zero.
-    fn zeros(&self, len: usize) -> Result<Self::Values, Self::Error>;
+    fn zeros(&self, len: usize) -> Result<Self::Values, Self::Error> {
+        self.values(len)
+    }
     /// Room for `len` floats.
     fn floats(&self, len: usize) -> Result<Self::Floats, Self::Error>;
     /// `len` floats that are zero.
-    fn zero_floats(&self, len: usize) -> Result<Self::Floats, Self::Error>;
+    fn zero_floats(&self, len: usize) -> Result<Self::Floats, Self::Error> {
+        self.floats(len)
+    }
     /// What follows belongs to `moment`. For the place that counts.
     fn enters(&self, _moment: Moment) {}
 
@@ -274,24 +278,18 @@ pub struct Factor<'a, P: Place> {
     pub copy: Option<&'a P::Matrix>,
 }
 
-impl<P: Place> Clone for Factor<'_, P> {
-    fn clone(&self) -> Self {
-        *self
-    }
+// Derived they would ask the same of the place.
+macro_rules! copied {
+    ($($name:ident),*) => {$(
+        impl<P: Place> Clone for $name<'_, P> {
+            fn clone(&self) -> Self {
+                *self
+            }
+        }
+        impl<P: Place> Copy for $name<'_, P> {}
+    )*};
 }
-impl<P: Place> Copy for Factor<'_, P> {}
-impl<P: Place> Clone for Lora<'_, P> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<P: Place> Copy for Lora<'_, P> {}
-impl<P: Place> Clone for Product<'_, P> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<P: Place> Copy for Product<'_, P> {}
+copied!(Factor, Lora, Product);
 
 /// Where among the trained tensors those of a linear are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -209,14 +209,6 @@ impl Placed {
         }
     }
 
-    /// Number of trained values.
-    pub fn trained_values(&self) -> usize {
-        match self {
-            Placed::Host(side) => side.model.trained_values(),
-            Placed::Device(side) => side.model.trained_values(),
-        }
-    }
-
     /// Log-probs of the batch's targets, and what the backward pass needs.
     pub fn forward(&mut self, batch: &Batch) -> Result<Pass<'_>, Problem> {
         Ok(match self {

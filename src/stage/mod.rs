@@ -22,7 +22,7 @@ pub use crate::progress::Progress;
 pub use context::{Artifact, Context};
 use forecast::needs::{Data, Shape};
 pub use kind::{Forecast, StageKind};
-pub use kinds::{check, command, dataset, dpo, eval, generate, model, plot, probe, sft, table};
+pub use kinds::*;
 pub use share::{bundled, readings};
 
 /// The kinds, in the order help and schema list them: the one table a new kind is added to.
@@ -33,6 +33,7 @@ const TABLE: &[StageKind] = &[
     sft::STAGE,
     dpo::STAGE,
     probe::STAGE,
+    kernel::STAGE,
     eval::STAGE,
     table::STAGE,
     plot::STAGE,

@@ -45,7 +45,7 @@ impl Trainer {
                 Trainer::Host(side, optimizer)
             }
             Placed::Device(side) => {
-                let lengths: Vec<usize> = side.model.params().iter().map(Parameter::len).collect();
+                let lengths: Vec<usize> = side.model.params().iter().map(Parameter::values).collect();
                 let optimizer = DeviceOptimizer::new(side.model.gpu(), kind, options, &lengths)?;
                 Trainer::Device(side, Box::new(optimizer))
             }

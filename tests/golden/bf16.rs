@@ -20,8 +20,8 @@ pub const LOGPROB: f64 = LOGIT;
 /// Of the residual stream, relative to its largest value: four times the 1.5 %, which are relative to each value.
 pub const HIDDEN: f64 = 0.06;
 
-/// Relative, of the norm of a supervised gradient, and the norm of its error: the way back has as many roundings as
-/// the way there, so 2 to 3 %; twice that.
+/// Relative, of the norm of a supervised gradient, and the norm of its error: the backward pass has as many roundings
+/// as the forward pass, so 2 to 3 %; twice that.
 pub const GRADIENT: f64 = 0.06;
 
 /// The same of the worst single tensor.

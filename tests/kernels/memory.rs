@@ -124,7 +124,7 @@ fn step_is_planned(lengths: &[usize], tied: bool, spec: Option<&LoraSpec>, kept:
     assert_eq!(gpu.usage().now, 0, "{what}");
 }
 
-/// How many layers keep their insides, and whether inputs leave.
+/// How many layers keep their activations, and whether inputs leave.
 #[derive(Debug, Clone, Copy)]
 struct Kept {
     layers: usize,
@@ -135,7 +135,7 @@ const NONE: Kept = Kept { layers: 0, offload: false };
 const LAST: Kept = Kept { layers: 1, offload: false };
 const ALL: Kept = Kept { layers: 3, offload: false };
 const LEAVING: Kept = Kept { layers: 0, offload: true };
-const LEAVING_BUT_INSIDES: Kept = Kept { layers: 2, offload: true };
+const LEAVING_BUT_ACTIVATIONS: Kept = Kept { layers: 2, offload: true };
 
 #[test]
 fn a_planned_training_step_is_what_the_buffers_take() {
@@ -147,7 +147,7 @@ fn a_planned_training_step_is_what_the_buffers_take() {
         (&[9, 4], &lora::TARGETS, true, ALL, train::Kind::AdamW),
         (&[70, 50], &lora::TARGETS[..7], true, LAST, train::Kind::AdamW),
         (&[70, 50], &lora::TARGETS[..7], true, LEAVING, train::Kind::AdamW),
-        (&[70, 50], &lora::TARGETS[..7], false, LEAVING_BUT_INSIDES, train::Kind::AdamW),
+        (&[70, 50], &lora::TARGETS[..7], false, LEAVING_BUT_ACTIVATIONS, train::Kind::AdamW),
     ] {
         step_is_planned(lengths, tied, Some(&spec(targets)), kept, kind);
     }
@@ -200,10 +200,10 @@ fn planned_steps_with_the_region_of_captured_ones_are_what_the_buffers_take() {
     }
 }
 
-/// Whatever there is beside weights and gradients, as many layers keep their insides as fit, and a batch of another
+/// Whatever there is beside weights and gradients, as many layers keep their activations as fit, and a batch of another
 /// shape finds room too.
 #[test]
-fn as_many_layers_as_fit_keep_their_insides_and_none_too_many() {
+fn as_many_layers_as_fit_keep_their_activations_and_none_too_many() {
     let spec = spec(&lora::TARGETS[..7]);
     let fitting = |gpu: &Gpu| {
         let mut model = Model::random(config(true), 3, Dtype::Bf16);

@@ -292,7 +292,7 @@ fn a_gpu_that_is_lost_in_a_captured_step_keeps_what_was_saved() {
     whole.run(stage::sft::run, params.clone()).unwrap();
 
     let (gpu, asks) = counted(PORTABLE);
-    // The way back of the second step of the third epoch.
+    // The backward pass of the second step of the third epoch.
     asks.lost_after.store(6 + 4, Ordering::Relaxed);
     let mut hurt = bench(Device::Cuda(gpu), &examples());
     let problem = hurt.run(stage::sft::run, params.clone()).unwrap_err();

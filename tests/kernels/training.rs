@@ -253,7 +253,7 @@ fn training_every_weight_follows_the_processor() {
 }
 
 #[test]
-fn layers_keep_their_insides_as_far_as_memory_goes_and_no_bit_tells_how_many() {
+fn layers_keep_their_activations_as_far_as_memory_goes_and_no_bit_tells_how_many() {
     if on_device() {
         return;
     }

@@ -1,4 +1,4 @@
-//! The way back against differences of the way there.
+//! The backward pass against differences of the forward pass.
 
 use super::*;
 use pipe::model::Gradients;

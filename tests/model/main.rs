@@ -1,5 +1,8 @@
 //! The model as a whole: gradients against differences, what must change no bit, folders, generation.
 
+#[path = "lora.rs"]
+mod adapters;
+mod config;
 mod decoding;
 mod engine;
 mod folders;

@@ -4,6 +4,7 @@ mod command;
 mod eval;
 mod generate;
 mod judge;
+mod kernel;
 mod manifest;
 mod thinking;
 

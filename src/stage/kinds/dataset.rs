@@ -11,22 +11,27 @@
 //! What is drawn at random is drawn by the hash of (seed, id), not by position: adding a row to the
 //! source moves at most one row in or out of the sample.
 
+mod filter;
 mod read;
+mod rows;
+mod spec;
 mod tokens;
 
-use crate::data::{BadRows, Eos, Format, Overlength, Record, Side, write_jsonl};
+use crate::data::{BadRows, Record, write_jsonl};
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
-use crate::problem::{Exit, Problem};
+use crate::problem::Problem;
 use crate::random::Stream;
 use crate::stage::context::Context;
 use crate::stage::kind::StageKind;
 
 use crate::stage::share::bundled;
 use crate::stage::share::training;
+use filter::filter;
 use read::{read, read_input};
 use regex::Regex;
-use serde::Deserialize;
+use rows::{Row, lookup, too_few};
 use serde_json::{Map, Value, json};
+use spec::{Counterpart, Pairing, Sampling, Spec, Unmatched};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use tokens::{keep_shortest, tokenize};
 
@@ -212,124 +217,6 @@ pub const STAGE: StageKind = StageKind::new(&KIND, run);
 
 const NUMBER: Type = Type::Float { min: f64::MIN, max: f64::MAX, above: false };
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Spec {
-    source: Option<String>,
-    file: Option<String>,
-    split: Option<String>,
-    #[serde(default = "id")]
-    id: String,
-    #[serde(default)]
-    columns: BTreeMap<String, String>,
-    #[serde(default)]
-    extract: BTreeMap<String, Extract>,
-    #[serde(default)]
-    tag: Map<String, Value>,
-    #[serde(default)]
-    filter: Vec<Condition>,
-    only_in: Option<Counterpart>,
-    not_in: Option<Counterpart>,
-    pair: Option<Pairing>,
-    sample: Option<Sampling>,
-    shuffle_seed: Option<u64>,
-    shortest: Option<Shortest>,
-    limit: Option<usize>,
-    select: Option<Vec<String>>,
-    drop: Option<Vec<String>>,
-    tokenize: Option<Tokenize>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Tokenize {
-    #[serde(default)]
-    format: Format,
-    #[serde(default)]
-    eos: Eos,
-    max_tokens: Option<usize>,
-    max_prompt_tokens: Option<usize>,
-    max_completion_tokens: Option<usize>,
-    #[serde(default)]
-    on_overlength: Overlength,
-    #[serde(default)]
-    truncate_side: Side,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Extract {
-    from: String,
-    pattern: String,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Condition {
-    field: String,
-    equals: Option<Value>,
-    one_of: Option<Vec<Value>>,
-    matches: Option<String>,
-    min_length: Option<usize>,
-    max_length: Option<usize>,
-    at_least: Option<f64>,
-    at_most: Option<f64>,
-    not_empty: Option<bool>,
-    #[serde(default)]
-    invert: bool,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Counterpart {
-    #[serde(default = "id")]
-    by: String,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Pairing {
-    #[serde(default = "id")]
-    by: String,
-    #[serde(default)]
-    unmatched: Unmatched,
-}
-
-#[derive(Deserialize, Default, Clone, Copy, PartialEq)]
-#[serde(rename_all = "kebab-case")]
-enum Unmatched {
-    #[default]
-    Error,
-    Drop,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Sampling {
-    rows: Option<usize>,
-    pairs: Option<usize>,
-    #[serde(default = "id")]
-    by: String,
-    #[serde(default)]
-    seed: u64,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Shortest {
-    rows: usize,
-    #[serde(default = "texts")]
-    fields: Vec<String>,
-}
-
-fn id() -> String {
-    "id".into()
-}
-
-fn texts() -> Vec<String> {
-    ["text", "prompt", "thinking", "answer"].map(String::from).to_vec()
-}
-
 fn rules(params: &Params) -> Vec<Broken> {
     let mut broken = Vec::new();
     let mut say = |key: &'static str, message: &str, help: &str| {
@@ -393,12 +280,6 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
-/// A record, and which of the datasets read it came from.
-struct Row {
-    record: Record,
-    origin: usize,
-}
-
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let mut rows = read(ctx, &spec)?;
@@ -451,77 +332,6 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
         records = tokenize(ctx, &records, spec)?;
     }
     write_jsonl(&ctx.out.join("data.jsonl"), &records)
-}
-
-/// A field by its name, or else by a dotted path.
-fn lookup<'r>(record: &'r Record, path: &str) -> Option<&'r Value> {
-    if let Some(value) = record.get(path) {
-        return Some(value);
-    }
-    let mut steps = path.split('.');
-    let mut value = record.get(steps.next()?)?;
-    for step in steps {
-        value = match value {
-            Value::Object(object) => object.get(step)?,
-            Value::Array(array) => array.get(step.parse::<usize>().ok()?)?,
-            _ => return None,
-        };
-    }
-    Some(value)
-}
-
-fn filter(rows: &mut Vec<Row>, conditions: &[Condition]) -> Result<(), Problem> {
-    for condition in conditions {
-        let field = &condition.field;
-        // A condition on a name that nobody has is a misspelling, not a filter.
-        if condition.not_empty != Some(false)
-            && !rows.is_empty()
-            && !rows.iter().any(|row| lookup(&row.record, field).is_some())
-        {
-            let names: BTreeSet<&String> = rows.iter().flat_map(|row| row.record.keys()).collect();
-            let names = names.into_iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-            return Err(Problem::new(
-                "dataset::filter_field",
-                format!("`filter` asks for `{field}`, which no record has"),
-            )
-            .note(format!("the records have {names}")));
-        }
-        let regex = condition.matches.as_deref().map(Regex::new).transpose().map_err(|error| {
-            Problem::new("dataset::filter", format!("`matches` is not a regular expression: {error}")).exit(Exit::Usage)
-        })?;
-        rows.retain(|row| condition.holds(lookup(&row.record, field), regex.as_ref()) != condition.invert);
-    }
-    Ok(())
-}
-
-impl Condition {
-    fn holds(&self, value: Option<&Value>, regex: Option<&Regex>) -> bool {
-        let text = value.and_then(Value::as_str);
-        let length = text.map(|text| text.chars().count());
-        let number = value.and_then(Value::as_f64);
-        let filled = match value {
-            None | Some(Value::Null) => false,
-            Some(Value::String(text)) => !text.trim().is_empty(),
-            Some(Value::Array(list)) => !list.is_empty(),
-            Some(_) => true,
-        };
-        self.equals.as_ref().is_none_or(|wanted| value.is_some_and(|value| same(value, wanted)))
-            && self
-                .one_of
-                .as_ref()
-                .is_none_or(|list| value.is_some_and(|value| list.iter().any(|wanted| same(value, wanted))))
-            && regex.is_none_or(|regex| text.is_some_and(|text| regex.is_match(text)))
-            && self.min_length.is_none_or(|min| length.is_some_and(|length| length >= min))
-            && self.max_length.is_none_or(|max| length.is_some_and(|length| length <= max))
-            && self.at_least.is_none_or(|min| number.is_some_and(|number| number >= min))
-            && self.at_most.is_none_or(|max| number.is_some_and(|number| number <= max))
-            && self.not_empty.is_none_or(|wanted| filled == wanted)
-    }
-}
-
-/// Equal values; 1 and 1.0 are.
-fn same(a: &Value, b: &Value) -> bool {
-    a == b || (a.is_number() && b.is_number() && a.as_f64() == b.as_f64())
 }
 
 /// The value two records share, as text.
@@ -693,11 +503,6 @@ fn sample(rows: Vec<Row>, sampling: &Sampling) -> Result<Vec<Row>, Problem> {
         ranked.into_iter().take(count).collect()
     };
     Ok(rows.into_iter().enumerate().filter(|(at, _)| kept.contains(at)).map(|(_, row)| row).collect())
-}
-
-fn too_few(wanted: usize, there: usize, key: &str) -> Problem {
-    Problem::new("dataset::sample", format!("`sample.{key}` is {wanted}, but there are only {there}"))
-        .help(format!("ask for at most {there}"))
 }
 
 /// Keeps (`keep`) or leaves out the named fields. A name that no record has is an error.

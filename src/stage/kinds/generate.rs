@@ -7,9 +7,9 @@
 //! What an endpoint makes is paid for once (`remote`), and `usage.json` says what it took.
 
 mod json;
+mod parse;
 
 use crate::data::{BadRows, Format, Record, write_jsonl};
-use crate::grade::extract;
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
 use crate::problem::Problem;
 use crate::remote::{Ask, Completion, Connection, Endpoint, Finish, Replies};
@@ -18,14 +18,20 @@ use crate::stage::forecast::completions::CompletionForecast;
 use crate::stage::kind::{Forecast, StageKind};
 
 use crate::stage::share::asking::{self, Asking, Pending, Taken};
-use crate::stage::share::decoding::{self, Decoding, QUESTIONS, Request, Template};
+use crate::stage::share::completing;
+use crate::stage::share::decoding::{self, Decoding};
 use crate::stage::share::inputs::{self, Storage};
+use crate::stage::share::template::{self, QUESTIONS, Template};
 use crate::stage::share::thinking::{self, Thinking};
+use crate::stage::share::turns::Request;
+use parse::{Parse, ParseKind, Parser};
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+
+pub use parse::parsed;
 
 const PARSERS: &[&str] = &["text", "sections", "boxed", "think-answer", "regex", "json"];
 
@@ -194,28 +200,6 @@ struct Spec {
     token_ids: String,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Parse {
-    #[serde(default)]
-    kind: ParseKind,
-    #[serde(default)]
-    fields: Map<String, Value>,
-    pattern: Option<String>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum ParseKind {
-    #[default]
-    Text,
-    Sections,
-    Boxed,
-    ThinkAnswer,
-    Regex,
-    Json,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum OnFailure {
@@ -237,48 +221,8 @@ fn rules(params: &Params) -> Vec<Broken> {
         say(key, message, &help);
     }
     let Some(parse) = params.get("parse").and_then(|parse| Parse::deserialize(parse).ok()) else { return broken };
-    let sources: Vec<(&String, &str)> =
-        parse.fields.iter().map(|(new, from)| (new, from.as_str().unwrap_or(""))).collect();
-    let mut only = |allowed: &[&str], what: &str| {
-        for (new, from) in &sources {
-            if *from != "text" && !allowed.contains(from) {
-                say(
-                    "parse.fields",
-                    format!("`{new}` takes `{from}`, which {what} does not give"),
-                    &format!("one of: text {}", allowed.join(" ")),
-                );
-            }
-        }
-    };
-    match parse.kind {
-        ParseKind::Text => only(&[], "kind = \"text\""),
-        ParseKind::Boxed => only(&["boxed"], "kind = \"boxed\""),
-        ParseKind::ThinkAnswer => only(&["thinking", "answer"], "kind = \"think-answer\""),
-        ParseKind::Sections if sources.is_empty() => {
-            say(
-                "parse.fields",
-                "`sections` without `fields` gives nothing".into(),
-                "fields = { prompt = \"New Question\" }",
-            );
-        }
-        ParseKind::Json if sources.is_empty() => {
-            say("parse.fields", "`json` without `fields` gives nothing".into(), "fields = { answer = \"answer\" }");
-        }
-        ParseKind::Sections | ParseKind::Json => {}
-        ParseKind::Regex => match parse.pattern.as_deref().map(Regex::new) {
-            None => say("parse.pattern", "`regex` needs a `pattern`".into(), "pattern = 'Answer: (?<answer>.*)'"),
-            Some(Err(error)) => {
-                say("parse.pattern", format!("not a regular expression: {error}"), "test it on one completion first")
-            }
-            Some(Ok(regex)) => {
-                let names: Vec<String> = regex
-                    .capture_names()
-                    .enumerate()
-                    .map(|(i, name)| name.map_or(i.to_string(), String::from))
-                    .collect();
-                only(&names.iter().map(String::as_str).collect::<Vec<_>>(), "the pattern");
-            }
-        },
+    for Broken { key, message, help } in parse.broken() {
+        say(key, message, &help);
     }
     // `id` is the record's own, whatever else is called so.
     let own = |name: &str| name == "id";
@@ -328,7 +272,7 @@ pub fn run(ctx: &Context) -> Result<(), Problem> {
     let total = all.len();
     for (i, one) in all.into_iter().enumerate() {
         let record = &records[i / spec.n];
-        let id = decoding::record_id(record, i / spec.n);
+        let id = template::record_id(record, i / spec.n);
         let id = if spec.n == 1 { id } else { format!("{id}#{}", i % spec.n) };
         match one.parsed {
             Ok(fields) => {
@@ -370,10 +314,10 @@ fn by_model(
     })?;
     let mut requests = Vec::with_capacity(records.len() * spec.n);
     for (index, (record, (ids, budget))) in records.iter().zip(prompts).enumerate() {
-        let id = decoding::record_id(record, index);
+        let id = template::record_id(record, index);
         requests.extend((0..spec.n).map(|sample| Request { id: id.clone(), sample, ids: ids.clone(), budget }));
     }
-    let replies = decoding.complete(ctx, &tokenizer, &requests, "completions")?;
+    let replies = completing::complete(ctx, &decoding, &tokenizer, &requests, "completions")?;
     let made = replies.into_iter().map(|reply| {
         let text = format!("{}{}", decoding.opening(), reply.text);
         let parsed = if reply.cut { parser.cut(&text, reply.tokens() as u64) } else { parser.fields(&text) };
@@ -518,7 +462,7 @@ impl Asker {
             Some(template) => Value::String(template.render(record)?),
             None => match record.get("messages") {
                 Some(messages) => messages.clone(),
-                None => decoding::text_field(record, QUESTIONS)
+                None => template::text_field(record, QUESTIONS)
                     .map(|text| Value::String(text.into()))
                     .ok_or("neither `input_ids`, `messages` nor `prompt`, `question` or `problem`, and the stage has no `prompt`")?,
             },
@@ -532,7 +476,7 @@ impl Asker {
 fn every<T>(records: &[Record], one: impl Fn(&Record) -> Result<T, String>) -> Result<Vec<T>, Problem> {
     let (mut all, mut bad, mut seen) = (Vec::new(), BadRows::default(), HashSet::new());
     for (index, record) in records.iter().enumerate() {
-        let id = decoding::record_id(record, index);
+        let id = template::record_id(record, index);
         if !seen.insert(id.clone()) {
             bad.push("generate::duplicate_id", &format!("line {}", index + 1), &format!("the id `{id}` occurs twice"));
             continue;
@@ -593,216 +537,9 @@ fn output(spec: &Spec, record: &Record, id: &str, fields: Vec<(String, String)>,
     out
 }
 
-/// The fields that a table `parse` makes of a completion: `Err` if the table is none, `Ok(Err)` if the text lacks
-/// what it asks for.
-pub fn parsed(parse: &Params, text: &str) -> Result<Result<Vec<(String, String)>, String>, Problem> {
-    let parse: Parse = read_params("parse", parse.clone())?;
-    Ok(Parser::new(&parse)?.fields(text))
-}
-
-/// Takes completions apart.
-struct Parser {
-    kind: ParseKind,
-    /// New field and where it comes from.
-    fields: Vec<(String, String)>,
-    pattern: Option<Regex>,
-}
-
-impl Parser {
-    fn new(parse: &Parse) -> Result<Parser, Problem> {
-        let pattern = parse.pattern.as_deref().map(Regex::new).transpose().map_err(|error| {
-            Problem::new("generate::pattern", format!("`parse.pattern` is not a regular expression: {error}"))
-        })?;
-        let mut fields: Vec<(String, String)> =
-            parse.fields.iter().map(|(new, from)| (new.clone(), from.as_str().unwrap_or("").to_string())).collect();
-        if fields.is_empty() {
-            let same = |name: &str| (name.to_string(), name.to_string());
-            fields = match parse.kind {
-                ParseKind::Text | ParseKind::Sections | ParseKind::Json => Vec::new(),
-                ParseKind::Boxed => vec![("answer".into(), "boxed".into())],
-                ParseKind::ThinkAnswer => vec![same("thinking"), same("answer")],
-                ParseKind::Regex => pattern.iter().flat_map(Regex::capture_names).flatten().map(same).collect(),
-            };
-        }
-        Ok(Parser { kind: parse.kind, fields, pattern })
-    }
-
-    /// Of a text that `max_tokens` has cut off: it is what it is, or it lacks its end.
-    fn cut(&self, text: &str, tokens: u64) -> Result<Vec<(String, String)>, String> {
-        match self.kind {
-            ParseKind::Text => self.fields(text),
-            _ => Err(format!("cut off after {tokens} tokens by `max_tokens`")),
-        }
-    }
-
-    /// New field and value; `Err` says what is missing.
-    fn fields(&self, text: &str) -> Result<Vec<(String, String)>, String> {
-        let behind = || extract::segment(text).ok_or("nothing behind the thinking".to_string());
-        let found: Vec<(&str, String)> = match self.kind {
-            ParseKind::Text => Vec::new(),
-            ParseKind::ThinkAnswer => {
-                let (thinking, answer) = think_answer(text)?;
-                vec![("thinking", thinking), ("answer", answer)]
-            }
-            ParseKind::Boxed => {
-                let boxed = extract::boxed(behind()?).ok_or("no \\boxed{} with an answer")?;
-                vec![("boxed", boxed)]
-            }
-            ParseKind::Sections => {
-                let headings: Vec<&str> =
-                    self.fields.iter().map(|(_, from)| from.as_str()).filter(|from| *from != "text").collect();
-                sections(behind()?, &headings)?
-            }
-            ParseKind::Json => {
-                let object = json::last_object(behind()?)?;
-                let mut found = Vec::new();
-                for (_, from) in self.fields.iter().filter(|(_, from)| from != "text") {
-                    found.push((from.as_str(), json::value(object, from)?));
-                }
-                found
-            }
-            ParseKind::Regex => {
-                let behind = behind()?;
-                let captures =
-                    self.pattern.as_ref().and_then(|p| p.captures(behind)).ok_or("the pattern does not match")?;
-                let mut found = Vec::new();
-                for (_, from) in &self.fields {
-                    let group = from.parse().map_or_else(|_| captures.name(from), |i: usize| captures.get(i));
-                    found.extend(group.map(|group| (from.as_str(), group.as_str().trim().to_string())));
-                }
-                found
-            }
-        };
-        let value = |from: &str| match from {
-            "text" => Some(text.trim().to_string()),
-            from => found.iter().find(|(name, _)| *name == from).map(|(_, value)| value.clone()),
-        };
-        let field = |(new, from): &(String, String)| match value(from) {
-            Some(value) if !value.is_empty() => Ok((new.clone(), value)),
-            Some(_) => Err(format!("`{from}` is empty")),
-            None => Err(format!("no `{from}`")),
-        };
-        self.fields.iter().map(field).collect()
-    }
-}
-
-/// Thinking and answer, in the s1 layout or between `<think>` and `</think>`.
-fn think_answer(text: &str) -> Result<(String, String), String> {
-    let (thinking, answer) = text
-        .split_once("<|im_start|>answer")
-        .or_else(|| text.split_once("</think>"))
-        .ok_or("the thinking does not end with `<|im_start|>answer` or `</think>`")?;
-    let thinking = thinking.trim_start();
-    let thinking =
-        thinking.strip_prefix("<|im_start|>think").or_else(|| thinking.strip_prefix("<think>")).unwrap_or(thinking);
-    let (thinking, answer) = (thinking.trim(), answer.trim());
-    match (thinking.is_empty(), answer.is_empty()) {
-        (true, _) => Err("no thinking".into()),
-        (_, true) => Err("no answer behind the thinking".into()),
-        _ => Ok((thinking.into(), answer.into())),
-    }
-}
-
-/// The texts under headings: a heading begins a line, in any case, bare or dressed up in Markdown
-/// (`## New Question`, `**New Question:** ...`, `1. New Question:`), and its text goes up to the next.
-fn sections<'h>(text: &str, headings: &[&'h str]) -> Result<Vec<(&'h str, String)>, String> {
-    let mut found: Vec<(&'h str, String)> = Vec::new();
-    for line in text.lines() {
-        if let Some((heading, rest)) = headings.iter().find_map(|h| Some((*h, after_heading(line, h)?))) {
-            // A model that starts over means the second attempt.
-            found.retain(|(known, _)| *known != heading);
-            found.push((heading, rest.to_string()));
-        } else if let Some((_, body)) = found.last_mut() {
-            body.push('\n');
-            body.push_str(line);
-        }
-    }
-    if let Some(missing) = headings.iter().find(|h| !found.iter().any(|(known, _)| known == *h)) {
-        return Err(format!("no section `{missing}`"));
-    }
-    found.iter_mut().for_each(|(_, body)| *body = body.trim().to_string());
-    Ok(found)
-}
-
-/// What follows a heading on its line, if the line begins with it.
-fn after_heading<'t>(line: &'t str, heading: &str) -> Option<&'t str> {
-    let bare = line
-        .trim_start()
-        .trim_start_matches(|c: char| matches!(c, '#' | '*' | '_' | ' ' | '-' | '>' | '.' | ')') || c.is_ascii_digit());
-    let start = bare.get(..heading.len())?;
-    if !start.eq_ignore_ascii_case(heading) {
-        return None;
-    }
-    let rest = &bare[heading.len()..];
-    let stripped = rest.trim_start_matches(['*', '_', ' ']);
-    // `New Questions are ...` is prose: a heading ends with a colon, emphasis or the line.
-    let marked =
-        rest.trim().is_empty() || stripped.starts_with(':') || (stripped.len() < rest.trim_start_matches(' ').len());
-    marked.then(|| stripped.trim_start_matches([':', '*', '_', ' ']).trim_end())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn parse(value: Value, text: &str) -> Result<Vec<(String, String)>, String> {
-        Parser::new(&Parse::deserialize(value).unwrap()).unwrap().fields(text)
-    }
-
-    fn pairs(fields: &[(&str, &str)]) -> Result<Vec<(String, String)>, String> {
-        Ok(fields.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect())
-    }
-
-    #[test]
-    fn sections_are_found_under_headings_of_any_dress() {
-        let spec = json!({"kind": "sections", "fields": {"prompt": "New Question", "answer": "New Answer"}});
-        let wanted = pairs(&[("prompt", "How many?\nSay it."), ("answer", "Six.")]);
-        for text in [
-            "New Question: How many?\nSay it.\nNew Answer: Six.",
-            "Sure!\n\n## New Question\nHow many?\nSay it.\n\n## New Answer\n\nSix.",
-            "**New Question:** How many?\nSay it.\n**New Answer**: Six.",
-            "1. new question:\nHow many?\nSay it.\n2. NEW ANSWER:\nSix.",
-            "<think>New Question: no</think>New Question: How many?\nSay it.\nNew Answer: Six.",
-        ] {
-            assert_eq!(parse(spec.clone(), text), wanted, "{text}");
-        }
-    }
-
-    #[test]
-    fn what_a_section_lacks_is_named() {
-        let spec = json!({"kind": "sections", "fields": {"prompt": "New Question", "answer": "New Answer"}});
-        assert_eq!(parse(spec.clone(), "New Question: How many?"), Err("no section `New Answer`".into()));
-        assert_eq!(parse(spec.clone(), "New Question:\nNew Answer: 6"), Err("`New Question` is empty".into()));
-        assert_eq!(parse(spec, "<think>New Question: ..."), Err("nothing behind the thinking".into()));
-    }
-
-    #[test]
-    fn thinking_and_answer_come_apart_in_both_layouts() {
-        let spec = json!({"kind": "think-answer"});
-        let wanted = pairs(&[("thinking", "two and two"), ("answer", "It is 4.")]);
-        assert_eq!(parse(spec.clone(), "<|im_start|>think\ntwo and two\n<|im_start|>answer\nIt is 4."), wanted);
-        assert_eq!(parse(spec.clone(), "<think>\ntwo and two\n</think>\n\nIt is 4."), wanted);
-        assert!(parse(spec.clone(), "<think>\ntwo and two").is_err());
-        assert!(parse(spec, "<think>two</think>").is_err());
-    }
-
-    #[test]
-    fn a_box_and_a_pattern_give_what_they_hold() {
-        assert_eq!(parse(json!({"kind": "boxed"}), "so \\boxed{5}, no \\boxed{6}"), pairs(&[("answer", "6")]));
-        assert!(parse(json!({"kind": "boxed"}), "so 6").is_err());
-        let spec = json!({"kind": "regex", "pattern": "Q: (?<prompt>.*)\nA: (?<answer>.*)"});
-        assert_eq!(parse(spec.clone(), "Q: why\nA: so"), pairs(&[("prompt", "why"), ("answer", "so")]));
-        assert_eq!(parse(spec, "nothing"), Err("the pattern does not match".into()));
-    }
-
-    #[test]
-    fn values_of_an_object_are_fields() {
-        let spec = json!({"kind": "json", "fields": {"answer": "result.value", "whole": "text"}});
-        let text = "<think>{\"result\": {\"value\": 1}}</think>So:\n```json\n{\"result\": {\"value\": 2.50}}\n```";
-        assert_eq!(parse(spec.clone(), text), pairs(&[("answer", "2.50"), ("whole", text)]));
-        assert_eq!(parse(spec.clone(), "{\"result\": 2}"), Err("the JSON object has no `result.value`".into()));
-        assert_eq!(parse(spec, "{\"result\": {\"value\": \"\"}}"), Err("`result.value` is empty".into()));
-    }
 
     #[test]
     fn rules_between_keys_are_checked_before_anything_runs() {

@@ -6,6 +6,7 @@ pub mod dataset;
 pub mod dpo;
 pub mod eval;
 pub mod generate;
+pub mod kernel;
 pub mod model;
 pub mod plot;
 pub mod probe;

@@ -9,6 +9,7 @@
 
 mod grid;
 mod published;
+mod spec;
 mod write;
 
 use crate::manifest::spec::{ArtifactType, Broken, Key, Kind, Params, Type, no_lineage};
@@ -20,10 +21,11 @@ use crate::stage::kind::StageKind;
 use crate::stage::share::readings;
 use grid::Grid;
 use published::Published;
-use serde::Deserialize;
 use serde_json::Value;
-use std::collections::{BTreeMap, HashMap};
+use spec::{MEAN, Spec};
+use std::collections::HashMap;
 
+pub(in crate::stage) use spec::Names;
 pub(in crate::stage) use write::csv_line;
 
 /// Its name and keys.
@@ -95,57 +97,6 @@ pub const KIND: Kind = Kind {
 
 /// All that is said of it.
 pub const STAGE: StageKind = StageKind { misfits, ..StageKind::new(&KIND, run) };
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Spec {
-    rows: Vec<String>,
-    columns: Vec<String>,
-    #[serde(default)]
-    value: Option<Names>,
-    #[serde(default)]
-    missing: BTreeMap<String, String>,
-    /// Read through the context's sources; here only whether there is one.
-    #[serde(default)]
-    published: Option<String>,
-    decimals: usize,
-    #[serde(default)]
-    caption: Option<String>,
-    #[serde(default)]
-    best: Option<Best>,
-    #[serde(default)]
-    compare: BTreeMap<String, String>,
-    interval: bool,
-    counts: bool,
-}
-
-/// One name or a list of them.
-#[derive(Deserialize, Clone)]
-#[serde(untagged)]
-pub(in crate::stage) enum Names {
-    One(String),
-    Many(Vec<String>),
-}
-
-impl Names {
-    pub(in crate::stage) fn list(&self) -> Vec<String> {
-        match self {
-            Names::One(name) => vec![name.clone()],
-            Names::Many(names) => names.clone(),
-        }
-    }
-}
-
-#[derive(Deserialize, Clone, Copy, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-enum Best {
-    Max,
-    Min,
-    None,
-}
-
-/// The name that stands for the mean over the columns of an axis.
-const MEAN: &str = "mean";
 
 fn rules(params: &Params) -> Vec<Broken> {
     let mut broken = Vec::new();

@@ -18,9 +18,11 @@ use crate::stage::context::Context;
 use crate::stage::forecast::completions::CompletionForecast;
 use crate::stage::share::asking;
 use crate::stage::share::asking::{Asking, Taken};
-use crate::stage::share::decoding::{self, Decoding, Request, Session, Template};
+use crate::stage::share::decoding::{self, Decoding};
 use crate::stage::share::inputs::{self, Storage};
+use crate::stage::share::template::Template;
 use crate::stage::share::training;
+use crate::stage::share::turns::{Reply, Request, Session};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -512,7 +514,7 @@ fn by_model(session: &mut Session, prompts: &[Prompt]) -> Result<Vec<Said>, Prob
     let requests: Vec<Request> = prompts.iter().map(request).collect::<Result<_, Problem>>()?;
     session.fits(&requests).map_err(|problem| problem.note("`max_tokens` is that of the judge"))?;
     let replies = session.answers(&requests, "judgements")?;
-    let said = |(prompt, reply): (&Prompt, decoding::Reply)| {
+    let said = |(prompt, reply): (&Prompt, Reply)| {
         let answer = reply.text.rsplit_once("</think>").map_or(reply.text.as_str(), |(_, answer)| answer);
         let read = read(answer, reply.cut, prompt.reads);
         Said { read, reply: Some(reply.text), attempts: 1, model: None }

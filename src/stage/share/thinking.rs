@@ -12,8 +12,6 @@
 
 use crate::data::{Format, Record, Tokenizer};
 use crate::manifest::spec::{Key, Type};
-use crate::problem::Problem;
-use crate::stage::share::decoding::{Reply, Request, Session, Turn};
 use crate::stage::share::training;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -63,8 +61,10 @@ pub struct Thinking {
     #[serde(rename = "final")]
     cue: Option<String>,
     stop: Option<Vec<String>>,
-    ignore_end: u64,
-    wait: String,
+    /// How often thinking that ends early is made to go on.
+    pub ignore_end: u64,
+    /// What it is made to go on with.
+    pub wait: String,
 }
 
 /// How a sample thought.
@@ -76,18 +76,6 @@ pub struct Thought {
     pub continued: u64,
     /// Its budget ran out.
     pub forced: bool,
-}
-
-/// Which random numbers the answer draws: others than any turn of thinking.
-const ANSWER: u64 = u64::MAX;
-
-/// Thinking under way.
-struct Mind {
-    ids: Vec<u32>,
-    text: String,
-    continued: u64,
-    forced: bool,
-    over: bool,
 }
 
 impl Thinking {
@@ -110,7 +98,7 @@ impl Thinking {
     }
 
     /// What ends a turn of thinking.
-    fn stop(&self, format: Format) -> Vec<String> {
+    pub fn stop(&self, format: Format) -> Vec<String> {
         let further = match &self.stop {
             Some(stop) => stop.clone(),
             None if format == Format::S1 => vec!["<|im_start|>".to_string()],
@@ -120,7 +108,7 @@ impl Thinking {
     }
 
     /// What stands between thinking that ends with `text` and its answer.
-    fn bridge(&self, format: Format, text: &str, forced: bool) -> String {
+    pub fn bridge(&self, format: Format, text: &str, forced: bool) -> String {
         let end = self.end(format);
         if !forced {
             return end.to_string();
@@ -135,89 +123,6 @@ impl Thinking {
         let tokens = |forced| tokenizer.encode(&self.bridge(format, "", forced)).len();
         tokens(false).max(tokens(true))
     }
-
-    /// Turn by turn: every thought that is not over takes another, then all answer.
-    pub(in crate::stage) fn complete(
-        &self,
-        session: &mut Session,
-        requests: &[Request],
-        unit: &'static str,
-    ) -> Result<Vec<Reply>, Problem> {
-        let (decoding, tokenizer) = (session.decoding, session.tokenizer);
-        let (format, stop) = (decoding.format, self.stop(decoding.format));
-        let wait = tokenizer.encode(&self.wait);
-        let begin = |request: &Request| {
-            let none = request.budget == 0;
-            Mind { ids: Vec::new(), text: String::new(), continued: 0, forced: none, over: none }
-        };
-        let mut minds: Vec<Mind> = requests.iter().map(begin).collect();
-        for number in 0..=self.ignore_end {
-            let open: Vec<usize> = (0..minds.len()).filter(|&i| !minds[i].over).collect();
-            if open.is_empty() {
-                break;
-            }
-            let turn = |&i: &usize| Turn {
-                request: &requests[i],
-                number,
-                ids: [requests[i].ids.as_slice(), &minds[i].ids].concat(),
-                max_tokens: requests[i].budget - minds[i].ids.len(),
-            };
-            let turns: Vec<Turn> = open.iter().map(turn).collect();
-            let replies = session.take(&turns, &stop, "thoughts")?;
-            for (&i, reply) in open.iter().zip(replies) {
-                let mind = &mut minds[i];
-                mind.text += &reply.text;
-                (mind.forced, mind.over) = (reply.cut, true);
-                if reply.cut {
-                    mind.ids.extend(reply.ids);
-                    continue;
-                }
-                mind.ids.extend(without_end(tokenizer, &reply));
-                // What was encoded anew may have become more.
-                if mind.ids.len() > requests[i].budget {
-                    mind.ids.truncate(requests[i].budget);
-                    mind.text = tokenizer.decode(&mind.ids, false);
-                }
-                // There has to be room to go on.
-                if number < self.ignore_end && mind.ids.len() + wait.len() < requests[i].budget {
-                    mind.ids.extend(&wait);
-                    mind.text += &self.wait;
-                    mind.continued += 1;
-                    mind.over = false;
-                }
-            }
-        }
-        let bridges: Vec<String> = minds.iter().map(|mind| self.bridge(format, &mind.text, mind.forced)).collect();
-        let before: Vec<Vec<u32>> = minds
-            .iter()
-            .zip(&bridges)
-            .map(|(mind, bridge)| [mind.ids.clone(), tokenizer.encode(bridge)].concat())
-            .collect();
-        let turn = |(request, before): (_, &Vec<u32>)| {
-            let request: &Request = request;
-            let ids = [request.ids.as_slice(), before].concat();
-            Turn { request, number: ANSWER, ids, max_tokens: decoding.max_tokens }
-        };
-        let turns: Vec<Turn> = requests.iter().zip(&before).map(turn).collect();
-        let answers = session.take(&turns, &decoding.stop, unit)?;
-        let whole = |(((mind, bridge), before), answer): (((Mind, String), Vec<u32>), Reply)| {
-            let thought = Thought { tokens: mind.ids.len(), continued: mind.continued, forced: mind.forced };
-            answer.behind(mind.text + &bridge, before, thought)
-        };
-        Ok(minds.into_iter().zip(bridges).zip(before).zip(answers).map(whole).collect())
-    }
-}
-
-/// The tokens of a turn up to the text that ended it. Where that begins inside a token, the part before it is
-/// encoded anew.
-fn without_end(tokenizer: &Tokenizer, reply: &Reply) -> Vec<u32> {
-    for kept in (0..=reply.ids.len()).rev() {
-        let ids = &reply.ids[..kept];
-        if let Some(rest) = reply.text.strip_prefix(tokenizer.decode(ids, false).as_str()) {
-            return [ids.to_vec(), tokenizer.encode(rest)].concat();
-        }
-    }
-    tokenizer.encode(&reply.text)
 }
 
 /// What is wrong between the keys of the table.

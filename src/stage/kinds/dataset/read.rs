@@ -1,6 +1,7 @@
 //! From files and other datasets to rows with ids, their columns mapped.
 
-use super::{Extract, Row, Spec, lookup};
+use super::rows::{Row, lookup};
+use super::spec::{Extract, Spec};
 use crate::data::records::kind_of;
 use crate::data::{BadRows, Record, parse_numbered, read_numbered};
 use crate::digest::Digest;

@@ -1,6 +1,7 @@
 //! Where a dataset counts or writes tokens.
 
-use super::{Row, Shortest, Tokenize, lookup, too_few};
+use super::rows::{Row, lookup, too_few};
+use super::spec::{Shortest, Tokenize};
 use crate::data::{self, BadRows, Limits, Record, Sample, Tokenizer};
 use crate::problem::{Exit, Problem};
 use crate::stage::context::Context;

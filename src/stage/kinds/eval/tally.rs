@@ -1,11 +1,26 @@
 //! Counts over the samples of a task, and the scores they come to.
 
-use super::{Grader, Sample, Spec};
+use super::spec::{Grader, Spec};
 use crate::grade::{self, Graded, Kind, Verdict, stats};
 use crate::random::Stream;
 use crate::stage::context::Context;
 use crate::stage::share::judge::Whom;
+use crate::stage::share::thinking::Thought;
 use serde_json::{Value, json};
+
+/// What was answered.
+pub struct Sample {
+    /// As the grader sees it.
+    pub response: String,
+    /// Without what the answer was made to begin with.
+    pub completion: String,
+    pub finish: String,
+    /// Where the server says it.
+    pub tokens: Option<u64>,
+    pub thought: Option<Thought>,
+    /// Why there is none.
+    pub missing: Option<String>,
+}
 
 /// Counts over samples, which come problem by problem.
 #[derive(Default)]

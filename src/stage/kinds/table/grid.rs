@@ -1,7 +1,7 @@
 //! The numbers of a table, each in its row and column: gathered, averaged, compared, ranked.
 
 use super::published::Published;
-use super::{Best, MEAN, Spec};
+use super::spec::{Best, MEAN, Spec};
 use crate::problem::Problem;
 use crate::stage::share::readings::{self, Outcomes, Reading};
 use serde_json::Value;

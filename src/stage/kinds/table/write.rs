@@ -1,7 +1,7 @@
 //! A table as text, Markdown, CSV, LaTeX and JSON.
 
-use super::Spec;
 use super::grid::{COUNTED, Entry, Grid, Interval, SIGNIFICANT};
+use super::spec::Spec;
 use comfy_table::{Cell as TextCell, CellAlignment, ContentArrangement, LineStyle, Table, presets};
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
