@@ -156,6 +156,7 @@ fn plain(name: &str) -> bool {
         && Path::new(name).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
+/// Runs the program in a folder of its own. `Err` if it fails or leaves other files than it declared.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let folder = std::path::absolute(ctx.work.join("run"))

@@ -280,6 +280,7 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
+/// Reads, changes and writes the records. `Err` names those that cannot be used.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let mut rows = read(ctx, &spec)?;

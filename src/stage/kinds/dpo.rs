@@ -116,6 +116,7 @@ struct Logps {
     rejected: f64,
 }
 
+/// Trains on the pairs of `data`, from the newest checkpoint on if there is one.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let (spec, own): (Spec, Own) = training::specs(ctx.label, ctx.params, OWN)?;
     let tokenizer = inputs::tokenizer(ctx, "model")?;

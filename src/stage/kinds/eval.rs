@@ -186,6 +186,7 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
+/// Asks the problems of the task, grades the answers and writes the scores.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let mut records = inputs::records(ctx, "task")?;

@@ -256,6 +256,7 @@ struct Made {
     parsed: Result<Vec<(String, String)>, String>,
 }
 
+/// Makes the completions and writes what `parse` finds in them.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let records = inputs::records(ctx, "data")?;

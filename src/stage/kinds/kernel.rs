@@ -192,6 +192,7 @@ impl Matrix {
     }
 }
 
+/// Takes the gradient of every example and writes the products of all pairs.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let mut model = model(ctx, &spec)?;

@@ -245,6 +245,7 @@ fn tokenizer_file(name: &str) -> bool {
     ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"].contains(&name)
 }
 
+/// Takes weights or an adapter, or makes weights, checks them and writes them with their tokenizer.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     if !ctx.inputs("model").is_empty() {

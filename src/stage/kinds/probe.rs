@@ -171,6 +171,7 @@ impl Example {
 /// What the sides of a preference are called, in files and columns.
 const SIDES: [&str; 2] = ["chosen", "rejected"];
 
+/// Measures every example under every model asked for, and writes the numbers.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let spec: Spec = ctx.spec()?;
     let examples = examples(ctx, &spec)?;

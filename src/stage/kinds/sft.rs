@@ -89,6 +89,7 @@ fn rules(params: &Params) -> Vec<Broken> {
     broken
 }
 
+/// Trains on the samples of `data`, from the newest checkpoint on if there is one.
 pub fn run(ctx: &Context) -> Result<(), Problem> {
     let (spec, own): (Spec, Own) = training::specs(ctx.label, ctx.params, OWN)?;
     let tokenizer = inputs::tokenizer(ctx, "model")?;

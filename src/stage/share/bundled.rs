@@ -24,7 +24,9 @@ pub fn dataset(name: &str) -> Option<&'static [u8]> {
 
 /// Files to be written: from memory or from a folder.
 pub enum Bundle {
+    /// Names and bytes, inside the program.
     Embedded(Vec<(&'static str, &'static [u8])>),
+    /// Files that lie somewhere, to be copied.
     Folder(Files),
 }
 

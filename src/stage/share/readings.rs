@@ -21,6 +21,7 @@ pub struct Reading {
     pub stage: String,
     /// Axis names and values, in the cell's order.
     pub axes: Vec<(String, String)>,
+    /// Its numbers and texts by name, as the artifact has them.
     pub fields: Map<String, Value>,
     /// Of an evaluation that left `outcomes.jsonl`.
     pub outcomes: Option<Rc<Outcomes>>,
