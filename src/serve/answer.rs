@@ -42,7 +42,7 @@ pub struct Entry {
     pub prompt_tokens: usize,
     /// Tokens made, of all choices together.
     pub completion_tokens: usize,
-    /// From the whole request to the end of the answer.
+    /// From the headers of the request to the end of the answer.
     pub seconds: f64,
     /// Whether tokens were sent as they came.
     pub streamed: bool,
