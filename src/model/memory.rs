@@ -1,5 +1,5 @@
 //! How much memory a model takes while it is trained, measured or sampled from, worked out beforehand: the decoder's own
-//! passes are walked through at a place that counts ([`super::count`]). What stands around them is told here: optimizer,
+//! passes are walked through at a place that counts (`model::count`). What stands around them is told here: optimizer,
 //! keys and values, what a device leaves to the host. Tests hold the sums to what the emulated device and an allocator
 //! count.
 //!
