@@ -58,7 +58,7 @@ pub enum Node {
         /// The term, in which the letter may stand.
         body: Box<Node>,
     },
-    /// An angle of so many degrees.
+    /// An angle of this many degrees.
     Degrees(Box<Node>),
 }
 

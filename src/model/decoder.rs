@@ -569,7 +569,7 @@ impl<P: Place> Decoder<P> {
     }
 }
 
-/// Is shown a residual stream after so many layers, and what the last of them saved.
+/// Is shown a residual stream after this many layers, and what the last of them saved.
 pub(super) type Seen<'s, P> =
     dyn FnMut(usize, &<P as Place>::Values, Option<&Saved<P>>) -> Result<(), <P as Place>::Error> + 's;
 

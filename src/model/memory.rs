@@ -115,7 +115,7 @@ impl Decode {
         Decode { live: completions.min(most).max(1), longest, prompt, ends: 1 }
     }
 
-    /// Pages that a device must have for a completion of so many tokens. Prompts that are kept give theirs up for it.
+    /// Pages that a device must have for a completion of this many tokens. Prompts that are kept give theirs up for it.
     pub(crate) fn pages(longest: usize) -> usize {
         pages_of(longest, DEVICE_PAGE)
     }

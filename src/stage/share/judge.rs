@@ -179,7 +179,7 @@ struct Prompt {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reads {
     Verdict,
-    /// The number of one of so many options, or -1.
+    /// The number of one option of this many, or -1.
     Option(usize),
     /// A to D, or -1.
     Letter,
