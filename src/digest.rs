@@ -10,6 +10,7 @@ use std::str::FromStr;
 pub struct Digest([u8; 32]);
 
 impl Digest {
+    /// Of bytes in memory.
     pub fn of(bytes: &[u8]) -> Digest {
         Digest(*blake3::hash(bytes).as_bytes())
     }
@@ -29,10 +30,12 @@ impl Digest {
         Ok((Digest(*hasher.finalize().as_bytes()), hasher.count()))
     }
 
+    /// All 32 bytes of it.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
+    /// All 64 hex digits, lower case.
     pub fn hex(&self) -> String {
         self.to_string()
     }
@@ -70,18 +73,21 @@ impl FromStr for Digest {
 pub struct Encoder(blake3::Hasher);
 
 impl Encoder {
+    /// Begins with the tag, which says what kind of value follows.
     pub fn new(tag: &str) -> Encoder {
         let mut encoder = Encoder(blake3::Hasher::new());
         encoder.field(tag.as_bytes());
         encoder
     }
 
+    /// Adds one field; returns itself, so that calls chain.
     pub fn field(&mut self, bytes: &[u8]) -> &mut Encoder {
         self.0.update(&(bytes.len() as u64).to_le_bytes());
         self.0.update(bytes);
         self
     }
 
+    /// The digest of all fields so far; more may follow.
     pub fn finish(&self) -> Digest {
         Digest(*self.0.finalize().as_bytes())
     }

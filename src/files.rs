@@ -31,10 +31,12 @@ impl Files {
         Ok(files)
     }
 
+    /// Adds a file under a name, in place of one that had it. Nothing is read.
     pub fn insert(&mut self, name: impl Into<String>, path: impl Into<PathBuf>) {
         self.by_name.insert(name.into(), path.into());
     }
 
+    /// Where the file of that name lies.
     pub fn get(&self, name: &str) -> Option<&Path> {
         self.by_name.get(name).map(PathBuf::as_path)
     }
@@ -52,10 +54,12 @@ impl Files {
         Files { by_name }
     }
 
+    /// How many names there are.
     pub fn len(&self) -> usize {
         self.by_name.len()
     }
 
+    /// Whether there is no file at all.
     pub fn is_empty(&self) -> bool {
         self.by_name.is_empty()
     }

@@ -1,4 +1,5 @@
 //! `pipe`: a declarative pipeline engine for studies that fine-tune language models in several stages.
+#![deny(missing_docs)]
 pub mod cuda;
 pub mod data;
 pub mod digest;

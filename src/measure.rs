@@ -26,6 +26,7 @@ pub fn peak_memory_bytes() -> Option<u64> {
 /// Memory of this machine, or what a control group leaves of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HostMemory {
+    /// Bytes there are in all.
     pub total: u64,
     /// What can be had now without swapping.
     pub available: u64,

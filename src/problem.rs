@@ -23,6 +23,7 @@ pub enum Exit {
 /// A place in a file: bytes of a manifest, or a line of a data file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
+    /// Its path, as it is shown.
     pub file: PathBuf,
     /// Byte range, for texts that are excerpted (manifests).
     pub span: Option<Range<usize>>,
@@ -39,13 +40,18 @@ pub struct Problem {
     pub code: &'static str,
     /// One lower-case sentence without a full stop.
     pub message: String,
+    /// Where it is; empty for what has no place.
     pub places: Vec<Place>,
+    /// What else is good to know, a sentence each.
     pub notes: Vec<String>,
+    /// What to do about it, a suggestion each.
     pub help: Vec<String>,
+    /// What the program exits with if this ends it.
     pub exit: Exit,
 }
 
 impl Problem {
+    /// Without places, notes and help; exits as [`Exit::Failed`].
     pub fn new(code: &'static str, message: impl Into<String>) -> Self {
         Problem {
             code,
@@ -57,16 +63,19 @@ impl Problem {
         }
     }
 
+    /// Sets the exit code.
     pub fn exit(mut self, exit: Exit) -> Self {
         self.exit = exit;
         self
     }
 
+    /// Adds something that is good to know.
     pub fn note(mut self, note: impl Into<String>) -> Self {
         self.notes.push(note.into());
         self
     }
 
+    /// Adds a suggestion.
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help.push(help.into());
         self

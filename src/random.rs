@@ -25,6 +25,7 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// Two streams of one seed have nothing to do with one another.
     pub fn new(seed: u64, stream: u64) -> Stream {
         Stream { seed, stream }
     }
@@ -49,6 +50,7 @@ impl Stream {
         )
     }
 
+    /// 64 random bits.
     pub fn u64(&self, counter: u64) -> u64 {
         let block = self.block(counter);
         u64::from(block[0]) | u64::from(block[1]) << 32

@@ -24,9 +24,11 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// The name of a single-file checkpoint, of a sharded one's index, and of an adapter.
+/// The weights of a checkpoint in a single file.
 pub const MODEL_FILE: &str = "model.safetensors";
+/// The index of a checkpoint in several files: which file holds which tensor.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The weights of an adapter, in one file.
 pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
 
 /// Upstream refuses longer headers too.
@@ -37,8 +39,11 @@ const CHUNK: usize = 1 << 20;
 /// How the elements of a tensor are stored. Other types may stand in a file but are not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
+    /// 32 bits.
     F32,
+    /// 16 bits, 10 of them of the fraction.
     F16,
+    /// 16 bits, the upper half of an f32.
     Bf16,
     /// A known type that no weight may have; the number is its size in bytes.
     Other(&'static str, usize),
@@ -66,6 +71,7 @@ impl Element {
         })
     }
 
+    /// As the format spells it, such as `BF16`.
     pub fn name(self) -> &'static str {
         match self {
             Element::F32 => "F32",
@@ -183,10 +189,12 @@ impl Tensors {
         self.by_name.keys().map(String::as_str)
     }
 
+    /// Its dimensions, slowest first; `None` if there is no such tensor.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
         self.by_name.get(name).map(|entry| entry.shape.as_slice())
     }
 
+    /// How its elements are stored; `None` if there is no such tensor.
     pub fn element(&self, name: &str) -> Option<Element> {
         self.by_name.get(name).map(|entry| entry.element)
     }

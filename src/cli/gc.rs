@@ -16,10 +16,10 @@ pub struct Arguments {
     /// Only say what would go
     #[arg(long)]
     dry_run: bool,
-    /// The logs of so many latest runs stay
+    /// The logs of this many latest runs stay
     #[arg(long, value_name = "N", default_value_t = 100)]
     keep_runs: usize,
-    /// Stages interrupted within so many days can still be resumed
+    /// Stages interrupted within this many days can still be resumed
     #[arg(long, value_name = "DAYS", default_value_t = 30)]
     keep_unfinished_days: u64,
 }

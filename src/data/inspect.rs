@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 /// What was found in one dataset.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Inspection {
+    /// How many there are.
     pub records: usize,
     /// Records that say the same as an earlier one, ids aside.
     pub duplicates: usize,

@@ -33,9 +33,12 @@ use serde_json::{Value, json};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
+    /// The prompt through the chat template of the model, then what the assistant says.
     #[default]
     Chat,
+    /// As `Chat`, with thinking and answer in the layout of the s1 study.
     S1,
+    /// Text as it stands, without a template.
     Text,
 }
 
@@ -60,9 +63,12 @@ pub enum Eos {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Overlength {
+    /// All of them are named, and nothing is made.
     #[default]
     Error,
+    /// It is left out and named.
     Drop,
+    /// It is cut and named.
     Truncate,
 }
 
@@ -70,7 +76,9 @@ pub enum Overlength {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Side {
+    /// The first tokens go.
     Left,
+    /// The last tokens go.
     #[default]
     Right,
 }
@@ -84,8 +92,11 @@ pub struct Limits {
     pub max_prompt_tokens: Option<usize>,
     /// `Truncate` keeps the first tokens.
     pub max_completion_tokens: Option<usize>,
+    /// What happens to a row that is too long.
     pub on_overlength: Overlength,
+    /// Where `Truncate` cuts for `max_tokens`.
     pub truncate_side: Side,
+    /// What ends a completion.
     pub eos: Eos,
     /// Rows that teach nothing are kept: for looking at them, not for training.
     pub allow_unlearned: bool,
@@ -94,7 +105,9 @@ pub struct Limits {
 /// One sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
+    /// The record's id.
     pub id: String,
+    /// All tokens, of the prompt and of the completion.
     pub ids: Vec<u32>,
     /// Whether token `t` is a target, predicted from the tokens before it; never the first. As long as `ids`.
     pub learned: Vec<bool>,
@@ -115,8 +128,11 @@ impl Sample {
 /// Two completions of one prompt. The prompts may differ in white space where whole texts were given.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pair {
+    /// The record's id.
     pub id: String,
+    /// The prompt and the completion that is preferred.
     pub chosen: Sample,
+    /// The prompt and the other completion.
     pub rejected: Sample,
 }
 
@@ -133,6 +149,7 @@ pub struct Notes {
     pub prompts_differ: Vec<String>,
     /// Tokens of all samples kept (of both sides of pairs).
     pub tokens: usize,
+    /// Those of them that are learned.
     pub learned_tokens: usize,
     /// Tokens of the longest sample kept.
     pub longest: usize,

@@ -1,7 +1,7 @@
 //! Templates kept within bounds: what a model's folder or a manifest says may ask for anything, and must not end the process.
 //!
 //! `minijinja` counts steps and the bytes they make (fuel). What is left is done here, once, for every template:
-//! - its text is read by [`scan`] first, which counts the symbols, and marks in the text where values become text and where a
+//! - its text is read by `scan` first, which counts the symbols, and marks in the text where values become text and where a
 //!   `namespace` keeps them;
 //! - it is parsed on a thread whose stack is as deep as its symbols can nest;
 //! - what a `namespace` keeps is a plain tree of bounded depth, so that no value holds itself (`__kept`);

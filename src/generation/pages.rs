@@ -32,7 +32,7 @@ impl Pages {
         Pages { free: (0..count as u32).rev().collect(), owners: vec![0; count], promised: 0 }
     }
 
-    /// Promises `count` pages, if there are so many that are not promised to anyone.
+    /// Promises `count` pages, if there are this many that are not promised to anyone.
     pub fn promise(&mut self, count: usize) -> Option<Held> {
         (self.free.len() - self.promised >= count).then(|| {
             self.promised += count;

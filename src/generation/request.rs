@@ -7,6 +7,7 @@ use crate::model::sizes::MOST_LIVE;
 /// A prompt and the random numbers of its completion.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompt {
+    /// Its tokens.
     pub ids: Vec<u32>,
     /// Which numbers it draws; make it from the record's id and the index of the sample.
     pub stream: u64,
@@ -19,6 +20,7 @@ pub struct Ask {
     pub ids: Vec<u32>,
     /// Which random numbers it draws, beside the seed.
     pub stream: u64,
+    /// How tokens are drawn, and what ends it.
     pub sampling: Sampling,
     /// This many of the likeliest ids are told with each token, at most [`MOST_TOP`].
     pub top_logprobs: usize,
@@ -33,7 +35,9 @@ pub struct Ticket(pub(super) u64);
 pub enum Event {
     /// A token was drawn; a stop id too, and those that a stop text is cut off with.
     Token {
+        /// The request it belongs to.
         ticket: Ticket,
+        /// The token.
         id: u32,
         /// log p under the model itself: before penalty, temperature and filters.
         logprob: f32,
@@ -41,7 +45,12 @@ pub enum Event {
         top: Vec<(u32, f32)>,
     },
     /// There is no more of it.
-    End { ticket: Ticket, completion: Completion },
+    End {
+        /// The request it belongs to.
+        ticket: Ticket,
+        /// All of it.
+        completion: Completion,
+    },
 }
 
 /// Why a completion ended.
@@ -53,12 +62,14 @@ pub enum Finish {
     Length,
 }
 
+/// What came of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Completion {
     /// New ids, the stop id included.
     pub ids: Vec<u32>,
     /// Their text, without stop id and from the stop text on cut off.
     pub text: String,
+    /// Why it ended.
     pub finish: Finish,
     /// log p of each id under the model itself: before penalty, temperature and filters.
     pub logprobs: Vec<f32>,

@@ -24,6 +24,7 @@ pub struct Sampling {
     pub top_k: usize,
     /// Logits of ids that occurred are divided (if positive) or multiplied by this; 1 is off.
     pub repetition_penalty: f64,
+    /// The same seed, stream and logits give the same tokens.
     pub seed: u64,
     /// A completion ends before the first of these texts.
     pub stop: Vec<String>,

@@ -12,8 +12,10 @@ const DEPTH: usize = 8;
 /// More members than this are not compared.
 const MEMBERS: usize = 200;
 
+/// An answer with its type.
 #[derive(Debug, Clone)]
 pub enum Answer {
+    /// One number or expression.
     Value(Value),
     /// Words, lower case.
     Text(Vec<String>),
@@ -27,6 +29,7 @@ pub enum Answer {
     Region(Region, Option<String>),
     /// `a = b = c`; `None` for a side that is no expression (`\text{Area}`).
     Equation(Vec<Option<Node>>),
+    /// `2 : 3 : 5`, two parts or more.
     Ratio(Vec<Node>),
     /// Hour and minute, and whether it is in the afternoon, if that was said.
     Clock(u32, u32, Option<bool>),
@@ -37,23 +40,33 @@ pub enum Answer {
 /// A number or expression with what stands around it.
 #[derive(Debug, Clone)]
 pub struct Value {
+    /// The expression itself.
     pub node: Node,
+    /// The unit that was written beside it.
     pub unit: Option<Unit>,
+    /// A percent sign stands behind it; the expression is not divided by 100.
     pub percent: bool,
+    /// A degree sign stands behind it.
     pub degrees: bool,
 }
 
+/// A set of real numbers.
 #[derive(Debug, Clone)]
 pub enum Region {
     /// From and to; `None` is infinite. `true`: the end belongs to it.
     Interval(Option<Node>, bool, Option<Node>, bool),
+    /// Exactly these numbers.
     Points(Vec<Node>),
+    /// What is in either.
     Union(Box<Region>, Box<Region>),
+    /// What is in both.
     Intersection(Box<Region>, Box<Region>),
+    /// What is in the first and not in the second.
     Difference(Box<Region>, Box<Region>),
 }
 
 impl Region {
+    /// All real numbers.
     pub fn reals() -> Region {
         Region::Interval(None, false, None, false)
     }

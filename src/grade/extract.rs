@@ -9,7 +9,9 @@ use crate::grade::verdict::Kind;
 /// What was found, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
+    /// The answer as it stands in the response.
     pub text: String,
+    /// The name of the rule that found it, such as `box` or `mark`.
     pub rule: &'static str,
 }
 

@@ -42,6 +42,7 @@ pub struct Field {
 }
 
 impl Field {
+    /// The primes are numbered 0 and 1 (`which` is taken modulo 2). The same `point` gives the same letters the same values.
     pub fn new(which: usize, point: u64) -> Field {
         Field { which: which % 2, point, budget: 100_000, bound: Vec::new() }
     }
@@ -68,6 +69,7 @@ impl Field {
         Ok(())
     }
 
+    /// The value of `node` below the prime.
     pub fn value(&mut self, node: &Node) -> Result<u64, Without> {
         self.spend(1)?;
         let p = self.prime();

@@ -7,14 +7,21 @@
 /// `hi + lo` with |lo| at most half an ulp of `hi`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Real {
+    /// The nearest f64.
     pub hi: f64,
+    /// What `hi` leaves over.
     pub lo: f64,
 }
 
+/// 0.
 pub const ZERO: Real = Real { hi: 0.0, lo: 0.0 };
+/// 1.
 pub const ONE: Real = Real { hi: 1.0, lo: 0.0 };
+/// The ratio of a circle's circumference to its diameter.
 pub const PI: Real = Real { hi: std::f64::consts::PI, lo: 1.224_646_799_147_353_2e-16 };
+/// The natural logarithm of 2.
 pub const LN_2: Real = Real { hi: std::f64::consts::LN_2, lo: 2.319_046_813_846_299_6e-17 };
+/// Euler's number, the base of [`Real::ln`].
 pub const E: Real = Real { hi: std::f64::consts::E, lo: 1.445_646_891_729_250_2e-16 };
 
 fn two_sum(a: f64, b: f64) -> Real {
@@ -31,6 +38,7 @@ fn two_product(a: f64, b: f64) -> Real {
 }
 
 impl Real {
+    /// An f64, exactly.
     pub fn from(value: f64) -> Real {
         Real { hi: value, lo: 0.0 }
     }
@@ -61,14 +69,17 @@ impl Real {
         value * Real::from(10.0).powi(exponent)
     }
 
+    /// Neither infinite nor NaN.
     pub fn is_finite(self) -> bool {
         self.hi.is_finite() && self.lo.is_finite()
     }
 
+    /// Without its sign.
     pub fn abs(self) -> Real {
         if self.hi < 0.0 { -self } else { self }
     }
 
+    /// The largest whole number that is not larger.
     pub fn floor(self) -> Real {
         let hi = self.hi.floor();
         if hi == self.hi { two_sum(hi, self.lo.floor()) } else { Real::from(hi) }
@@ -79,6 +90,7 @@ impl Real {
         self.is_finite() && self.hi.fract() == 0.0 && self.lo.fract() == 0.0
     }
 
+    /// The root that is not negative; NaN below zero.
     pub fn sqrt(self) -> Real {
         if self.hi <= 0.0 || !self.is_finite() {
             return Real::from(self.hi.sqrt());
@@ -107,6 +119,7 @@ impl Real {
         if exponent < 0 { ONE / value } else { value }
     }
 
+    /// Euler's number to this power; from 700 or -700 on what an f64 makes of it, infinite or zero in the end.
     pub fn exp(self) -> Real {
         if self.hi.is_nan() || self.hi.abs() >= 700.0 {
             return Real::from(self.hi.exp());
@@ -129,6 +142,7 @@ impl Real {
         Real { hi: value.hi * scale, lo: value.lo * scale }
     }
 
+    /// The natural logarithm: minus infinity at zero, NaN below it.
     pub fn ln(self) -> Real {
         let guess = self.hi.ln();
         if !guess.is_finite() {
@@ -240,31 +254,39 @@ impl std::ops::Div for Real {
 /// `re + im i`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Complex {
+    /// The real part.
     pub re: Real,
+    /// The factor of i.
     pub im: Real,
 }
 
 impl Complex {
+    /// A real number, with zero as its imaginary part.
     pub fn real(re: Real) -> Complex {
         Complex { re, im: ZERO }
     }
 
+    /// Whether the imaginary part is zero.
     pub fn is_real(self) -> bool {
         self.im.hi == 0.0
     }
 
+    /// Whether both parts are finite.
     pub fn is_finite(self) -> bool {
         self.re.is_finite() && self.im.is_finite()
     }
 
+    /// Whether both parts are zero.
     pub fn is_zero(self) -> bool {
         self.re.hi == 0.0 && self.im.hi == 0.0
     }
 
+    /// The distance from zero.
     pub fn norm(self) -> Real {
         if self.is_real() { self.re.abs() } else { (self.re * self.re + self.im * self.im).sqrt() }
     }
 
+    /// The principal logarithm, its imaginary part in (-pi, pi].
     pub fn ln(self) -> Complex {
         if self.is_real() && self.re.hi > 0.0 {
             return Complex::real(self.re.ln());
@@ -272,6 +294,7 @@ impl Complex {
         Complex { re: self.norm().ln(), im: Real::atan2(self.im, self.re) }
     }
 
+    /// Euler's number to this power.
     pub fn exp(self) -> Complex {
         let size = self.re.exp();
         if self.is_real() {
@@ -281,6 +304,7 @@ impl Complex {
         Complex { re: size * cos, im: size * sin }
     }
 
+    /// Sine and cosine, of complex angles too.
     pub fn sin_cos(self) -> (Complex, Complex) {
         let (sin, cos) = self.re.sin_cos();
         if self.is_real() {
@@ -292,6 +316,7 @@ impl Complex {
         (Complex { re: sin * cosh, im: cos * sinh }, Complex { re: cos * cosh, im: -(sin * sinh) })
     }
 
+    /// Whole powers, by squaring.
     pub fn powi(self, exponent: i64) -> Complex {
         if self.is_real() {
             return Complex::real(self.re.powi(exponent));

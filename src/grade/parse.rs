@@ -12,58 +12,93 @@ use crate::grade::normalise::Token::{self, Command, Letters, Num, Sign, Word};
 /// Nesting of brackets, braces, powers and functions together.
 const DEPTH: usize = 120;
 
+/// An expression as it was written; nothing is simplified.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Node {
     /// Digits without a point, and the power of ten they are multiplied by.
     Number(String, i64),
+    /// A letter, its subscript or primes included, or the name of a Greek one.
     Variable(String),
+    /// The number pi.
     Pi,
+    /// Euler's number, written `e`.
     Euler,
+    /// The imaginary unit, written `i`.
     Imaginary,
+    /// `\infty`, without a sign.
     Infinity,
+    /// The sum of all of them.
     Sum(Vec<Node>),
+    /// The product of all of them.
     Product(Vec<Node>),
+    /// Minus this.
     Negative(Box<Node>),
+    /// Numerator and denominator.
     Quotient(Box<Node>, Box<Node>),
+    /// Base and exponent; a root is a power too.
     Power(Box<Node>, Box<Node>),
+    /// A function and its argument.
     Apply(Function, Box<Node>),
     /// Base and argument.
     Log(Box<Node>, Box<Node>),
+    /// `n` over `k`.
     Binomial(Box<Node>, Box<Node>),
     /// `true`: plus or minus; `false`: minus or plus.
     Either(bool, Box<Node>),
+    /// By rows, all of one length.
     Matrix(Vec<Vec<Node>>),
     /// Sum or product (`true`) of `body` for the variable from one bound to the other.
     Series {
+        /// Whether the terms are multiplied, not added.
         product: bool,
+        /// The letter that counts.
         variable: String,
+        /// Its first value.
         from: Box<Node>,
+        /// Its last value.
         to: Box<Node>,
+        /// The term, in which the letter may stand.
         body: Box<Node>,
     },
-    /// An angle of so many degrees.
+    /// An angle of this many degrees.
     Degrees(Box<Node>),
 }
 
+/// A function of one argument. Angles are radians.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Function {
+    /// Sine.
     Sin,
+    /// Cosine.
     Cos,
+    /// Tangent.
     Tan,
+    /// Cotangent, 1 / tan.
     Cot,
+    /// Secant, 1 / cos.
     Sec,
+    /// Cosecant, 1 / sin.
     Csc,
+    /// Inverse sine.
     Arcsin,
+    /// Inverse cosine.
     Arccos,
+    /// Inverse tangent.
     Arctan,
+    /// The exponential function.
     Exp,
+    /// The absolute value.
     Abs,
+    /// The largest whole number not above.
     Floor,
+    /// The smallest whole number not below.
     Ceil,
+    /// `n!`.
     Factorial,
 }
 
 impl Node {
+    /// A whole number; minus stands around the digits.
     pub fn int(value: i64) -> Node {
         Node::Number(value.unsigned_abs().to_string(), 0).signed(value < 0)
     }
@@ -72,10 +107,12 @@ impl Node {
         if negative { Node::Negative(Box::new(self)) } else { self }
     }
 
+    /// The quotient of this and `below`.
     pub fn over(self, below: Node) -> Node {
         Node::Quotient(Box::new(self), Box::new(below))
     }
 
+    /// The difference of this and `other`.
     pub fn minus(self, other: Node) -> Node {
         Node::Sum(vec![self, Node::Negative(Box::new(other))])
     }
@@ -100,12 +137,14 @@ impl Node {
         }
     }
 
+    /// Whether `test` holds for this node or any below it.
     pub fn any(&self, test: &dyn Fn(&Node) -> bool) -> bool {
         let mut found = false;
         self.walk(&mut |node| found |= test(node));
         found
     }
 
+    /// Whether a letter stands in it, the one that counts a series included where the term uses it.
     pub fn has_variables(&self) -> bool {
         self.any(&|node| matches!(node, Node::Variable(_)))
     }

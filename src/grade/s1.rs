@@ -48,9 +48,21 @@ pub type Judge<'j> = dyn FnMut(Question) -> String + 'j;
 #[derive(Debug, Clone, Copy)]
 pub enum Question<'q> {
     /// Which of these the attempt is; the first is the gold answer.
-    Options { sample: usize, options: &'q [String], attempt: &'q str },
+    Options {
+        /// Which sample of the problem, counted from 0.
+        sample: usize,
+        /// The gold answer and those of the samples before, each once.
+        options: &'q [String],
+        /// What the sample answers.
+        attempt: &'q str,
+    },
     /// Which letter the attempt picks.
-    Letter { sample: usize, attempt: &'q str },
+    Letter {
+        /// Which sample of the problem, counted from 0.
+        sample: usize,
+        /// What the sample answers.
+        attempt: &'q str,
+    },
 }
 
 /// What several samples of one problem come to.

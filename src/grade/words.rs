@@ -12,6 +12,7 @@ pub struct Unit {
 }
 
 impl Unit {
+    /// A bare number's.
     pub const NONE: Unit = Unit { dims: [0; 5], scale: (1, 1), thing: None };
 
     /// `self * other^power`; `None` on overflow.

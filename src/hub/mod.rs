@@ -116,6 +116,7 @@ pub struct Snapshot {
 
 /// How far a download is.
 pub struct Step<'a> {
+    /// The file that is fetched now: its path in the repository.
     pub file: &'a str,
     /// Bytes of all files of the source.
     pub done: u64,
@@ -130,6 +131,7 @@ pub struct Hub {
 }
 
 impl Hub {
+    /// Makes no request.
     pub fn new(settings: Settings) -> Hub {
         let client = Client::new(&settings.endpoint, settings.token.clone(), settings.tries, settings.first_wait);
         Hub { settings, client }

@@ -6,13 +6,16 @@ use std::fmt;
 /// What a repository holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RepoKind {
+    /// Weights, a tokenizer, an adapter: `hf:OWNER/NAME` or `hf:models/OWNER/NAME`.
     Model,
+    /// Records: `hf:datasets/OWNER/NAME`.
     Dataset,
 }
 
 /// What `hf:...` names: `[models/|datasets/]OWNER/NAME[@REVISION][/FOLDER][#FILE]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
+    /// Models and datasets have names of their own.
     pub kind: RepoKind,
     /// `OWNER/NAME`.
     pub repo: String,

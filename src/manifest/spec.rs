@@ -13,12 +13,17 @@ pub type Params = Map<String, Value>;
 pub enum ArtifactType {
     /// Full weights, or an adapter together with what it sits on.
     Model,
+    /// Records, one JSON object per line.
     Dataset,
     /// Per-checkpoint numbers of a probe.
     Measurements,
+    /// What an evaluation counted: right answers, samples, an interval.
     Scores,
+    /// Gathered numbers in rows and columns.
     Table,
+    /// A drawing of gathered numbers.
     Plot,
+    /// Whether a claim held, with the numbers it is about.
     Verdict,
     /// Files of a `command`.
     Files,
@@ -54,12 +59,15 @@ pub enum Lineage {
 
 /// A kind of stage.
 pub struct Kind {
+    /// What `kind` names it.
     pub name: &'static str,
     /// One line for `--help` and the schema.
     pub about: &'static str,
     /// Bumped when the same keys and inputs come to mean another result.
     pub recipe: u32,
+    /// The type of its artifact.
     pub yields: ArtifactType,
+    /// The keys a stage of this kind may have, beside those of every stage.
     pub keys: &'static [Key],
     /// Whether floats are made, so that backend and dtype enter the fingerprint.
     pub floats: bool,
@@ -74,14 +82,19 @@ pub struct Kind {
 pub struct Broken {
     /// The key the message points at, dotted (`sample.pairs`).
     pub key: &'static str,
+    /// What does not hold: one lower-case sentence without a full stop.
     pub message: String,
+    /// What to do about it.
     pub help: String,
 }
 
 /// A key of a kind, or of a table below one.
 pub struct Key {
+    /// As it is written in the manifest.
     pub name: &'static str,
+    /// Which values it takes.
     pub ty: Type,
+    /// Whether it has to be there.
     pub presence: Presence,
     /// Units included. One or two sentences.
     pub doc: &'static str,
@@ -93,7 +106,9 @@ pub struct Key {
     pub task: bool,
 }
 
+/// Whether a key has to be there, and what holds if it is not.
 pub enum Presence {
+    /// A stage without it is a mistake.
     Required,
     /// Absent stays absent.
     Optional,
@@ -106,20 +121,29 @@ pub enum Presence {
     Or(&'static str),
 }
 
+/// Which values a key takes.
 pub enum Type {
+    /// `true` or `false`.
     Bool,
     /// Both ends included.
     Int {
+        /// The smallest value.
         min: i64,
+        /// The largest value.
         max: i64,
     },
     /// Both ends included; `above` excludes the lower one. Never NaN or infinite.
     Float {
+        /// The lower end.
         min: f64,
+        /// The upper end, which is allowed.
         max: f64,
+        /// Whether `min` itself is refused.
         above: bool,
     },
+    /// Any text.
     Str,
+    /// One of these words.
     Choice(&'static [&'static str]),
     /// Exactly one cell per cell of this stage; axes are joined. `axes`: brings the axes along.
     Ref(&'static [ArtifactType]),
@@ -135,8 +159,11 @@ pub enum Type {
     Source(&'static [&'static str]),
     /// The name of an `[endpoint.NAME]`; its value is that table.
     Endpoint,
+    /// A list, all of one type.
     List(&'static Type),
+    /// A table with any names, and values of one type.
     Map(&'static Type),
+    /// A table with these keys.
     Table(&'static [Key]),
     /// The first that fits.
     Any(&'static [Type]),
@@ -151,22 +178,27 @@ impl Key {
         }
     }
 
+    /// A key that enters the fingerprint and has to be there.
     pub const fn required(name: &'static str, ty: Type, doc: &'static str) -> Key {
         Key { name, ty, presence: Presence::Required, doc, result: true, with: None, task: false }
     }
 
+    /// A key that enters the fingerprint where it is given.
     pub const fn optional(name: &'static str, ty: Type, doc: &'static str) -> Key {
         Key { name, ty, presence: Presence::Optional, doc, result: true, with: None, task: false }
     }
 
+    /// A key that enters the fingerprint, and is `value` (TOML) where it is not given.
     pub const fn default(name: &'static str, ty: Type, value: &'static str, doc: &'static str) -> Key {
         Key { name, ty, presence: Presence::Default(value), doc, result: true, with: None, task: false }
     }
 
+    /// One of two keys of which a stage has exactly one.
     pub const fn either(name: &'static str, other: &'static str, ty: Type, doc: &'static str) -> Key {
         Key { name, ty, presence: Presence::Either(other), doc, result: true, with: None, task: false }
     }
 
+    /// One of two keys of which a stage has at most one.
     pub const fn or(name: &'static str, other: &'static str, ty: Type, doc: &'static str) -> Key {
         Key { name, ty, presence: Presence::Or(other), doc, result: true, with: None, task: false }
     }

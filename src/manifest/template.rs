@@ -60,6 +60,7 @@ pub fn is_stage_name(text: &str) -> bool {
 /// `stage` or `stage[axis=value,...]`: the cells of a stage, or those with the given values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reference {
+    /// The name before the bracket.
     pub stage: String,
     /// Axis and value as text; quotes around a value are taken off.
     pub fixed: Vec<(String, String)>,

@@ -20,9 +20,11 @@ pub const RESERVED: &[(&str, &str)] = &[
 
 /// A file of the manifest, or the pseudo file of `--set`.
 pub struct Text {
+    /// The path by which the file was opened, or [`SET_FILE`].
     pub path: PathBuf,
     /// Where relative paths in it begin.
     pub folder: PathBuf,
+    /// All that stands in it.
     pub text: String,
 }
 

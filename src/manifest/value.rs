@@ -16,26 +16,37 @@ pub type FileId = usize;
 /// Where something was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Origin {
+    /// The file, or the pseudo file of `--set`.
     pub file: FileId,
     /// Bytes of that file.
     pub span: Range<usize>,
 }
 
+/// A value and its place.
 #[derive(Debug, Clone)]
 pub struct Node {
+    /// The place of the value, without its key.
     pub origin: Origin,
+    /// What was written there.
     pub value: Value,
 }
 
+/// What was written for a key.
 #[derive(Debug, Clone)]
 pub enum Value {
+    /// A text, escapes resolved.
     Str(String),
+    /// A whole number of 64 bits.
     Int(i64),
+    /// A finite number; zero has no sign.
     Float(f64),
+    /// `true` or `false`.
     Bool(bool),
     /// No key takes a date; kept to say so (and as text for `--set`).
     Date(String),
+    /// In the order written.
     List(Vec<Node>),
+    /// Inline, or under a header of its own.
     Table(Table),
     /// Already reported.
     Invalid,
@@ -44,26 +55,34 @@ pub enum Value {
 /// Entries in the order written.
 #[derive(Debug, Clone, Default)]
 pub struct Table {
+    /// No two have the same key.
     pub entries: Vec<Entry>,
 }
 
+/// A key of a table and its value.
 #[derive(Debug, Clone)]
 pub struct Entry {
+    /// Without quotes.
     pub key: String,
+    /// The place of the key.
     pub at: Origin,
+    /// The value and its place.
     pub value: Node,
 }
 
 impl Table {
+    /// The entry of that key.
     pub fn get(&self, key: &str) -> Option<&Entry> {
         self.entries.iter().find(|entry| entry.key == key)
     }
 
+    /// The value of that key, to be changed in place.
     pub fn get_mut(&mut self, key: &str) -> Option<&mut Value> {
         let entry = self.entries.iter_mut().find(|entry| entry.key == key)?;
         Some(&mut entry.value.value)
     }
 
+    /// Takes the entry of that key out; the others keep their order.
     pub fn remove(&mut self, key: &str) -> Option<Entry> {
         let at = self.entries.iter().position(|entry| entry.key == key)?;
         Some(self.entries.remove(at))

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// A stage as written, overlays applied.
 pub struct Stage {
+    /// From the header `[stage.NAME]`; no two stages share one.
     pub name: String,
     /// The table header.
     pub at: Origin,
@@ -32,7 +33,9 @@ pub struct Stage {
 pub struct Manifest {
     /// The file asked for.
     pub path: PathBuf,
+    /// What the study is called; the name of the file, without its ending, unless the manifest says.
     pub title: String,
+    /// All kinds that a stage may be of.
     pub kinds: &'static [&'static Kind],
     /// In the order they were opened; `--set` last.
     pub files: Vec<Text>,
@@ -51,6 +54,7 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// The stage of that name and its place in `stages`.
     pub fn stage(&self, name: &str) -> Option<(usize, &Stage)> {
         let &at = self.by_name.get(name)?;
         Some((at, &self.stages[at]))

@@ -18,16 +18,25 @@ pub struct Config {
     pub family: &'static Family,
     /// V: rows of the embedding.
     pub vocab_size: usize,
+    /// H: width of the values between layers.
     pub hidden_size: usize,
+    /// Width inside the MLP.
     pub intermediate_size: usize,
+    /// How many layers the decoder has.
     pub num_hidden_layers: usize,
+    /// Heads of the queries.
     pub num_attention_heads: usize,
+    /// Heads of keys and values, each shared by as many heads of the queries.
     pub num_key_value_heads: usize,
     /// `hidden_size / num_attention_heads` unless the file says otherwise.
     pub head_dim: usize,
+    /// What is added to the mean square in RMS norms.
     pub rms_norm_eps: f32,
+    /// The base of the angles of rotary embedding.
     pub rope_theta: f32,
+    /// Whether the head uses the rows of the embedding.
     pub tie_word_embeddings: bool,
+    /// Tokens of the longest sequence the model was made for.
     pub max_position_embeddings: usize,
     /// Standard deviation of [`super::Model::random`].
     pub initializer_range: f64,

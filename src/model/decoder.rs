@@ -177,6 +177,9 @@ pub(super) struct Saved<P: Place> {
 /// What linears give, and A x of those with an adapter.
 type Adapted<P, const N: usize> = ([<P as Place>::Values; N], [Option<<P as Place>::Values>; N]);
 
+/// The same of one.
+type AdaptedOne<P> = (<P as Place>::Values, Option<<P as Place>::Values>);
+
 impl<P: Place> Decoder<P> {
     /// The forward pass: log-probs of the targets, and what [`Decoder::backward_pass`] needs.
     pub(super) fn forward_pass(
@@ -350,7 +353,7 @@ impl<P: Place> Decoder<P> {
         which: usize,
         x: &P::Values,
         rows: usize,
-    ) -> Result<(P::Values, Option<P::Values>), P::Error> {
+    ) -> Result<AdaptedOne<P>, P::Error> {
         let ([y], [low]) = self.linears(layer, [which], x, rows)?;
         Ok((y, low))
     }
@@ -569,7 +572,7 @@ impl<P: Place> Decoder<P> {
     }
 }
 
-/// Is shown a residual stream after so many layers, and what the last of them saved.
+/// Is shown a residual stream after this many layers, and what the last of them saved.
 pub(super) type Seen<'s, P> =
     dyn FnMut(usize, &<P as Place>::Values, Option<&Saved<P>>) -> Result<(), <P as Place>::Error> + 's;
 

@@ -31,7 +31,9 @@ pub const ADAPTER_CONFIG: &str = "adapter_config.json";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraSpec {
+    /// Rows of A and columns of B.
     pub rank: usize,
+    /// What the product is multiplied by, before it is divided by the rank.
     pub alpha: f64,
     /// Some of [`TARGETS`].
     pub targets: Vec<String>,
@@ -111,6 +113,7 @@ pub fn initial(spec: &LoraSpec, linear: &str, [out, input]: [usize; 2], seed: u6
 
 /// An adapter folder, checked against a model's shape, its weights read when asked for.
 pub struct AdapterFolder {
+    /// What its configuration says.
     pub spec: LoraSpec,
     tensors: Tensors,
 }

@@ -1,5 +1,5 @@
 //! How much memory a model takes while it is trained, measured or sampled from, worked out beforehand: the decoder's own
-//! passes are walked through at a place that counts ([`super::count`]). What stands around them is told here: optimizer,
+//! passes are walked through at a place that counts (`model::count`). What stands around them is told here: optimizer,
 //! keys and values, what a device leaves to the host. Tests hold the sums to what the emulated device and an allocator
 //! count.
 //!
@@ -38,8 +38,11 @@ pub use super::count::{PARTS, Part};
 /// What is trained or, of a model that is only used, what is active.
 #[derive(Debug, Clone, Copy)]
 pub enum Trained<'a> {
+    /// Nothing: full weights, used as they are.
     Nothing,
+    /// An adapter of this shape on frozen weights.
     Adapter(&'a LoraSpec),
+    /// Every weight.
     Everything,
 }
 
@@ -56,7 +59,9 @@ impl<'a, P: Place> From<&'a Decoder<P>> for Trained<'a> {
 /// What is done with the model.
 #[derive(Clone, Copy)]
 pub enum Work<'a> {
+    /// Steps of training.
     Train {
+        /// The largest micro-batch.
         extent: Extent,
         /// This many trained layers, from the last on, keep their activations, the others their input only.
         kept: usize,
@@ -69,10 +74,14 @@ pub enum Work<'a> {
     },
     /// Log-probs, and of one sequence at a time all logits or all hidden states.
     Measure {
+        /// The largest batch.
         extent: Extent,
+        /// Whether all logits of a sequence are asked for.
         logits: bool,
+        /// Whether all hidden states of a sequence are asked for.
         hidden_states: bool,
     },
+    /// Completions are made.
     Decode(Decode),
 }
 
@@ -91,8 +100,9 @@ impl Work<'_> {
 pub struct Decode {
     /// At once.
     pub live: usize,
-    /// Tokens of the longest, with its prompt, and of its prompt.
+    /// Tokens of the longest, with its prompt.
     pub longest: usize,
+    /// Tokens of its prompt.
     pub prompt: usize,
     /// On a device there are pages for this many at their longest. It takes what it finds, up to `live`.
     pub ends: usize,
@@ -105,7 +115,7 @@ impl Decode {
         Decode { live: completions.min(most).max(1), longest, prompt, ends: 1 }
     }
 
-    /// Pages that a device must have for a completion of so many tokens. Prompts that are kept give theirs up for it.
+    /// Pages that a device must have for a completion of this many tokens. Prompts that are kept give theirs up for it.
     pub(crate) fn pages(longest: usize) -> usize {
         pages_of(longest, DEVICE_PAGE)
     }
@@ -114,20 +124,26 @@ impl Decode {
 /// A model and what is to be done with it.
 #[derive(Clone, Copy)]
 pub struct Plan<'a> {
+    /// The model's shape.
     pub config: &'a Config,
     /// Storage of the frozen matrices on the host.
     pub dtype: Dtype,
+    /// What of it is trained or active.
     pub trained: Trained<'a>,
     /// Whether a CUDA device computes.
     pub on_device: bool,
+    /// What is done with it.
     pub work: Work<'a>,
 }
 
 /// Bytes of one part, each at the moment when its place holds most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Line {
+    /// Which part.
     pub part: Part,
+    /// Bytes of the host's memory.
     pub host: u64,
+    /// Bytes of the device's memory; 0 without a device.
     pub device: u64,
 }
 
@@ -136,8 +152,11 @@ pub struct Line {
 pub struct Need {
     /// Tokens that are worked through at once.
     pub tokens: usize,
+    /// One for each part that takes something.
     pub lines: Vec<Line>,
+    /// Bytes of the host's memory at its peak.
     pub host: u64,
+    /// Bytes of the device's memory at its peak; 0 without a device.
     pub device: u64,
 }
 

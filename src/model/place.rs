@@ -1,5 +1,5 @@
 //! Where a model computes: the operations of the architecture, offered by the host, by a CUDA device, and by a place that
-//! only counts the memory that they take ([`super::count`]).
+//! only counts the memory that they take (`model::count`).
 //!
 //! Symbols: T tokens, R rows, H hidden, V vocabulary, r rank. Operations write what they are given first: `=` unless they
 //! say that they add (`+=`). Room is asked for with [`Place::values`] and [`Place::floats`]; what is in it then is not

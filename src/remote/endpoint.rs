@@ -38,7 +38,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// What so many tokens cost; nothing where no prices are known.
+    /// What this many tokens cost; nothing where no prices are known.
     pub fn cost(&self, prompt: u64, completion: u64) -> f64 {
         let of = |tokens: u64, price: Option<f64>| tokens as f64 * price.unwrap_or(0.0) / 1e6;
         of(prompt, self.price_in) + of(completion, self.price_out)

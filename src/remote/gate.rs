@@ -18,7 +18,7 @@ pub struct Pace {
     pub longest_wait: Duration,
     /// The longest that a server may ask for.
     pub longest_asked: Duration,
-    /// So many failures in a row, of whatever requests, and nothing is sent for a while.
+    /// This many failures in a row, of whatever requests, and nothing is sent for a while.
     pub breaker: u32,
     /// How long, before one request is tried; if that fails too the next pause begins, and after the last
     /// it is given up.
@@ -98,7 +98,7 @@ pub(super) struct Permit<'a> {
 
 /// How an attempt ended, for the gate.
 pub(super) enum Ended {
-    /// With a reply of so many tokens, if it says.
+    /// With a reply of this many tokens, if it says.
     Reply { tokens: Option<u64> },
     /// The server is there and said no. `wait`: asks to be left alone by all.
     Refused { wait: Option<Duration> },

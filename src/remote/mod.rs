@@ -1,13 +1,13 @@
 //! Chat completions from any OpenAI-compatible server, as one would trust it with money.
 //!
 //! A request is known by the digest of what is asked ([`Ask`], [`Sampling`] less its `max_tokens`). Its raw
-//! reply is appended to a journal below the cache and synced before it counts ([`journal`]), so that
+//! reply is appended to a journal below the cache and synced before it counts (`journal`), so that
 //! nothing is paid for twice: not after a kill, not with one record more, another concurrency or another
 //! `max_tokens`. Everything between is derived from the journal.
 //!
-//! Requests go through a few threads that share one [`gate`]: concurrency, rates, budget, back-off and
-//! the circuit breaker are decided there, before a request is sent. [`send`] makes one attempt and says
-//! whether another is worth it; [`reply`] reads what came. [`look`] tells beforehand what would be asked.
+//! Requests go through a few threads that share one `gate`: concurrency, rates, budget, back-off and
+//! the circuit breaker are decided there, before a request is sent. `send` makes one attempt and says
+//! whether another is worth it; `reply` reads what came. `look` tells beforehand what would be asked.
 //!
 //! A [`Remote`] is made once per process, so that stages that ask the same endpoint at the same time share
 //! its limits.

@@ -26,7 +26,7 @@ impl Replies {
         }
     }
 
-    /// Tokens of prompt and completion that so many requests with prompts of so many tokens at most take, if they
+    /// Tokens of prompt and completion that this many requests with prompts of this many tokens at most take, if they
     /// are like these. `None` if there are none to go by.
     pub fn likely(&self, requests: u64, prompt_bound: u64) -> Option<(u64, u64)> {
         let share = |part: u64, whole: u64, of: u64| (part as f64 / whole.max(1) as f64 * of as f64).round() as u64;

@@ -115,7 +115,7 @@ struct Message {
     refusal: Value,
 }
 
-/// No reply and no prompt has more tokens; what claims so counts as so many, and sums stay numbers.
+/// No reply and no prompt has more tokens; what claims so counts as this many, and sums stay numbers.
 pub(super) const TOKENS_MAX: u64 = 1 << 40;
 
 /// Reads the body of a chat completion.

@@ -39,10 +39,15 @@ const STACK_BYTES: usize = 2 << 20;
 pub struct Entry {
     /// The method and path, or that they are unknown.
     pub what: &'static str,
+    /// The HTTP status that was answered.
     pub status: u16,
+    /// Tokens of the prompt; 0 where none was read.
     pub prompt_tokens: usize,
+    /// Tokens made, of all choices together.
     pub completion_tokens: usize,
+    /// From the headers of the request to the end of the answer.
     pub seconds: f64,
+    /// Whether tokens were sent as they came.
     pub streamed: bool,
     /// The client went away before the end.
     pub cancelled: bool,

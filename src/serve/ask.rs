@@ -28,7 +28,7 @@ pub(super) struct Wanted {
     pub prompts: Vec<Wish>,
     /// Completions of each prompt.
     pub n: usize,
-    /// Log-probs, with so many alternatives.
+    /// Log-probs, with this many alternatives.
     pub logprobs: Option<usize>,
     pub stream: bool,
     /// A stream ends with what was used.
@@ -168,7 +168,7 @@ pub(super) fn unknown_model(name: &str, service: &Service) -> Refusal {
     Refusal { status: 404, code: Some("model_not_found"), ..Refusal::wrong("model", message) }
 }
 
-/// How long a completion of a prompt of so many tokens may become.
+/// How long a completion of a prompt of this many tokens may become.
 fn room(form: Form, length: usize, limit: Option<(&'static str, usize)>, service: &Service) -> Result<usize, Refusal> {
     let context = service.context;
     let too_long = |param: &str, message: String| {

@@ -13,11 +13,13 @@ pub struct Bounds {
     pub connections: usize,
     /// Requests for completions that are waiting or at work; more are told to come again.
     pub requests: usize,
+    /// Of one request; a longer one is refused.
     pub body_bytes: usize,
     /// Of all requests together.
     pub bodies_bytes: usize,
     /// From a request's first byte to the end of its headers.
     pub head_time: Duration,
+    /// From the end of a request's headers to the end of its body.
     pub body_time: Duration,
     /// Between two requests on one connection.
     pub idle_time: Duration,
@@ -49,6 +51,7 @@ pub struct Service {
     pub name: String,
     /// What they are told of which one it is.
     pub fingerprint: String,
+    /// What makes tokens of prompts and texts of answers.
     pub tokenizer: Tokenizer,
     /// Bytes of the longest token.
     pub(super) longest: usize,
@@ -62,7 +65,9 @@ pub struct Service {
     pub key: Option<String>,
     /// Where the seeds of requests that name none begin.
     pub seed: u64,
+    /// What clients may take.
     pub bounds: Bounds,
+    /// What the engine may take of the machine.
     pub limits: Limits,
 }
 

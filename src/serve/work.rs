@@ -13,6 +13,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 
 /// The completions of one request.
 pub struct Job {
+    /// One for each completion.
     pub asks: Vec<Ask>,
     /// Where its tokens go.
     pub to: Sender<Piece>,
@@ -26,14 +27,22 @@ pub enum Piece {
     Begun,
     /// Nothing of it is.
     Refused(Problem),
+    /// A token was drawn.
     Token {
+        /// Which completion, counted from 0.
         choice: usize,
+        /// Its id.
         id: u32,
+        /// log p of the token under the model itself.
         logprob: f32,
+        /// The likeliest ids that may be drawn, likeliest first, with the same log p; empty unless asked for.
         top: Vec<(u32, f32)>,
     },
+    /// There is no more of one completion.
     End {
+        /// Which one, counted from 0.
         choice: usize,
+        /// All of it, with why it ended.
         completion: Completion,
     },
     /// The engine failed; there is no more.
@@ -43,7 +52,9 @@ pub enum Piece {
 /// How much is at work now.
 #[derive(Debug, Default)]
 pub struct Gauges {
+    /// Completions that tokens are drawn for.
     pub live: AtomicUsize,
+    /// Completions that wait for a place.
     pub waiting: AtomicUsize,
 }
 

@@ -19,6 +19,7 @@ pub use crate::cuda::ops::adamw::Options;
 /// First and second moments of every parameter.
 #[derive(Debug, Clone)]
 pub struct AdamW {
+    /// The constants of the update.
     pub options: Options,
     /// Updates made so far.
     pub steps: u64,
@@ -29,6 +30,7 @@ pub struct AdamW {
 const BLOCK: usize = 1 << 14;
 
 impl AdamW {
+    /// Zero moments for `params`.
     pub fn new(options: Options, params: &[Parameter]) -> AdamW {
         let zero = |p: &Parameter| (p.name.clone(), vec![0.0; p.value.len()], vec![0.0; p.value.len()]);
         AdamW { options, steps: 0, moments: params.iter().map(zero).collect() }

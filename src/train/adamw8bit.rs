@@ -115,6 +115,7 @@ enum Moments {
 /// Moments of every parameter, one byte each.
 #[derive(Debug, Clone)]
 pub struct AdamW8bit {
+    /// The constants of the update.
     pub options: Options,
     /// Updates made so far.
     pub steps: u64,
@@ -122,6 +123,7 @@ pub struct AdamW8bit {
 }
 
 impl AdamW8bit {
+    /// Zero moments for `params`.
     pub fn new(options: Options, params: &[Parameter]) -> AdamW8bit {
         let zero = |param: &Parameter| {
             let len = param.value.len();

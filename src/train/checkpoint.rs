@@ -44,6 +44,7 @@ pub struct Checkpoint {
 pub struct Restored {
     /// The step that was saved.
     pub step: u64,
+    /// What the caller gave to [`Checkpoint::save`].
     pub caller: serde_json::Value,
     /// Newer checkpoints that could not be used, and why.
     pub ignored: Vec<Problem>,

@@ -30,7 +30,9 @@ impl Kind {
 /// Either optimizer, with one state per parameter.
 #[derive(Debug, Clone)]
 pub enum Optimizer {
+    /// States of 32 bits.
     AdamW(AdamW),
+    /// States of 8 bits.
     AdamW8bit(AdamW8bit),
 }
 

@@ -16,18 +16,29 @@ use std::f64::consts::PI;
 /// How the rate falls after warm-up.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Curve {
+    /// It stays.
     Constant,
+    /// To zero in a straight line.
     Linear,
+    /// To zero along half a wave.
     Cosine,
-    CosineRestarts { cycles: f64 },
+    /// As `Cosine`, begun anew at the full rate.
+    CosineRestarts {
+        /// How many times it falls.
+        cycles: f64,
+    },
 }
 
 /// A learning rate per step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Schedule {
+    /// How it falls after warm-up.
     pub curve: Curve,
+    /// The full rate, reached at the end of warm-up.
     pub learning_rate: f64,
+    /// Updates before the full rate is reached.
     pub warmup_steps: u64,
+    /// All updates, those of warm-up included.
     pub total_steps: u64,
 }
 

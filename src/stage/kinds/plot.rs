@@ -224,7 +224,7 @@ fn dash(field: usize) -> LineStyle {
     }
 }
 
-/// Up to so many points a line shows each as a dot, so that a single checkpoint is seen at all.
+/// Up to this many points a line shows each as a dot, so that a single checkpoint is seen at all.
 const DOTS_MAX: usize = 40;
 
 fn picture(spec: &Spec, lines: &[Line]) -> Result<String, Problem> {

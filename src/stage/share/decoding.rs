@@ -93,7 +93,7 @@ pub const BATCH: Key = Key::default(
     "batch",
     Type::Int { min: 1, max: 4096 },
     "128",
-    "Completions made together and journalled together: after an interruption at most so many are made again.",
+    "Completions made together and journalled together: after an interruption at most this many are made again.",
 )
 .with("model")
 .no_result();

@@ -23,7 +23,7 @@ pub const KEY: Key = Key::optional(
         Key::optional(
             "field",
             Type::Str,
-            "A field of the records: one that has it thinks for at most so many tokens instead, from 0 on.",
+            "A field of the records: one that has it thinks for at most this many tokens instead, from 0 on.",
         ),
         Key::optional(
             "end",
@@ -48,7 +48,7 @@ pub const KEY: Key = Key::optional(
         ),
         Key::default("wait", Type::Str, "\"Wait\"", "What it is made to go on with, in the place of its end."),
     ]),
-    "Thinking and answer apart, each with its own limit: the model thinks for at most so many tokens and then answers, made to if need be. Absent: one completion.",
+    "Thinking and answer apart, each with its own limit: the model thinks for at most this many tokens and then answers, made to if need be. Absent: one completion.",
 )
 .with("model");
 

@@ -54,7 +54,7 @@ macro_rules! training_keys {
             Key::default("dtype", Type::Choice(&["f32", "bf16"]), "\"f32\"", "How frozen weights are held."),
             Key::default("checkpointing", Type::Choice(&["none", "layers", "fit"]), "\"layers\"", "`layers` keeps one activation per layer and computes the rest again in the backward pass: less memory, same bits. `fit` does so for as few layers as the device's free memory asks for, micro-batch by micro-batch; on the CPU for none if half of the available memory is enough, else for all.").no_result(),
             Key::default("offload", Type::Bool, "false", "Keep the activation of each layer in the host's memory until the backward pass: less device memory, same bits. Steps of a shape that comes again are not captured as CUDA graphs then. On the CPU it changes nothing.").no_result(),
-            Key::optional("save_every_epochs", Type::Float { min: 0.0, max: 1e6, above: true }, "Keep a checkpoint in the artifact at the start, after every so many epochs and at the end, for `probe`."),
+            Key::optional("save_every_epochs", Type::Float { min: 0.0, max: 1e6, above: true }, "Keep a checkpoint in the artifact at the start, each time this many epochs are done and at the end, for `probe`."),
             Key::optional("save_every_steps", training::COUNT, "The same, counted in steps."),
             Key::default("keep_gradients", Type::List(&training::COUNT), "[]", "Steps (from 1) whose gradients, before clipping, are kept in the artifact as `gradients/step-000001.safetensors`."),
             Key::default("resume_every_s", Type::Int { min: 0, max: 86400 }, "60", "Seconds between the states an interrupted run resumes from.").no_result(),
