@@ -324,7 +324,7 @@ fn a_kind_is_named_in_its_own_file_alone() {
     let (mut wrong, mut own) = (Vec::new(), 0);
     for path in sources {
         let text = fs::read_to_string(&path).expect("source");
-        let code = text.split("#[cfg(test)]").next().unwrap_or("");
+        let code = if path.ends_with("tests.rs") { "" } else { text.split("#[cfg(test)]").next().unwrap_or("") };
         for kind in pipe::stage::KINDS.iter().filter(|kind| !["model", "command", "dataset"].contains(&kind.name)) {
             let named = code.contains(&format!("\"{}\"", kind.name));
             let inside = path.to_string_lossy().contains(&format!("src/stage/kinds/{}", kind.name));

@@ -325,10 +325,16 @@ impl Place for Count {
     }
 
     fn left(&self, leaving: Counted) -> Counted {
+        if !self.device {
+            return leaving;
+        }
         self.counted(leaving.len, leaving.bytes, &self.outside, Part::Activations)
     }
 
     fn fetch(&self, parked: Counted) -> Done<Counted> {
+        if !self.device {
+            return Ok(parked);
+        }
         Ok(self.counted(parked.len, parked.bytes, &self.here, Part::Activations))
     }
 

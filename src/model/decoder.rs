@@ -347,13 +347,7 @@ impl<P: Place> Decoder<P> {
     }
 
     /// One linear.
-    fn linear(
-        &self,
-        layer: &Layer<P>,
-        which: usize,
-        x: &P::Values,
-        rows: usize,
-    ) -> Result<AdaptedOne<P>, P::Error> {
+    fn linear(&self, layer: &Layer<P>, which: usize, x: &P::Values, rows: usize) -> Result<AdaptedOne<P>, P::Error> {
         let ([y], [low]) = self.linears(layer, [which], x, rows)?;
         Ok((y, low))
     }

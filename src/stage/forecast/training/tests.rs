@@ -131,7 +131,7 @@ fn what_is_kept_as_memory_allows_is_needed_for_the_last_layer_only() {
 }
 
 #[test]
-fn beside_a_device_the_host_holds_weights_and_what_waits_there() {
+fn beside_a_device_the_host_holds_what_waits_there_and_weights_only_while_they_are_loaded() {
     let need = |more: Value| sft(more).needs(&shape(), None, true).most;
     let (plain, offloaded) = (need(json!({})), need(json!({"offload": true})));
     for part in [Part::Gradients, Part::Layer, Part::Head, Part::Activations] {
@@ -140,7 +140,9 @@ fn beside_a_device_the_host_holds_weights_and_what_waits_there() {
     // The inputs of two layers; one of them is on the device too, one that was there is not.
     let inputs = 2 * 4096 * 64 * 2;
     assert_eq!(offloaded.of(Part::Activations).0, inputs);
-    assert_eq!(offloaded.host, plain.host + inputs);
+    let uploads = plain.of(Part::Uploads).0;
+    assert_eq!(offloaded.host, uploads + inputs, "no weights are left when inputs come");
+    assert!(plain.of(Part::Weights).0 > 0 && plain.host < uploads + inputs, "loading takes less");
     // Doubling what is trained leaves gradients and optimizer to the device.
     let wide = need(json!({"lora": {"rank": 8, "alpha": 8.0, "targets": [family::TARGETS[0]]}}));
     assert_eq!(wide.of(Part::Trained).0, 2 * plain.of(Part::Trained).0);
