@@ -25,7 +25,6 @@ use super::lora::LoraSpec;
 use super::parameter::{Gradients, Parameter};
 use super::place::{Factor, Inputs, Lora, Moment, Place, Places, Product};
 use super::policy::Policy;
-use crate::problem::Problem;
 
 /// A model where it computes.
 pub struct Decoder<P: Place> {
@@ -177,7 +176,6 @@ pub(super) struct Saved<P: Place> {
 /// What linears give, and A x of those with an adapter.
 type Adapted<P, const N: usize> = ([<P as Place>::Values; N], [Option<<P as Place>::Values>; N]);
 
-/// The same of one.
 type AdaptedOne<P> = (<P as Place>::Values, Option<<P as Place>::Values>);
 
 impl<P: Place> Decoder<P> {
@@ -527,11 +525,6 @@ impl<P: Place> Decoder<P> {
     /// What one sequence gives, of which nothing is asked.
     pub(super) fn inputs_of(&self, ids: &[u32]) -> Result<Inputs<P>, P::Error> {
         Ok(self.inputs(&Batch { ids, lengths: &[ids.len()], rows: &[], targets: &[] })?.0)
-    }
-
-    /// `Err` naming the first id that the embedding has no row for.
-    pub fn check_ids(&self, ids: &[u32]) -> Result<(), Problem> {
-        self.config.check_ids(ids)
     }
 
     /// The active adapter's rank, alpha and targets.

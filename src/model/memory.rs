@@ -165,9 +165,7 @@ impl Need {
     pub fn of(&self, part: Part) -> (u64, u64) {
         self.lines.iter().find(|line| line.part == part).map_or((0, 0), |line| (line.host, line.device))
     }
-}
 
-impl Need {
     /// A line for each part and one for their sum, a column for each place that is needed, the largest part marked.
     ///
     /// ```text

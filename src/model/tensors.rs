@@ -48,11 +48,6 @@ pub fn is_norm(name: &str) -> bool {
     name.ends_with("norm.weight")
 }
 
-/// Whether a tensor is a bias.
-pub fn is_bias(name: &str) -> bool {
-    name.ends_with(".bias")
-}
-
 /// `[out, in]` of a linear.
 pub fn linear_shape(config: &Config, target: usize) -> [usize; 2] {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
