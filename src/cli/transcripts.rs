@@ -38,10 +38,10 @@ pub struct Browse {
     /// Only samples with this text anywhere in them, in upper or lower case
     #[arg(long, value_name = "TEXT", help_heading = "Transcripts")]
     pub grep: Option<String>,
-    /// At most so many
+    /// At most this many
     #[arg(long, value_name = "N", help_heading = "Transcripts")]
     pub limit: Option<usize>,
-    /// Without the first so many
+    /// Without this many from the start
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, help_heading = "Transcripts")]
     pub offset: usize,
     /// Problems on which two evaluations differ, side by side

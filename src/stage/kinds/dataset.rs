@@ -108,8 +108,8 @@ pub const KIND: Kind = Kind {
                 Key::optional("equals", SCALAR, "Is exactly this."),
                 Key::optional("one_of", Type::List(&SCALAR), "Is exactly one of these."),
                 Key::optional("matches", Type::Str, "Is a text in which this regular expression is found."),
-                Key::optional("min_length", COUNT, "Is a text of at least so many characters."),
-                Key::optional("max_length", COUNT, "Is a text of at most so many characters."),
+                Key::optional("min_length", COUNT, "Is a text of at least this many characters."),
+                Key::optional("max_length", COUNT, "Is a text of at most this many characters."),
                 Key::optional("at_least", NUMBER, "Is a number, this or more."),
                 Key::optional("at_most", NUMBER, "Is a number, this or less."),
                 Key::optional(
@@ -149,11 +149,11 @@ pub const KIND: Kind = Kind {
         Key::optional(
             "sample",
             Type::Table(&[
-                Key::optional("rows", COUNT, "So many records. Either this or `pairs`."),
+                Key::optional("rows", COUNT, "This many records. Either this or `pairs`."),
                 Key::optional(
                     "pairs",
                     COUNT,
-                    "So many records of the first dataset of `concat`, each with its counterpart in every other.",
+                    "This many records of the first dataset of `concat`, each with its counterpart in every other.",
                 ),
                 Key::default("by", Type::Str, "\"id\"", "The field that counterparts share."),
                 Key::default("seed", SEED, "0", "Another seed is another sample."),
@@ -168,7 +168,7 @@ pub const KIND: Kind = Kind {
         Key::optional(
             "shortest",
             Type::Table(&[
-                Key::required("rows", COUNT, "So many records."),
+                Key::required("rows", COUNT, "This many records."),
                 Key::required("tokenizer", Type::Ref(&[ArtifactType::Model]), "The model whose tokenizer counts."),
                 Key::default(
                     "fields",
@@ -179,7 +179,7 @@ pub const KIND: Kind = Kind {
             ]),
             "The records with the fewest tokens, in their order; earlier ones first where lengths are equal.",
         ),
-        Key::optional("limit", COUNT, "The first so many records."),
+        Key::optional("limit", COUNT, "Only this many records, from the first on."),
         Key::optional("select", Type::List(&Type::Str), "Fields to keep; `id` stays in any case."),
         Key::optional("drop", Type::List(&Type::Str), "Fields to leave out."),
         Key::optional(

@@ -99,7 +99,7 @@ pub const KIND: Kind = Kind {
         decoding::REPETITION_PENALTY.of_task(),
         decoding::SEED.of_task(),
         decoding::STOP.of_task(),
-        Key::optional("limit", Type::Int { min: 1, max: i64::MAX }, "Only the first so many problems.").of_task(),
+        Key::optional("limit", Type::Int { min: 1, max: i64::MAX }, "Only this many problems, from the first on.").of_task(),
         Key::default(
             "on_missing",
             Type::Choice(&["error", "wrong"]),

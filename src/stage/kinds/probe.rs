@@ -51,7 +51,7 @@ pub const KIND: Kind = Kind {
             "max_completion_tokens",
             training::COUNT,
             "1000",
-            "Only the first so many tokens of a completion count.",
+            "Only this many tokens of a completion count, from the first on.",
         ),
         Key::default(
             "logits",

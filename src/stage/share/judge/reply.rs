@@ -7,7 +7,7 @@ use serde::Deserialize;
 pub enum Reads {
     /// `correct` or `wrong`.
     Verdict,
-    /// The number of one of so many options, or -1.
+    /// The number of one option of this many, or -1.
     Option(usize),
     /// A to D, or -1.
     Letter,
