@@ -312,10 +312,6 @@ impl Place for Count {
         Ok(Vec::new())
     }
 
-    fn download(&self, _floats: &Counted) -> Done<Vec<f32>> {
-        Ok(Vec::new())
-    }
-
     fn leave(&self, values: Counted) -> Done<Counted> {
         Ok(values)
     }

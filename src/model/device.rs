@@ -173,10 +173,6 @@ impl Place for Cuda {
         Ok(values.download()?.into_iter().map(bf16::to_f32).collect())
     }
 
-    fn download(&self, floats: &Buffer<f32>) -> Done<Vec<f32>> {
-        floats.download()
-    }
-
     fn slopes(&self, inputs: &mut Inputs<Cuda>, dlogprobs: &[f32]) -> Done {
         inputs.slopes.write(dlogprobs)
     }

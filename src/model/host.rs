@@ -104,10 +104,6 @@ impl Place for Host {
         Ok(values.clone())
     }
 
-    fn download(&self, floats: &Vec<f32>) -> Done<Vec<f32>> {
-        Ok(floats.clone())
-    }
-
     fn slopes(&self, inputs: &mut Inputs<Host>, dlogprobs: &[f32]) -> Done {
         inputs.slopes = dlogprobs.to_vec();
         Ok(())

@@ -57,8 +57,6 @@ pub trait Place: Sized {
     fn ids(&self, ids: &[u32]) -> Result<Self::Ids, Self::Error>;
     /// Activations for the host, in f32.
     fn wide(&self, values: &Self::Values) -> Result<Vec<f32>, Self::Error>;
-    /// Floats for the host.
-    fn download(&self, floats: &Self::Floats) -> Result<Vec<f32>, Self::Error>;
     /// The slopes of the log-probs, for the backward pass.
     fn slopes(&self, inputs: &mut Inputs<Self>, dlogprobs: &[f32]) -> Result<(), Self::Error>;
 
